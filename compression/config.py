@@ -1,0 +1,109 @@
+"""A script's configuration: a dataclass, presets of it, a command line made from it, and its dump beside the output."""
+
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import tyro
+
+from compression.runtime import UserError, log, quiet_libraries, setup_logging
+
+
+@dataclass
+class StageConfig:
+    """Base of every script's configuration. Subclasses document each field with one line under it."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @classmethod
+    def preset(cls, *names: str) -> Self:
+        """The defaults with the named presets laid over them; of two presets the later one wins."""
+        overrides: dict[str, Any] = {}
+        for name in names:
+            if name not in cls.presets:
+                raise UserError(f"--preset {name}: unknown; allowed: {', '.join(sorted(cls.presets)) or 'none'}")
+            overrides |= cls.presets[name]
+        return cls(**overrides)
+
+    @classmethod
+    def fast(cls) -> Self:
+        """The preset for quick iteration."""
+        return cls.preset("fast")
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Refuse bad values.
+
+        Raises:
+            UserError: names the flag, the value found and the allowed range.
+        """
+
+    def check_range(self, name: str, low: float, high: float = float("inf")) -> None:
+        """Raise UserError unless low <= field <= high."""
+        value = getattr(self, name)
+        if not low <= value <= high:
+            allowed = f"at least {low}" if high == float("inf") else f"{low} to {high}"
+            raise UserError(f"--{name} {value}: allowed is {allowed}")
+
+    def check_choice(self, name: str, allowed: Sequence[str]) -> None:
+        """Raise UserError unless the field is one of the allowed values."""
+        if getattr(self, name) not in allowed:
+            raise UserError(f"--{name} {getattr(self, name)}: allowed is one of {', '.join(allowed)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The resolved configuration as plain JSON values."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+def parse(config_class: type[Config], arguments: Sequence[str], description: str = "") -> Config:
+    """Build a configuration from command-line arguments.
+
+    `--fast` and `--preset NAME` choose where the defaults come from (they combine, `--fast` on top); any other flag
+    given beside them wins.
+
+    Raises:
+        UserError: a value outside its allowed range, or an unknown preset.
+        SystemExit: tyro's own exit on an unknown flag (status 2) or `--help` (status 0).
+    """
+    names, rest = _split_presets(list(arguments))
+    default = config_class.preset(*names)
+    if presets := ", ".join(sorted(config_class.presets)):
+        description += f"\nPresets, which any flag beside them overrides: --fast, --preset NAME (NAME: {presets})."
+    return tyro.cli(config_class, default=default, args=rest, description=description, use_underscores=True)
+
+
+def _split_presets(arguments: list[str]) -> tuple[list[str], list[str]]:
+    names, rest, fast = [], [], False
+    iterator = iter(arguments)
+    for argument in iterator:
+        flag, _, value = argument.partition("=")
+        if argument == "--fast":
+            fast = True
+        elif flag == "--preset":
+            names.append(value or next(iterator, ""))
+        else:
+            rest.append(argument)
+    return names + ["fast"] * fast, rest
+
+
+def run_script(config_class: type[Config], main: Callable[[Config], None]) -> None:
+    """Parse the command line, run `main`, and end a user's mistake in one line on stderr and exit status 2."""
+    setup_logging()
+    quiet_libraries()
+    description = textwrap.dedent(sys.modules[main.__module__].__doc__ or "")
+    try:
+        main(parse(config_class, sys.argv[1:], description))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        log.info("Interrupted; run again with --resume where the script has it.")
+        raise SystemExit(130) from None

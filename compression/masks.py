@@ -1,0 +1,76 @@
+"""Hold pruned structures at zero while training goes on.
+
+The output projections of attention and FFN are replaced by layers that zero the columns of pruned structures in the
+forward pass. The weights themselves stay, so a structure can come back as it was, and the gradient is taken as if the
+mask were one, so that a pruned structure's importance can still be measured.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compression.structures import KINDS, output_projections
+
+
+class _StraightThroughMask(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class MaskedLinear(nn.Linear):
+    """A Linear layer [out, structures * size] in which the columns of pruned structures count as zero.
+
+    It shares the parameters of the layer it replaces; the mask is no part of the state dict.
+    """
+
+    def __init__(self, linear: nn.Linear, size: int):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.size = size
+        self.register_buffer("mask", torch.ones_like(linear.weight[0]), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, _StraightThroughMask.apply(self.weight, self.mask), self.bias)
+
+    @property
+    def kept(self) -> Tensor:
+        """[structures], True where the structure is in use."""
+        return self.mask.view(-1, self.size)[:, 0] > 0
+
+    def keep(self, kept: Tensor) -> None:
+        """Set which structures are in use, [structures] bool."""
+        self.mask.copy_(kept.repeat_interleave(self.size))
+
+    def freeze_pruned(self) -> None:
+        """Zero the gradient of the pruned columns, so that the optimizer leaves them alone."""
+        self.weight.grad.mul_(self.mask)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain Linear layer with the same parameters; pruned columns are zero in it."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        with torch.no_grad():
+            linear.weight.mul_(self.mask)
+        return linear
+
+
+def add_masks(model: nn.Module) -> dict[str, list[MaskedLinear]]:
+    """Replace the output projections by masked ones, all structures in use; returns them by kind, layer by layer."""
+    masked: dict[str, list[MaskedLinear]] = {kind: [] for kind in KINDS}
+    for kind, parent, name, size in output_projections(model):
+        layer = MaskedLinear(getattr(parent, name), size)
+        setattr(parent, name, layer)
+        masked[kind].append(layer)
+    return masked
+
+
+def remove_masks(model: nn.Module) -> None:
+    """Put plain Linear layers back; the columns of pruned structures become zero in the weights."""
+    for _, parent, name, _ in output_projections(model):
+        setattr(parent, name, getattr(parent, name).to_linear())

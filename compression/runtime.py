@@ -1,0 +1,96 @@
+"""Where and with what a script runs: device, seeds, logging, the environment that a result is reported with."""
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "models"
+RESULTS = ROOT / "results"
+
+log = logging.getLogger("compression")
+
+
+class UserError(Exception):
+    """An error that the user can mend: one line naming the flag or path, what was found and what is allowed."""
+
+
+def setup_logging() -> None:
+    """Log plain lines to stdout; on several processes only the first one speaks."""
+    log.handlers = [logging.StreamHandler(sys.stdout)]
+    log.setLevel(logging.INFO if int(os.environ.get("LOCAL_RANK", "0")) == 0 else logging.ERROR)
+    log.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Silence the advice and progress bars of transformers: the scripts say themselves what they load."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def pick_device() -> torch.device:
+    """The device of this process: a CUDA GPU when there is one, else the CPU; the reason is logged in one line."""
+    device = PartialState().device
+    if device.type == "cuda":
+        log.info("Device: %s (%s)", device, torch.cuda.get_device_name(device))
+    else:
+        log.info("Device: cpu (%d threads; torch %s sees no GPU)", torch.get_num_threads(), torch.__version__)
+    return device
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed dropout for one training step.
+
+    Every step draws from its own stream, a function of (seed, step, rank) alone, so a resumed run draws what the
+    undisturbed one would have drawn and no generator state has to be saved.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator the project draws from (all of them are torch's)."""
+    torch.manual_seed(seed)
+
+
+@cache
+def fingerprint() -> dict[str, str | int]:
+    """Library versions, git commit and hardware: what a measured number depends on besides the config."""
+    import accelerate
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "git_commit": _git_commit(),
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,59 @@
+"""Importance scores against their definitions, written as plain loops."""
+
+import pytest
+import torch
+
+from compression import importance
+
+
+@pytest.fixture
+def layer():
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(12, 5, generator=generator) for _ in range(4)]
+    columns = [torch.randn(5, 12, generator=generator) for _ in range(2)]
+    return rows, columns
+
+
+def test_l2_sums_rows_and_columns_of_a_structure(layer):
+    (first, second, *_), (outer, _) = layer
+    scores = importance.l2([first, second], outer, size=3)
+    for index in range(4):
+        part = slice(3 * index, 3 * index + 3)
+        expected = first[part].norm() ** 2 + second[part].norm() ** 2 + outer[:, part].norm() ** 2
+        torch.testing.assert_close(scores[index], expected)
+
+
+def test_taylor_is_the_sum_of_weight_times_gradient(layer):
+    (first, second, first_gradient, second_gradient), (outer, outer_gradient) = layer
+    inner = importance.taylor([first, second], [first_gradient, second_gradient], size=3)
+    columns = importance.taylor_columns(outer, outer_gradient, size=3)
+    for index in range(4):
+        part = slice(3 * index, 3 * index + 3)
+        products = (first[part] * first_gradient[part]).abs().sum() + (second[part] * second_gradient[part]).abs().sum()
+        torch.testing.assert_close(inner[index], products)
+        torch.testing.assert_close(columns[index], (outer[:, part] * outer_gradient[:, part]).abs().sum())
+
+
+def test_mask_gradient_is_the_derivative_of_a_mask(layer):
+    _, (outer, _) = layer
+    values = torch.randn(7, 12, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(4, requires_grad=True)
+    weight = outer.clone().requires_grad_()
+    (values @ (weight * mask.repeat_interleave(3)).T).pow(3).sum().backward()
+    torch.testing.assert_close(importance.mask_gradient(outer, weight.grad, size=3), mask.grad)
+
+
+def test_pruned_structures_are_scored_as_if_they_were_whole():
+    inner, outer = torch.tensor([2.0, 4.0, 0.0]), torch.tensor([1.0, 2.0, 3.0])
+    kept = torch.tensor([True, True, False])
+    assert importance.complete_pruned(inner, outer, kept).tolist() == [3.0, 6.0, 9.0]
+
+
+def test_one_scale_has_mean_one_and_keeps_ratios():
+    scores = [torch.tensor([1.0, 3.0]), torch.tensor([10.0])]
+    scaled = importance.on_one_scale(scores, [5, 20])
+    mean = (5 * scaled[0].sum() + 20 * scaled[1].sum()) / 30
+    torch.testing.assert_close(mean, torch.tensor(1.0))
+    assert scaled[0][1] / scaled[0][0] == pytest.approx(3)
+    tiny = importance.on_one_scale([score * 1e-6 for score in scores], [5, 20])
+    torch.testing.assert_close(tiny[0], scaled[0])

@@ -1,0 +1,127 @@
+"""Masks, the physically smaller model, and the checkpoint it travels in."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+from compression.checkpoint import load_classifier, save_classifier
+from compression.masks import add_masks, remove_masks
+from compression.runtime import UserError
+from compression.structures import HEADS, NEURONS, encoder_layers
+from compression.surgery import shrink
+
+KEPT = {
+    HEADS: [torch.tensor(row).bool() for row in ([1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0])],
+    NEURONS: [torch.arange(48) % 2 == 0, torch.arange(48) < 8, torch.ones(48, dtype=torch.bool)],
+}
+
+
+def mask(model, kept=KEPT):
+    masked = add_masks(model)
+    for kind, layers in masked.items():
+        for layer, keep in zip(layers, kept[kind], strict=True):
+            layer.keep(keep)
+    return masked
+
+
+@torch.no_grad()
+def logits(model, batch):
+    return model(**batch).logits
+
+
+def test_masked_logits_equal_those_of_the_smaller_model(tiny_model, batch):
+    dense = logits(tiny_model, batch)
+    mask(tiny_model)
+    masked = logits(tiny_model, batch)
+    assert (masked - dense).abs().max() > 1e-3
+    remove_masks(tiny_model)
+    small = shrink(tiny_model, KEPT)
+    torch.testing.assert_close(logits(small, batch), masked, atol=1e-5, rtol=0)
+
+
+def test_smaller_model_has_smaller_layers(tiny_model):
+    small = shrink(tiny_model, KEPT)
+    assert [layer.heads for layer in encoder_layers(small)] == [4, 2, 1]
+    assert [layer.neurons for layer in encoder_layers(small)] == [24, 8, 48]
+    layer = encoder_layers(small)[1]
+    assert layer.q.weight.shape == (16, 32) and layer.o.weight.shape == (32, 16)
+    assert layer.up.weight.shape == (8, 32) and layer.down.weight.shape == (32, 8)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in tiny_model.parameters())
+    assert encoder_layers(tiny_model)[1].heads == 4, "the dense model was changed"
+
+
+def test_pruning_a_pruned_model_again(tiny_model, batch):
+    small = shrink(tiny_model, KEPT)
+    again = {
+        HEADS: [torch.tensor([1, 0, 1, 1]).bool(), torch.tensor([1, 0]).bool(), torch.tensor([True])],
+        NEURONS: [torch.arange(24) < 16, torch.ones(8, dtype=torch.bool), torch.arange(48) >= 8],
+    }
+    smaller = shrink(small, again)
+    masked = mask(small, again)
+    assert [len(layer.kept) for layer in masked[HEADS]] == [4, 2, 1]
+    torch.testing.assert_close(logits(smaller, batch), logits(small, batch), atol=1e-5, rtol=0)
+
+
+def test_gradient_reaches_pruned_columns_until_frozen(tiny_model, batch):
+    masked = mask(tiny_model)
+    tiny_model(**batch, labels=torch.tensor([0, 1, 0, 1, 1])).loss.backward()
+    layer = masked[NEURONS][1]
+    assert layer.weight.grad[:, 8:].abs().max() > 0, "a pruned neuron could never come back"
+    layer.freeze_pruned()
+    assert layer.weight.grad[:, 8:].abs().max() == 0
+    assert layer.weight.grad[:, :8].abs().max() > 0
+
+
+def test_unsupported_architecture_names_the_supported_ones(batch):
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, pad_token_id=0)
+    with pytest.raises(UserError, match="'gpt2'.*supported: bert, distilbert"):
+        add_masks(GPT2ForSequenceClassification(config))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_checkpoint_loads_elsewhere_with_the_same_logits(tiny_model, batch, tokenizer, tmp_path):
+    small = shrink(tiny_model, KEPT)
+    folder = save_classifier(tmp_path / "small", small, tokenizer, {"stage": "pruned"})
+    expected = logits(small, batch)
+
+    inside, _ = load_classifier(folder)
+    torch.testing.assert_close(logits(inside, batch), expected, atol=0, rtol=0)
+
+    save_file(batch | {"logits": expected}, tmp_path / "expected.safetensors")
+    program = (
+        "from safetensors.torch import load_file; from transformers import AutoModelForSequenceClassification as Auto\n"
+        f"model = Auto.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()\n"
+        f"saved = load_file({str(tmp_path / 'expected.safetensors')!r})\n"
+        "logits = saved.pop('logits')\n"
+        "difference = (model(**saved).logits - logits).abs().max().item()\n"
+        "assert 'compression' not in __import__('sys').modules\n"
+        "print('difference', difference)\n"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    result = subprocess.run([sys.executable, "-c", program], cwd=elsewhere, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.split()[-1]) < 1e-6
+
+
+def test_checkpoint_holds_exactly_these_files(tiny_model, tokenizer, tmp_path):
+    small = shrink(tiny_model, KEPT)
+    folder = save_classifier(tmp_path / "small", small, tokenizer, {"stage": "pruned"}, {"history.json": []})
+    code = f"{small.config.model_type}.py"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "stage.json", "history.json",
+        code,
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["small"], "a temporary folder was left"
