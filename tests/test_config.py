@@ -1,0 +1,82 @@
+"""Command lines, presets and refused values."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from compression.config import StageConfig, parse
+from compression.gradual import GradualPruningConfig
+from compression.runtime import UserError
+
+
+@dataclass
+class ExampleConfig(StageConfig):
+    num_epochs: int = 15
+    """Passes over the data."""
+    models_dir: Path = Path("models")
+    """Where models are."""
+
+    presets: ClassVar = {"fast": dict(num_epochs=4), "long": dict(num_epochs=40)}
+
+    def check(self):
+        self.check_range("num_epochs", 1, 50)
+
+
+def test_flags_win_over_presets_and_presets_over_defaults():
+    assert parse(ExampleConfig, []).num_epochs == 15
+    assert parse(ExampleConfig, ["--fast"]).num_epochs == 4
+    assert parse(ExampleConfig, ["--num_epochs", "7", "--fast"]).num_epochs == 7
+    assert parse(ExampleConfig, ["--preset", "long"]).num_epochs == 40
+    assert parse(ExampleConfig, ["--fast", "--preset=long"]).num_epochs == 4
+
+
+def test_bad_value_names_flag_value_and_range():
+    with pytest.raises(UserError, match="--num_epochs 0: allowed is 1 to 50"):
+        parse(ExampleConfig, ["--num_epochs", "0"])
+
+
+def test_unknown_preset_names_the_known_ones():
+    with pytest.raises(UserError, match="--preset slow: unknown; allowed: fast, long"):
+        parse(ExampleConfig, ["--preset", "slow"])
+
+
+def test_dump_is_plain_json():
+    assert ExampleConfig().as_dict() == {"num_epochs": 15, "models_dir": "models"}
+
+
+def test_documented_defaults_of_gradual_pruning():
+    config = GradualPruningConfig()
+    assert (config.batch_size, config.learning_rate, config.num_epochs, config.max_length) == (32, 5e-5, 15, 128)
+    assert (config.temperature_start, config.temperature_end) == (10.0, 2.0)
+    assert (config.alpha_start, config.alpha_end) == (0.9, 0.2)
+    assert (config.pruning_start_epoch, config.pruning_end_epoch) == (2, 8)
+    assert (config.finetuning_learning_rate, config.patience, config.min_delta) == (1e-5, 5, 0.001)
+    assert (config.pruning_frequency, config.pruning_window_steps) == (20, 50)
+    assert (config.importance_mode, config.lambda_mag, config.lambda_grad) == ("l2+kd_grad", 0.5, 0.5)
+    assert config.enable_multi_granularity
+    assert (config.head_final_sparsity, config.ffn_final_sparsity, config.target_sparsity) == (0.30, 0.20, 0.20)
+    conservative, aggressive = config.conservative(), config.aggressive()
+    assert (conservative.lambda_mag, conservative.lambda_grad, conservative.pruning_window_steps) == (0.6, 0.4, 100)
+    assert (conservative.head_final_sparsity, conservative.ffn_final_sparsity) == (0.20, 0.15)
+    assert (aggressive.head_final_sparsity, aggressive.ffn_final_sparsity) == (0.40, 0.35)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"alpha_start": 1.5},
+        {"temperature_end": 0.0},
+        {"head_final_sparsity": 1.0},
+        {"pruning_end_epoch": 16},
+        {"pruning_start_epoch": 9},
+        {"patience": 0},
+        {"lambda_mag": 0.0, "lambda_grad": 0.0},
+        {"neuron_multiple": 0},
+        {"batch_size": 0},
+    ],
+)
+def test_gradual_pruning_refuses(arguments):
+    with pytest.raises(UserError, match=f"--{list(arguments)[-1]}"):
+        GradualPruningConfig(**arguments)

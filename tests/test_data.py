@@ -1,0 +1,106 @@
+"""Splits, tokenization and batches."""
+
+import bz2
+import csv
+
+import pytest
+import torch
+
+from compression.data import Encoded, Split, batches, length_grouped_order, load_sentiment
+from compression.runtime import UserError
+
+
+def write_tsv(folder, train_rows=50):
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("train.tsv", train_rows), ("dev.tsv", 8)):
+        lines = [f"{name} sentence {row} \t{row % 2}" for row in range(rows)]
+        (folder / name).write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    return str(folder)
+
+
+def test_selection_is_held_out_of_training_and_validation_is_whole(tmp_path):
+    data = load_sentiment(write_tsv(tmp_path / "sst2"))
+    assert (len(data.train), len(data.selection), len(data.validation)) == (45, 5, 8)
+    assert not set(data.train.sentences) & set(data.selection.sentences)
+    assert data.validation.sentences[3] == "dev.tsv sentence 3" and data.validation.labels[3] == 1
+    assert data.name == "SST-2 (GLUE)"
+
+
+@pytest.mark.parametrize("line", ["no label here", "a sentence\t2", "\t1"])
+def test_malformed_line_is_named(tmp_path, line):
+    folder = write_tsv(tmp_path / "sst2")
+    with (tmp_path / "sst2" / "train.tsv").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match="train.tsv, line 52: found"):
+        load_sentiment(folder)
+
+
+def test_no_film_is_in_two_parts(tmp_path, monkeypatch):
+    path = tmp_path / "reviews.csv.bz2"
+    with bz2.open(path, "wt", newline="") as file:
+        writer = csv.DictWriter(file, ["category", "text", "movie_name"])
+        writer.writeheader()
+        for film in range(60):
+            for review in range(5):
+                category = "fresh" if review % 2 else "rotten"
+                writer.writerow(
+                    {"category": category, "text": f"film {film} review {review}", "movie_name": f"film_{film}"}
+                )
+            writer.writerow({"category": "plot", "text": f"plot of {film}", "movie_name": f"film_{film}"})
+    from compression import assets, data
+
+    source = assets.SentimentSource("embedded", path, "Reviews", "embedded")
+    monkeypatch.setattr(data, "ensure_sentiment", lambda data_dir: source)
+    loaded = load_sentiment()
+    films = [{sentence.split(" review")[0] for sentence in part.sentences} for part in
+             (loaded.train, loaded.selection, loaded.validation)]  # fmt: skip
+    assert all(films) and len(films[0]) > 40
+    assert not films[0] & films[1] and not films[0] & films[2] and not films[1] & films[2]
+    assert sum(len(part) for part in (loaded.train, loaded.selection, loaded.validation)) == 300
+    assert loaded.train.labels[:5] == [0, 1, 0, 1, 0]
+
+
+def test_sample_is_seeded_and_keeps_pairs_together():
+    split = Split([f"s{row}" for row in range(100)], list(range(100)))
+    first, again, other = split.sample(0.3, 1), split.sample(0.3, 1), split.sample(0.3, 2)
+    assert len(first) == 30 and first == again and first != other
+    assert all(sentence == f"s{label}" for sentence, label in zip(first.sentences, first.labels, strict=True))
+
+
+@pytest.fixture
+def encoded():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 30, (700,), generator=generator).tolist()
+    return Encoded([[7] * length for length in lengths], torch.arange(700))
+
+
+def test_every_row_is_seen_once_an_epoch_in_a_new_order(encoded):
+    first, second = (length_grouped_order(encoded.lengths, 8, seed=3, epoch=epoch) for epoch in (1, 2))
+    assert sorted(row for rows in first for row in rows) == list(range(700))
+    assert first != second
+    assert first == length_grouped_order(encoded.lengths, 8, seed=3, epoch=1)
+
+
+def test_batches_are_grouped_by_length(encoded):
+    def padding(order):
+        padded = sum(len(rows) * max(len(encoded.ids[row]) for row in rows) for rows in order)
+        return padded / int(encoded.lengths.sum()) - 1
+
+    grouped = padding(length_grouped_order(encoded.lengths, 8, seed=3, epoch=1))
+    mixed = padding([list(range(start, min(start + 8, 700))) for start in range(0, 700, 8)])
+    assert grouped < 0.1 < mixed
+
+
+def test_collate_pads_and_masks():
+    encoded = Encoded([[5, 6, 7], [8]], torch.tensor([1, 0]))
+    batch = encoded.collate([1, 0], pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[8, 9, 9], [5, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [0, 1]
+
+
+def test_evaluation_batches_say_their_rows(encoded):
+    seen = torch.cat([batch["rows"] for batch in batches(encoded, 64, 0)])
+    assert sorted(seen.tolist()) == list(range(700))
+    for batch in batches(encoded, 64, 0):
+        assert batch["labels"].tolist() == batch["rows"].tolist()

@@ -1,0 +1,158 @@
+"""Gradual pruning on a tiny model: schedule, targets, structures that come back, modes."""
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_distilbert
+
+from compression.gradual import GradualPruning, GradualPruningConfig
+from compression.runtime import UserError
+from compression.structures import HEADS, KINDS, NEURONS, encoder_layers
+
+ROWS = 40
+MODES = ["l2", "kd_grad", "l2+kd_grad", "fisher"]
+
+
+def config(**changes):
+    defaults = dict(
+        num_epochs=3, pruning_start_epoch=1, pruning_end_epoch=2, batch_size=4, pruning_frequency=1, learning_rate=1e-3
+    )
+    return GradualPruningConfig(**(defaults | changes))
+
+
+@pytest.fixture
+def recipe_of():
+    def build(**changes):
+        logits = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(0))
+        return GradualPruning(tiny_distilbert(), logits, config(**changes))
+
+    return build
+
+
+def train_step(recipe, step, optimizer=None):
+    generator = torch.Generator().manual_seed(step)
+    batch = {
+        "input_ids": torch.randint(1, VOCABULARY, (4, 6), generator=generator),
+        "attention_mask": torch.ones(4, 6, dtype=torch.long),
+        "labels": torch.randint(0, 2, (4,), generator=generator),
+        "rows": torch.randint(0, ROWS, (4,), generator=generator),
+    }
+    recipe.model.zero_grad()
+    recipe.loss(recipe.model, batch, step)["loss"].backward()
+    recipe.after_backward(step)
+    if optimizer:
+        optimizer.step()
+    recipe.after_step(step)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_targets_are_met_at_the_end_of_the_pruning_phase(recipe_of, mode):
+    recipe = recipe_of(importance_mode=mode)
+    sparsities = []
+    for step in range(2 * recipe.steps_per_epoch):
+        train_step(recipe, step)
+        sparsities.append(recipe.sparsity()["neuron_sparsity"])
+    assert sparsities == sorted(sparsities) and sparsities[0] < 0.15
+    kept = recipe.kept()
+    heads, neurons = torch.cat(kept[HEADS]), torch.cat(kept[NEURONS])
+    assert 0.30 <= 1 - heads.float().mean() < 0.30 + 1 / 12
+    assert 0.20 <= 1 - neurons.float().mean() < 0.20 + 8 / 144
+    assert all(int(mask.sum()) % 8 == 0 for mask in kept[NEURONS])
+    assert all(mask.any() for mask in kept[HEADS])
+
+
+def test_one_ranking_removes_its_share_of_the_parameters(recipe_of):
+    recipe = recipe_of(enable_multi_granularity=False, target_sparsity=0.25)
+    for step in range(2 * recipe.steps_per_epoch):
+        train_step(recipe, step)
+    largest = max(parts.structure_parameters(kind) for parts in recipe.layers for kind in KINDS)
+    total = sum(parts.structure_parameters(kind) * parts.count(kind) for parts in recipe.layers for kind in KINDS)
+    assert 0.25 <= recipe.sparsity()["total_sparsity"] < 0.25 + 8 * largest / total
+
+
+def test_a_pruned_head_comes_back_when_it_matters(recipe_of):
+    recipe = recipe_of(importance_mode="kd_grad", pruning_frequency=1)
+    train_step(recipe, 0)
+    before = recipe.kept()[HEADS]
+    pruned_layer = next(index for index, mask in enumerate(before) if not mask.all())
+    # Make the output columns of the pruned heads large: their gradient score rises above all others.
+    outer = recipe.masked[HEADS][pruned_layer]
+    with torch.no_grad():
+        outer.weight.mul_(torch.where(outer.mask > 0, 1.0, 100.0))
+    train_step(recipe, 1)
+    came_back = recipe.kept()[HEADS][pruned_layer] & ~before[pruned_layer]
+    assert came_back.any()
+
+
+def test_mask_holds_after_every_optimizer_step(recipe_of, batch):
+    recipe = recipe_of()
+    optimizer = torch.optim.AdamW(recipe.model.parameters(), lr=1e-2)
+    for step in range(2 * recipe.steps_per_epoch + 2):
+        train_step(recipe, step, optimizer)
+    with torch.no_grad():
+        masked = recipe.model.eval()(**batch).logits
+        small = recipe.finish()
+        torch.testing.assert_close(small(**batch).logits, masked, atol=1e-5, rtol=0)
+    assert sum(parts.heads for parts in encoder_layers(small)) == 8
+
+
+def test_events_end_with_the_phase_and_are_enough(recipe_of):
+    recipe = recipe_of(pruning_start_epoch=2, pruning_end_epoch=3, pruning_frequency=100)
+    assert recipe.events[0] >= recipe.steps_per_epoch
+    assert recipe.events[-1] == 3 * recipe.steps_per_epoch - 1
+    assert len(recipe.events) >= 10
+    assert [recipe.phase(epoch) for epoch in (1, 2, 3)] == ["Warmup", "Pruning", "Pruning"]
+
+
+def test_gradients_count_only_within_the_window(recipe_of):
+    recipe = recipe_of(pruning_frequency=2, pruning_window_steps=1)
+    counted = []
+    for step in range(4):
+        train_step(recipe, step)
+        counted.append(recipe.scores.steps)
+    # Events are at the odd steps: the even ones are outside the window, and an event empties it.
+    assert counted == [0, 0, 0, 0]
+    recipe.scores.accumulate()
+    assert recipe.scores.steps == 1
+
+
+def test_scores_follow_the_lambdas(recipe_of):
+    def scores(**changes):
+        recipe = recipe_of(**changes)
+        train_step(recipe, 0)
+        train_step(recipe, 1)
+        recipe.scores.accumulate()
+        return torch.cat(recipe.scores.densities((NEURONS,))[NEURONS])
+
+    both, norm = scores(lambda_mag=1.0, lambda_grad=0.0), scores(importance_mode="l2")
+    torch.testing.assert_close(both, norm)
+    assert not torch.allclose(scores(), norm)
+
+
+def test_unreachable_sparsity_names_flag_and_limit(recipe_of):
+    with pytest.raises(UserError, match="--head_final_sparsity 0.9: .*at most 0.75 can go"):
+        recipe_of(head_final_sparsity=0.9)
+
+
+def test_temperature_alpha_and_rate_follow_the_schedule(recipe_of):
+    recipe = recipe_of()
+    assert (recipe.temperature(0), recipe.alpha(0)) == (10.0, 0.9)
+    assert (recipe.temperature(30), recipe.alpha(30)) == (2.0, pytest.approx(0.2))
+    assert recipe.learning_rate(19) == 1e-3
+    assert recipe.learning_rate(20) == 1e-5
+    assert recipe.learning_rate(29) < 2e-6
+
+
+def test_state_round_trip_gives_the_same_next_decision(recipe_of):
+    first, second = recipe_of(pruning_frequency=2), recipe_of(pruning_frequency=2)
+    for step in range(6):
+        train_step(first, step)
+    first.early_stopping.update(0.7)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load(first.state(), {name: tensor.clone() for name, tensor in first.tensors().items()})
+    assert second.early_stopping == first.early_stopping
+    for recipe in (first, second):
+        for step in range(6, 10):
+            train_step(recipe, step)
+    for kind in KINDS:
+        for one, other in zip(first.kept()[kind], second.kept()[kind], strict=True):
+            assert torch.equal(one, other)

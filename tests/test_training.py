@@ -1,0 +1,109 @@
+"""The training loop: resume gives what an undisturbed run gives, bad resumes are refused, several processes agree."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import VOCABULARY, tiny_distilbert
+
+from compression.data import Encoded
+from compression.gradual import GradualPruning, GradualPruningConfig
+from compression.runtime import UserError
+from compression.training import Recipe, TrainingConfig, clean_up, fit
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the loop may catch it."""
+
+
+@pytest.fixture
+def train():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 12, (42,), generator=generator).tolist()
+    ids = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return Encoded(ids, torch.randint(0, 2, (42,), generator=generator))
+
+
+class CrossEntropy(Recipe):
+    def loss(self, model, batch, step):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return {"loss": F.cross_entropy(logits, batch["labels"])}
+
+
+def gradual_recipe(model, **changes):
+    logits = torch.randn(42, 2, generator=torch.Generator().manual_seed(0))
+    fields = dict(
+        num_epochs=4, pruning_start_epoch=1, pruning_end_epoch=2, batch_size=8, save_steps=2, pruning_frequency=1,
+        learning_rate=1e-3, finetuning_learning_rate=1e-3, patience=1,
+    )  # fmt: skip
+    return GradualPruning(model, logits, GradualPruningConfig(**(fields | changes)))
+
+
+def run(train, work_dir, kill_at=None, inputs=None, **changes):
+    model = tiny_distilbert()
+    recipe = gradual_recipe(model, **changes)
+    after_step = recipe.after_step
+
+    def killing(step):
+        after_step(step)
+        if step == kill_at:
+            raise Killed
+
+    recipe.after_step = killing
+
+    def evaluate(_):
+        return {"accuracy": 0.5, "selection_accuracy": 0.5 + sum(p.sum().item() for p in model.parameters()) % 0.1}
+
+    history = fit(model, recipe, train, evaluate, work_dir, inputs or {}, 0)
+    return model, recipe, history
+
+
+@pytest.mark.parametrize("kill_at", [0, 3, 5, 6, 13, 19])
+def test_killed_and_resumed_equals_undisturbed(train, tmp_path, kill_at):
+    expected_model, expected_recipe, expected_history = run(train, tmp_path / "undisturbed")
+    with pytest.raises(Killed):
+        run(train, tmp_path / "killed", kill_at=kill_at)
+    model, recipe, history = run(train, tmp_path / "killed", resume=True)
+    assert history == expected_history
+    for (name, value), expected in zip(model.state_dict().items(), expected_model.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
+    for kind, masks in recipe.kept().items():
+        for mask, expected in zip(masks, expected_recipe.kept()[kind], strict=True):
+            assert torch.equal(mask, expected)
+    assert recipe.best.keys() == expected_recipe.best.keys() and recipe.best
+
+
+def test_same_seed_same_result_other_seed_other_result(train, tmp_path):
+    first, again, other = (run(train, tmp_path / str(i), seed=seed)[0] for i, seed in enumerate((1, 1, 2)))
+    weight = "distilbert.transformer.layer.0.ffn.lin1.weight"
+    assert torch.equal(first.state_dict()[weight], again.state_dict()[weight])
+    assert not torch.equal(first.state_dict()[weight], other.state_dict()[weight])
+
+
+def test_resume_with_other_settings_is_refused(train, tmp_path):
+    with pytest.raises(Killed):
+        run(train, tmp_path, kill_at=8, inputs={"parent": "a"})
+    with pytest.raises(UserError, match="differs in learning_rate, input 'parent'"):
+        run(train, tmp_path, resume=True, learning_rate=5e-4, inputs={"parent": "b"})
+
+
+def test_a_new_run_does_not_pick_up_an_old_state(train, tmp_path):
+    with pytest.raises(Killed):
+        run(train, tmp_path, kill_at=8)
+    _, _, history = run(train, tmp_path)
+    assert [record["epoch"] for record in history][0] == 1
+    assert len(list(tmp_path.glob("step_*"))) == 1
+    clean_up(tmp_path)
+    assert not tmp_path.exists()
+
+
+def test_training_learns(train, tmp_path):
+    model = tiny_distilbert()
+    config = TrainingConfig(num_epochs=12, batch_size=8, learning_rate=5e-3)
+    history = fit(model, CrossEntropy(config, len(train)), train, lambda _: {}, tmp_path, {}, 0)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+def test_missing_tracker_names_the_command_that_installs_it(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--track wandb: not installed; install it with: pip install wandb"):
+        run(train, tmp_path, track="wandb")
