@@ -1,0 +1,135 @@
+"""Stage 7: measure every model and write the report.
+
+    python 7_evaluate_and_generate_report.py [--fast]
+
+Reads what exists of MODELS_TO_EVALUATE under models/ and the validation sentences; writes results/final_report.json,
+.md and .png. A model that is missing is listed with the command that makes it.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from compression.checkpoint import find_newest, load_classifier
+from compression.config import StageConfig, run_script
+from compression.data import encode, load_sentiment
+from compression.evaluation.classification import classification_metrics, predict
+from compression.evaluation.efficiency import measure_latency, size_on_disk
+from compression.flops import count_macs, count_parameters
+from compression.report import (
+    Entry,
+    data_warnings,
+    describe_lineage,
+    missing_section,
+    relative_figures,
+    results_table,
+    write_report,
+)
+from compression.runtime import UserError, fingerprint, log, pick_device
+
+# What stage.json calls the stage (the newest checkpoint of it is taken), the name in the report, what makes it.
+MODELS_TO_EVALUATE = [
+    ("teacher", "Teacher", "python 1_finetune_teacher.py"),
+    ("student", "Distilled Student (Baseline)", "python 2_distill_student.py"),
+    ("student_softlabel", "Distilled Student (Soft Labels)", "python 2_distill_student.py --variant soft_labels"),
+    ("pruned", "Pruned Student (KGSP + MSP)", "python 8_pruning_with_finetuning.py"),
+]
+BASELINE = "Distilled Student (Baseline)"
+
+
+@dataclass
+class EvaluationConfig(StageConfig):
+    data_dir: str | None = None
+    """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
+    models_dir: Path = Path("models")
+    """Where the checkpoints are."""
+    output_dir: Path = Path("results")
+    """Where the report goes."""
+    max_length: int = 128
+    """Sentences are cut at this number of tokens for accuracy."""
+    flops_sequence_length: int = 128
+    """Tokens per sequence that GFLOPs are counted at."""
+    latency_sequence_length: int = 128
+    """Tokens per sequence that latency and throughput are measured at."""
+    throughput_batch_size: int = 32
+    """Sequences per batch for throughput; latency is measured on one sequence."""
+    latency_repeats: int = 100
+    """Timed passes per model for latency."""
+    throughput_repeats: int = 20
+    """Timed passes per model for throughput."""
+    seed: int = 0
+    """Fixes the token ids that are timed."""
+
+    presets: ClassVar = {"fast": dict(latency_repeats=30, throughput_repeats=8)}
+
+    def check(self) -> None:
+        for name in ("max_length", "flops_sequence_length", "latency_sequence_length"):
+            self.check_range(name, 4, 512)
+        for name in ("throughput_batch_size", "latency_repeats", "throughput_repeats"):
+            self.check_range(name, 1)
+
+
+def measure(name: str, folder: Path, model, tokenizer, validation, config: EvaluationConfig) -> Entry:
+    """Quality and cost of one model, all but its timings."""
+    encoded = encode(tokenizer, validation, config.max_length)
+    return {
+        "name": name,
+        "folder": str(folder),
+        "quality": classification_metrics(predict(model, encoded, tokenizer.pad_token_id), encoded.labels),
+        "parameters": count_parameters(model),
+        "macs": count_macs(model, config.flops_sequence_length).as_dict(),
+        "size": size_on_disk(folder),
+        "lineage": describe_lineage(folder),
+    }
+
+
+def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: EvaluationConfig) -> dict[str, Any]:
+    """Measure every model that was found."""
+    device, data = pick_device(), load_sentiment(config.data_dir)
+    loaded = {name: load_classifier(folder, device) for name, folder in found.items()}
+    entries = []
+    for name, (model, tokenizer) in loaded.items():
+        log.info("Evaluating %s on %d sentences of %s", name, len(data.validation), data.name)
+        entries.append(measure(name, found[name], model, tokenizer, data.validation, config))
+    log.info("Timing, the models taking turns")
+    models = {name: model for name, (model, _) in loaded.items()}
+    timings = measure_latency(
+        models, device, config.latency_sequence_length, config.latency_repeats, config.throughput_repeats,
+        config.throughput_batch_size, config.seed,
+    )  # fmt: skip
+    entries = [entry | timings[entry["name"]] for entry in entries]
+    baseline = next((entry for entry in entries if entry["name"] == BASELINE), None)
+    for entry in entries:
+        entry["relative"] = relative_figures(entry, baseline) if baseline else None
+    return {
+        "data": {"name": data.name, "source": data.source, "n": len(data.validation)},
+        "baseline": BASELINE,
+        "models": entries,
+        "missing": missing,
+        "warnings": data_warnings(entries, data.name),
+        "config": config.as_dict(),
+        "environment": fingerprint(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main(config: EvaluationConfig) -> None:
+    newest = {name: find_newest(config.models_dir, stage) for stage, name, _ in MODELS_TO_EVALUATE}
+    found = {name: folder for name, folder in newest.items() if folder}
+    missing = [{"name": name, "command": command} for _, name, command in MODELS_TO_EVALUATE if not newest[name]]
+    if not found:
+        command = missing[0]["command"]
+        raise UserError(f"--models_dir {config.models_dir}: no model to evaluate; make the first with: {command}")
+    report = build_report(found, missing, config)
+    paths = write_report(report, config.output_dir)
+    for section in (results_table(report), missing_section(report), "Written: " + ", ".join(map(str, paths))):
+        if section:
+            log.info("\n%s", section)
+
+
+if __name__ == "__main__":
+    run_script(EvaluationConfig, main)

@@ -1,0 +1,201 @@
+"""The classifier track through its real command lines, on a tiny slice of real text and tiny random models."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
+
+from compression.checkpoint import find_newest, load_classifier, read_stage
+from compression.data import load_sentiment
+from compression.structures import encoder_layers
+
+ROOT = Path(__file__).resolve().parent.parent
+SST2 = ROOT.parent / "shared" / "data" / "sst2"
+FLAGS = ["--fast", "--batch_size", "16"]
+
+
+def run(script, *flags, expect=0, **options):
+    result = subprocess.run(
+        [sys.executable, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
+    )
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def sentences():
+    """A few hundred labelled sentences: SST-2 where it is at hand, else the embedded reviews."""
+    data = load_sentiment(str(SST2) if SST2.exists() else None)
+    return data.train.take(list(range(240))), data.validation.take(list(range(60)))
+
+
+@pytest.fixture(scope="module")
+def data_dir(sentences, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, split in zip(("train.tsv", "dev.tsv"), sentences, strict=True):
+        rows = [f"{text}\t{label}" for text, label in zip(split.sentences, split.labels, strict=True)]
+        (folder / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def starts(sentences, tmp_path_factory):
+    """Tiny random encoders with a tokenizer of the text's own words."""
+    folder = tmp_path_factory.mktemp("starts")
+    words = sorted(
+        {word for split in sentences for text in split.sentences for word in re.findall(r"\w+", text.lower())}
+    )
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    bert = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=48, num_attention_heads=6, intermediate_size=64, num_hidden_layers=2
+    )
+    distilbert = DistilBertConfig(vocab_size=len(vocabulary), dim=48, n_heads=6, hidden_dim=64, n_layers=2)
+    for name, model in (("bert", BertModel(bert)), ("distilbert", DistilBertModel(distilbert))):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(starts, data_dir, tmp_path_factory):
+    """Stages 1, 2 and 8 have run."""
+    models_dir = tmp_path_factory.mktemp("models")
+    common = [*FLAGS, "--data_dir", data_dir, "--models_dir", models_dir]
+    run("1_finetune_teacher.py", *common, "--teacher", starts / "bert")
+    run("2_distill_student.py", *common, "--student", starts / "distilbert")
+    run("8_pruning_with_finetuning.py", *common, "--train_fraction", 1)
+    return models_dir
+
+
+@pytest.fixture(scope="module")
+def common(models, data_dir):
+    return [*FLAGS, "--data_dir", data_dir, "--models_dir", models]
+
+
+def test_pruned_checkpoint_is_smaller_and_says_where_it_came_from(models):
+    pruned = find_newest(models, "pruned")
+    assert re.fullmatch(r"pruning_with_finetuning_\d{8}_\d{6}", pruned.name)
+    stage, history = read_stage(pruned), json.loads((pruned / "training_history.json").read_text())
+    assert stage["parent"] == str(models / "student_model")
+    assert stage["inputs"]["teacher"]["path"] == str(models / "teacher_model")
+    assert stage["config"]["head_final_sparsity"] == 0.30 and stage["data"]["name"] == "SST-2 (GLUE)"
+    assert stage["metrics"]["logit_difference"] < 1e-5
+    assert [record["phase"] for record in history] == ["Pruning", "Pruning", "Finetuning", "Finetuning"]
+    assert set(history[0]) == {
+        "epoch", "phase", "loss", "soft_label_loss", "cross_entropy", "accuracy", "selection_accuracy",
+        "head_sparsity", "neuron_sparsity", "total_sparsity", "learning_rate", "temperature", "alpha",
+    }  # fmt: skip
+    layers = encoder_layers(load_classifier(pruned)[0])
+    assert sum(layer.heads for layer in layers) == 8  # 30 % of 12 heads is 3.6, so 4 went
+    assert sum(layer.neurons for layer in layers) == 96  # 20 % of 128 neurons, in blocks of 8, is 32
+    dense = load_classifier(models / "student_model")[0]
+    assert sum(p.numel() for p in encoder_layers(dense)[0].q.parameters()) == 48 * 49
+
+
+def test_report_lists_what_is_there_and_what_is_missing(models, common, tmp_path):
+    result = run(
+        "7_evaluate_and_generate_report.py", "--fast", *common[3:], "--output_dir", tmp_path, "--latency_repeats", 2,
+        "--throughput_repeats", 2, "--throughput_batch_size", 2, "--latency_sequence_length", 8,
+    )  # fmt: skip
+    report = json.loads((tmp_path / "final_report.json").read_text())
+    names = [entry["name"] for entry in report["models"]]
+    assert names == ["Teacher", "Distilled Student (Baseline)", "Pruned Student (KGSP + MSP)"]
+    assert report["data"]["name"] == "SST-2 (GLUE)" and report["data"]["n"] == 60
+    assert report["models"][2]["relative"]["encoder_macs"] < 0.8
+    assert (
+        report["models"][2]["quality"]["accuracy"] == read_stage(find_newest(models, "pruned"))["metrics"]["accuracy"]
+    )
+    assert "python 2_distill_student.py --variant soft_labels" in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {f"final_report.{end}" for end in ("json", "md", "png")}
+    assert (tmp_path / "final_report.png").stat().st_size > 20_000
+
+
+def test_finished_stage_is_skipped_only_while_nothing_changed(common, models, starts):
+    student = ["--student", starts / "distilbert", "--skip_existing"]
+    before = read_stage(models / "student_model")["created"]
+    assert "skipped" in run("2_distill_student.py", *common, *student).stdout
+    assert read_stage(models / "student_model")["created"] == before
+    assert "skipped" in run("8_pruning_with_finetuning.py", *common, "--train_fraction", 1, "--skip_existing").stdout
+    assert (
+        "skipped"
+        not in run("2_distill_student.py", *common, *student, "--alpha", 0.4, "--variant", "soft_labels").stdout
+    )
+
+
+def test_sigkill_and_resume_give_the_undisturbed_result(common, models, tmp_path):
+    inputs = ["--student_path", models / "student_model", "--teacher_path", models / "teacher_model"]
+    flags = [*common[:5], *inputs, "--train_fraction", 1, "--num_epochs", 6, "--save_steps", 2]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run("8_pruning_with_finetuning.py", *flags, "--models_dir", tmp_path / "whole", env=environment)
+    command = [sys.executable, "8_pruning_with_finetuning.py", *flags, "--models_dir", tmp_path / "killed", "--resume"]
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
+    state = tmp_path / "killed" / ".pruned.resume"
+    while process.poll() is None and not list(state.glob("step_0000003*/state.json")):
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert find_newest(tmp_path / "killed", "pruned") is None
+
+    resumed = run(*command[1:], env=environment)
+    assert "Resumed at epoch" in resumed.stdout
+    whole, killed = (find_newest(tmp_path / name, "pruned") for name in ("whole", "killed"))
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    assert (whole / "training_history.json").read_text() == (killed / "training_history.json").read_text()
+    assert read_stage(whole)["metrics"] == read_stage(killed)["metrics"]
+    assert not state.exists()
+
+
+PRUNE, REPORT = "8_pruning_with_finetuning.py", "7_evaluate_and_generate_report.py"
+DISTIL, FINETUNE = "2_distill_student.py", "1_finetune_teacher.py"
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (PRUNE, "--head_final_sparsity 1.5", "--head_final_sparsity 1.5: allowed is 0 to 0.99"),
+        (PRUNE, "--head_final_sparsity 0.9", "--head_final_sparsity 0.9: with --min_heads 1"),
+        (PRUNE, "--preset bold", "--preset bold: unknown; allowed: aggressive, conservative, fast"),
+        (PRUNE, "--student_path nowhere", "nowhere: no checkpoint there; make it with: python 2_distill_student.py"),
+        (DISTIL, "--teacher_path nowhere", "nowhere: no checkpoint there; make it with: python 1_finetune_teacher.py"),
+        (FINETUNE, "--data_dir nowhere", "nowhere"),
+        (REPORT, "--models_dir nowhere", "--models_dir nowhere: no model to evaluate"),
+    ],
+)
+def test_mistakes_end_in_one_line(script, flags, message, models, starts, data_dir):
+    known = ["--data_dir", data_dir, "--models_dir", models]
+    if script.startswith("1"):
+        known += ["--teacher", starts / "bert"]
+    result = run(script, *known, *flags.split(), expect=2)
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
+def test_unsupported_architecture_writes_nothing(models, common, tmp_path):
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=600, pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(models / "student_model").save_pretrained(tmp_path / "gpt2")
+    before = sorted(models.iterdir())
+    result = run("8_pruning_with_finetuning.py", *common, "--student_path", tmp_path / "gpt2", expect=2)
+    assert "model type 'gpt2' cannot be pruned here; supported: bert, distilbert" in result.stderr
+    assert sorted(models.iterdir()) == before
