@@ -16,3 +16,6 @@ if [ "$(cat .venv/installed.txt 2>/dev/null)" != "$wanted" ]; then
     python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     echo "$wanted" > .venv/installed.txt
 fi
+
+# OpenMP threads that wait by spinning bring a machine that does anything else beside this to a crawl.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"

@@ -1,5 +1,7 @@
 """How well a classifier classifies: accuracy, F1, AUC, confusion matrix."""
 
+from typing import Any
+
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
 from torch import Tensor
@@ -21,20 +23,24 @@ def predict(model: PreTrainedModel, encoded: Encoded, pad_token_id: int, batch_s
     return logits
 
 
-def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float | int | list[list[int]]]:
+def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
     """Metrics of a two-class classifier.
 
     Args:
         logits: [rows, 2]. labels: [rows], 0 negative, 1 positive.
 
     Returns:
-        n, accuracy, f1 and auc of the positive class, confusion_matrix [[tn, fp], [fn, tp]].
+        n, accuracy and its binomial standard error sqrt(p (1 - p) / n), F1 and area under the ROC curve of the
+        positive class (None where only one class occurs), confusion matrix [[tn, fp], [fn, tp]].
     """
     predicted, truth = logits.argmax(-1).numpy(), labels.numpy()
+    accuracy = accuracy_score(truth, predicted)
+    positive = logits.softmax(-1)[:, 1].numpy()
     return {
         "n": len(truth),
-        "accuracy": accuracy_score(truth, predicted),
-        "f1": f1_score(truth, predicted),
-        "auc": roc_auc_score(truth, logits.softmax(-1)[:, 1].numpy()),
+        "accuracy": accuracy,
+        "accuracy_standard_error": (accuracy * (1 - accuracy) / len(truth)) ** 0.5,
+        "f1": f1_score(truth, predicted, zero_division=0.0),
+        "roc_auc": roc_auc_score(truth, positive) if 0 < truth.sum() < len(truth) else None,
         "confusion_matrix": confusion_matrix(truth, predicted, labels=[0, 1]).tolist(),
     }

@@ -1,0 +1,113 @@
+"""What a model costs where it runs: latency, throughput, size on disk.
+
+Models are timed interleaved, round after round in one process and in a rotating order, so that a change of clock
+speed, temperature or load meets all of them alike. Numbers of two separate runs do not have that.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+WARM_UP_CALLS = 3
+
+
+def interleaved_times(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, untimed: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of each call, one per round, by name.
+
+    Args:
+        calls: what to time; each is called a few times first, untimed.
+        rounds: in each, every call has one turn; the one that goes first changes from round to round.
+        device: where the calls compute; a CUDA device is synchronized around each timed call.
+        untimed: calls before the timed one of each turn, so that the caches hold this model and not the last one.
+    """
+    names = list(calls)
+    for name in names:
+        for _ in range(WARM_UP_CALLS):
+            calls[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            for _ in range(untimed):
+                calls[name]()
+            seconds[name].append(_time(calls[name], device))
+    return seconds
+
+
+def _time(call: Callable[[], Any], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    device: torch.device,
+    sequence_length: int,
+    latency_repeats: int,
+    throughput_repeats: int,
+    throughput_batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Latency at batch 1 and throughput at a larger batch, per model.
+
+    All models get the same random token ids of full length: no padding, nothing to skip.
+
+    Args:
+        models: Hugging Face models on `device`, in evaluation mode.
+        sequence_length: tokens per sequence.
+        latency_repeats, throughput_repeats: timed calls per model; medians and percentiles are over these.
+
+    Returns:
+        By name: {"latency": median, p10, p90 in milliseconds; "throughput": the same in samples per second}, with
+        batch size, sequence length and number of repeats beside them.
+    """
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    generator = torch.Generator().manual_seed(seed)
+    shape = (throughput_batch_size, sequence_length)
+    ids = torch.randint(vocabulary, shape, generator=generator).to(device)
+
+    one = interleaved_times(_forwards(models, ids[:1]), latency_repeats, device, untimed=1)
+    many = interleaved_times(_forwards(models, ids), throughput_repeats, device)
+    stated = {"sequence_length": sequence_length}
+    return {
+        name: {
+            "latency": _spread(np.array(one[name]) * 1e3, "ms") | stated | {"batch_size": 1},
+            "throughput": _spread(throughput_batch_size / np.array(many[name]), "samples_per_second")
+            | stated
+            | {"batch_size": throughput_batch_size},
+        }
+        for name in models
+    }
+
+
+def _forwards(models: Mapping[str, nn.Module], ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    mask = torch.ones_like(ids)
+    return {name: lambda model=model: model(input_ids=ids, attention_mask=mask) for name, model in models.items()}
+
+
+def _spread(values: np.ndarray, unit: str) -> dict[str, float]:
+    low, median, high = (float(value) for value in np.percentile(values, (10, 50, 90)))
+    return {f"median_{unit}": median, f"p10_{unit}": low, f"p90_{unit}": high, "repeats": len(values)}
+
+
+def size_on_disk(folder: Path) -> dict[str, int]:
+    """Bytes of a checkpoint: its weight files (`*.safetensors`) and the whole folder."""
+    sizes = {path: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
+    weights = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
+    return {"weights_bytes": weights, "folder_bytes": sum(sizes.values())}

@@ -1,0 +1,144 @@
+"""Multiply-accumulates (MACs) and parameters, counted on the model as it is.
+
+1 MAC = 2 FLOPs, and every figure states its sequence length: attention grows with the square of it. Counted are the
+matrix products, which are nearly all of a transformer's arithmetic: Linear layers, QK^T and AV. LayerNorm, softmax,
+activations and biases are not counted.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from compression.runtime import UserError
+from compression.structures import LayerParts, encoder_layers
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """MACs of one forward pass over a batch of full-length sequences."""
+
+    sequence_length: int
+    batch_size: int
+    linear: int
+    """Linear layers of the encoder."""
+    attention: int
+    """QK^T and AV."""
+    classifier: int
+    """Linear layers outside the encoder: pooler and classification head."""
+
+    @property
+    def encoder(self) -> int:
+        return self.linear + self.attention
+
+    @property
+    def total(self) -> int:
+        return self.encoder + self.classifier
+
+    @property
+    def gflops(self) -> float:
+        """10^9 floating-point operations: twice the MACs."""
+        return 2 * self.total / 1e9
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Everything as plain JSON values."""
+        return {
+            "sequence_length": self.sequence_length,
+            "batch_size": self.batch_size,
+            "total": self.total,
+            "encoder": self.encoder,
+            "linear": self.linear,
+            "attention": self.attention,
+            "classifier": self.classifier,
+            "gflops": self.gflops,
+        }
+
+
+def count_macs(model: PreTrainedModel, sequence_length: int, batch_size: int = 1) -> MacCount:
+    """Run the model once and count the matrix products it does.
+
+    Args:
+        sequence_length: tokens per sequence, none of them padding.
+        batch_size: sequences in the batch that is counted.
+
+    Raises:
+        UserError: the model has no positions for sequences that long, or is of an unknown architecture.
+    """
+    positions = getattr(model.config, "max_position_embeddings", sequence_length)
+    if not 1 <= sequence_length <= positions:
+        raise UserError(f"sequence length {sequence_length}: allowed is 1 to {positions} for this model")
+    ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=model.device)
+    with _eager_evaluation(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+    macs = {
+        module: flops.get(f"{type(model).__name__}.{name}", 0) // 2
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    encoder_linears = {linear for layer in encoder_layers(model) for linear in _linears(layer)}
+    linear = sum(count for module, count in macs.items() if module in encoder_linears)
+    # A matrix product outside every Linear layer is attention's: QK^T or AV.
+    attention = flops["Global"] // 2 - sum(macs.values())
+    return MacCount(sequence_length, batch_size, linear, attention, sum(macs.values()) - linear)
+
+
+@contextmanager
+def _eager_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Eager attention, whose two products FlopCounterMode sees (SDPA on a CPU counts as zero), and no dropout."""
+    implementation = model.config._attn_implementation
+    training = {module: module.training for module in model.modules()}
+    model.set_attn_implementation("eager")
+    if model.config._attn_implementation != "eager":
+        raise RuntimeError(f"{type(model).__name__} cannot switch to eager attention: its MACs cannot be counted")
+    model.eval()
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def encoder_macs_formula(layers: Sequence[LayerParts], sequence_length: int) -> int:
+    """MACs of the encoder for one sequence, from the shapes of its Linear layers.
+
+    S * weights + 2 * S^2 * heads * head_size per layer: each weight is used once per token, and QK^T and AV take
+    S * S * head_size MACs each per head.
+    """
+    weights = sum(linear.in_features * linear.out_features for layer in layers for linear in _linears(layer))
+    attended = sum(layer.heads * layer.head_size for layer in layers)
+    return sequence_length * weights + 2 * sequence_length**2 * attended
+
+
+def _linears(layer: LayerParts) -> tuple[nn.Linear, ...]:
+    return layer.q, layer.k, layer.v, layer.o, layer.up, layer.down
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters of a model: total, embeddings (tables and their LayerNorm), encoder (all layers), head (the rest)."""
+    counts = {"total": 0, "embeddings": 0, "encoder": 0, "head": 0}
+    counted = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in counted:  # tied weights are stored once
+                continue
+            counted.add(id(parameter))
+            packed = isinstance(module, nn.Linear) and name == "weight"
+            # 4-bit Linear layers store two weights in an element, so count by the layer's shape.
+            size = module.in_features * module.out_features if packed else parameter.numel()
+            counts["total"] += size
+            counts[_part(f"{module_name}.{name}")] += size
+    return counts
+
+
+def _part(parameter_name: str) -> str:
+    if re.search(r"\blayers?\.\d+\.", parameter_name):
+        return "encoder"
+    return "embeddings" if "embed" in parameter_name else "head"

@@ -1,0 +1,121 @@
+"""Metrics against values worked out by hand, the order of predictions, and how models are timed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_bert, tiny_distilbert
+from torch import nn
+
+from compression.data import Encoded, batches
+from compression.evaluation import efficiency
+from compression.evaluation.classification import classification_metrics, predict
+from compression.evaluation.efficiency import interleaved_times, measure_latency, size_on_disk
+
+CPU = torch.device("cpu")
+
+
+def test_metrics_of_a_small_example():
+    # Margins of the positive class, from sure-negative to sure-positive; predicted positive where above 0.
+    margins = torch.tensor([-3.0, -1.0, 1.0, 2.0, -2.0, 3.0, 4.0, 0.5])
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 1, 1])
+    metrics = classification_metrics(torch.stack([torch.zeros(8), margins], dim=1), labels)
+    assert metrics["confusion_matrix"] == [[2, 1], [1, 4]]
+    assert metrics["n"] == 8
+    assert metrics["accuracy"] == 6 / 8
+    assert metrics["accuracy_standard_error"] == pytest.approx((0.75 * 0.25 / 8) ** 0.5)
+    assert metrics["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
+    # Of the 3 * 5 pairs, the negative at 1.0 is wrong against the positives at -1.0 and 0.5.
+    assert metrics["roc_auc"] == pytest.approx(13 / 15)
+
+
+def test_metrics_where_one_class_occurs():
+    metrics = classification_metrics(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0]))
+    assert metrics["roc_auc"] is None
+    assert (metrics["accuracy"], metrics["f1"], metrics["confusion_matrix"]) == (1.0, 0.0, [[2, 0], [0, 0]])
+
+
+def test_predictions_are_in_the_order_of_the_rows(tiny_model):
+    generator = torch.Generator().manual_seed(3)
+    lengths = (9, 2, 5, 9, 1, 3, 7, 2)
+    rows = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    encoded = Encoded(rows, torch.zeros(len(rows), dtype=torch.long))
+    order = torch.cat([batch["rows"] for batch in batches(encoded, 3, 0)]).tolist()
+    assert order != sorted(order), "the batches must not be in the order of the rows, else this tests nothing"
+
+    tiny_model.train()
+    logits = predict(tiny_model, encoded, pad_token_id=0, batch_size=3)
+    assert tiny_model.training
+    tiny_model.eval()
+    with torch.no_grad():
+        alone = torch.cat([tiny_model(input_ids=torch.tensor([row])).logits for row in rows])
+    torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
+    assert alone.std(dim=0).min() > 1e-3, "rows that all look alike would hide a wrong order"
+
+
+def test_models_take_turns_in_rotating_order():
+    called = []
+    calls = {name: lambda name=name: called.append(name) for name in "abc"}
+    seconds = interleaved_times(calls, rounds=4, device=CPU)
+    warm_up = 3 * efficiency.WARM_UP_CALLS
+    assert "".join(called[warm_up:]) == "abcbcacababc"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+class Clock:
+    """Stands in for `time`; it moves on only when a model is called."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class TimedModel(nn.Module):
+    """Takes a known time per sequence, and notes what it was given."""
+
+    def __init__(self, clock, milliseconds):
+        super().__init__()
+        self.clock, self.milliseconds, self.inputs = clock, milliseconds, []
+        self.config = SimpleNamespace(vocab_size=50)
+
+    def forward(self, input_ids, attention_mask):
+        assert attention_mask.all() and attention_mask.shape == input_ids.shape
+        self.clock.now += self.milliseconds * len(input_ids) / 1e3
+        self.inputs.append(input_ids)
+
+
+def test_latency_and_throughput_of_models_of_known_speed(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(efficiency, "time", clock)
+    models = {"slow": TimedModel(clock, 8.0), "fast": TimedModel(clock, 2.0)}
+    measured = measure_latency(models, CPU, 12, latency_repeats=5, throughput_repeats=3, throughput_batch_size=32)
+    for name, milliseconds in (("slow", 8.0), ("fast", 2.0)):
+        latency, throughput = measured[name]["latency"], measured[name]["throughput"]
+        assert latency["median_ms"] == pytest.approx(milliseconds)
+        assert throughput["median_samples_per_second"] == pytest.approx(1000 / milliseconds)
+        assert (latency["batch_size"], latency["repeats"]) == (1, 5)
+        assert (throughput["batch_size"], throughput["repeats"]) == (32, 3)
+        assert latency["sequence_length"] == throughput["sequence_length"] == 12
+    slow, fast = (models[name].inputs for name in ("slow", "fast"))
+    assert {tuple(ids.shape) for ids in slow} == {(1, 12), (32, 12)}
+    assert all(torch.equal(one, other) for one, other in zip(slow, fast, strict=True))
+    assert len(slow[-1].unique()) > 10, "not random token ids"
+
+
+def test_spread_is_ordered_on_real_models():
+    models = {"bert": tiny_bert(), "distilbert": tiny_distilbert()}
+    for measured in measure_latency(models, CPU, 8, 6, 4, throughput_batch_size=2).values():
+        latency, throughput = measured["latency"], measured["throughput"]
+        assert 0 < latency["p10_ms"] <= latency["median_ms"] <= latency["p90_ms"]
+        low, high = throughput["p10_samples_per_second"], throughput["p90_samples_per_second"]
+        assert 0 < low <= throughput["median_samples_per_second"] <= high
+
+
+def test_size_on_disk_counts_weights_and_folder(tmp_path):
+    for name, size in (("model-00001.safetensors", 300), ("model-00002.safetensors", 200), ("config.json", 7)):
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "more.txt").write_bytes(bytes(5))
+    assert size_on_disk(tmp_path) == {"weights_bytes": 500, "folder_bytes": 512}

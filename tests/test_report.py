@@ -1,0 +1,287 @@
+"""The report: what it says, what it is drawn from, which files it leaves."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+from conftest import HEADS, NEURONS, tiny_bert, tiny_distilbert
+from matplotlib.collections import PathCollection
+from matplotlib.image import imread
+from transformers import AutoTokenizer
+
+from compression import report as report_module
+from compression.checkpoint import describe_stage, identify, read_stage, save_classifier, write_json
+from compression.flops import count_macs
+from compression.plots import LARGEST_MARKER, SHAPES, _unit_area, plot_accuracy_against_gflops
+from compression.report import (
+    build_markdown,
+    data_warnings,
+    describe_lineage,
+    relative_figures,
+    results_table,
+    write_report,
+)
+from compression.runtime import ROOT, UserError
+from compression.structures import HEADS as HEAD_KIND
+from compression.structures import NEURONS as NEURON_KIND
+from compression.surgery import shrink
+
+FILES = {"final_report.json", "final_report.md", "final_report.png"}
+
+
+def entry(name, accuracy, gflops, megabytes, throughput, data="SST-2 (GLUE)"):
+    macs = int(gflops * 1e9 / 2)
+    return {
+        "name": name,
+        "folder": f"models/{name.split()[0].lower()}",
+        "quality": {
+            "n": 800, "accuracy": accuracy, "accuracy_standard_error": (accuracy * (1 - accuracy) / 800) ** 0.5,
+            "f1": 0.8765, "roc_auc": 0.9432, "confusion_matrix": [[351, 49], [38, 362]],
+        },
+        "parameters": {"total": int(megabytes * 250_000), "embeddings": 11_920_000, "encoder": int(macs / 100)},
+        "macs": {"total": macs, "encoder": macs - 1000, "gflops": gflops},
+        "size": {"weights_bytes": int(megabytes * 1e6), "folder_bytes": int(megabytes * 1e6) + 999},
+        "latency": {"median_ms": 12.34, "p10_ms": 11.11, "p90_ms": 15.67},
+        "throughput": {
+            "median_samples_per_second": throughput,
+            "p10_samples_per_second": 0.9 * throughput,
+            "p90_samples_per_second": 1.1 * throughput,
+        },
+        "lineage": {
+            "stage": "a stage", "created": "2026-01-02T03:04:05+00:00", "seed": 42, "parent": None,
+            "ancestors": ["models/parent", "models/grandparent"], "config_digest": "0123456789ab",
+            "config": {"num_epochs": 15, "unset": None}, "data": {"name": data},
+        },
+    }  # fmt: skip
+
+
+@pytest.fixture
+def report():
+    baseline = entry("Distilled Student (Baseline)", 0.9000, 10.0, 200.0, 100.0)
+    entries = [
+        entry("Teacher", 0.9250, 20.0, 400.0, 55.0),
+        baseline,
+        entry("Pruned Student", 0.8950, 5.0, 150.0, 160.0),
+    ]
+    for each in entries:
+        each["relative"] = relative_figures(each, baseline)
+    return {
+        "data": {"name": "SST-2 (GLUE)", "source": "a local folder", "n": 800},
+        "baseline": baseline["name"],
+        "models": entries,
+        "missing": [{"name": "Soft Label Student", "command": "python 2_distill_student.py --variant soft_labels"}],
+        "warnings": ["the warning that was given"],
+        "config": {
+            "max_length": 96, "flops_sequence_length": 128, "latency_sequence_length": 64,
+            "throughput_batch_size": 32, "latency_repeats": 100, "throughput_repeats": 20,
+        },
+        "environment": {"torch": "2.13.0", "processor": "a processor"},
+        "device": "the CPU",
+        "created": "2026-01-02T03:04:05+00:00",
+    }  # fmt: skip
+
+
+def row(markdown, name):
+    """The cells of a model's row in the first table that has one."""
+    line = next(line for line in markdown.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_relative_figures_worked_out_by_hand(report):
+    relative = report["models"][2]["relative"]
+    assert relative["accuracy_points"] == pytest.approx(-0.5)
+    assert relative["macs"] == pytest.approx(0.5)
+    assert relative["weights_bytes"] == relative["parameters"] == pytest.approx(0.75)
+    assert relative["throughput"] == pytest.approx(1.6)
+    assert relative["throughput_per_mac_reduction"] == pytest.approx(0.8), "1.6 times as fast at half of the MACs"
+
+
+def test_markdown_shows_the_numbers_of_the_json(report):
+    assert row(results_table(report), "Pruned Student") == [
+        "Pruned Student", "89.50 ± 1.08", "0.8765", "0.9432", "37.50", "11.92", "25.00", "5.000", "2.500", "150.0",
+        "12.34 (11.11–15.67)", "160.0 (144.0–176.0)",
+    ]  # fmt: skip
+    markdown = build_markdown(report)
+    against = markdown[markdown.index("## Against Distilled Student (Baseline)") :]
+    assert row(against, "Pruned Student")[1:5] == ["-0.50", "×0.75", "×0.50", "×0.50"]
+    assert row(against, "Pruned Student")[-2:] == ["×1.60", "0.80"]
+    confusion = markdown[markdown.index("## Confusion matrices") :]
+    assert row(confusion, "Teacher") == ["Teacher", "351", "49", "38", "362"]
+
+
+def test_markdown_says_what_the_numbers_hold_for(report):
+    markdown = build_markdown(report)
+    for said in (
+        "> **Warning:** the warning that was given",
+        "SST-2 (GLUE), validation set, n = 800 (a local folder)",
+        "torch 2.13.0, processor a processor, timed on the CPU",
+        "96 at most for accuracy, 128 for GFLOPs, 64 for latency and throughput",
+        "GFLOPs @128",
+        "1 MAC = 2 FLOPs",
+        "models/parent ← models/grandparent",
+        "0123456789ab",
+        "`num_epochs=15`",
+        "- Soft Label Student: `python 2_distill_student.py --variant soft_labels`",
+    ):
+        assert said in markdown
+    assert "unset" not in markdown
+
+
+def test_markdown_without_the_baseline(report):
+    report["models"] = [each | {"relative": None} for each in report["models"] if each["name"] == "Teacher"]
+    report["models"][0]["quality"]["roc_auc"] = None
+    markdown = build_markdown(report)
+    assert "No comparison with Distilled Student (Baseline): it is missing." in markdown
+    assert row(markdown, "Teacher")[3] == "undefined"
+
+
+def test_other_training_data_is_warned_of():
+    entries = [
+        entry("Same", 0.9, 1, 1, 1),
+        entry("Other", 0.9, 1, 1, 1, data="review sentences"),
+        entry("Silent", 0.9, 1, 1, 1, data=None),
+    ]
+    assert data_warnings(entries, "SST-2 (GLUE)") == [
+        "Other (models/other) was trained on review sentences but is evaluated on SST-2 (GLUE).",
+        "Silent (models/silent) does not record what data it was trained on.",
+    ]
+
+
+def test_lineage_follows_the_parents(tmp_path):
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    write_json(
+        teacher / "stage.json", {"stage": "teacher", "parent": str(ROOT / "models" / "base"), "config": {"a": 1}}
+    )
+    write_json(student / "stage.json", {"stage": "student", "parent": str(teacher), "config": {"a": 2}, "seed": 7})
+    lineage = describe_lineage(student)
+    assert (lineage["stage"], lineage["seed"], lineage["data"]) == ("student", 7, None)
+    assert lineage["ancestors"] == [str(teacher), "models/base"]
+    assert lineage["config_digest"] != describe_lineage(teacher)["config_digest"]
+    unknown = describe_lineage(tmp_path)
+    assert unknown.pop("ancestors") == [] and set(unknown.values()) == {None}
+
+
+def test_exactly_three_files_are_written(report, tmp_path):
+    paths = write_report(report, tmp_path / "results")
+    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES == {path.name for path in paths}
+    assert json.loads(paths[0].read_text()) == report
+    assert paths[1].read_text() == build_markdown(report)
+    pixels = imread(paths[2])
+    assert pixels.shape[:2] == (1040, 1920)
+    assert len(set(map(tuple, pixels[::4, ::4, :3].reshape(-1, 3)))) > 50, "the figure is blank"
+
+
+def test_a_failed_figure_leaves_the_old_report(report, tmp_path, monkeypatch):
+    write_report(report, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(report_module, "plot_accuracy_against_gflops", lambda report: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(report | {"created": "later"}, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_marker_area_is_proportional_to_size_whatever_the_shape(report):
+    axes = plot_accuracy_against_gflops(report).axes[0]
+    # Empty scatters are there for the legends only.
+    markers = [marks for marks in axes.collections if isinstance(marks, PathCollection) and len(marks.get_offsets())]
+    areas = [marks.get_sizes()[0] * _unit_area(shape) for marks, shape in zip(markers, SHAPES, strict=False)]
+    assert areas == pytest.approx([LARGEST_MARKER, LARGEST_MARKER / 2, LARGEST_MARKER * 150 / 400])
+    places = [tuple(marks.get_offsets()[0]) for marks in markers]
+    assert places == [pytest.approx(place) for place in ((20, 92.5), (10, 90), (5, 89.5))]
+    assert (_unit_area("s"), _unit_area("o")) == (pytest.approx(1), pytest.approx(torch.pi / 4, rel=1e-3))
+
+
+# The script, on tiny checkpoints.
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = ROOT / "7_evaluate_and_generate_report.py"
+    spec = importlib.util.spec_from_file_location("evaluate_and_generate_report", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        rows = [f"{letter} a b{' c' * index}\t{index % 2}" for index, letter in enumerate("abcdefghijklmnopqrst")]
+        (folder / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return folder
+
+
+@pytest.fixture
+def models_dir(tmp_path):
+    """A teacher of other data, the student, and a pruned student made from it."""
+    (tmp_path / "tokenizer").mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    student = tiny_distilbert()
+    kept = {
+        HEAD_KIND: [torch.arange(HEADS) < count for count in (4, 2, 1)],
+        NEURON_KIND: [torch.arange(NEURONS) < count for count in (24, 8, 48)],
+    }
+    folder = tmp_path / "models"
+    for stage, model, parent, data in (
+        ("teacher", tiny_bert(), None, "review sentences"),
+        ("student", student, None, "SST-2 (GLUE)"),
+        ("pruned", shrink(student, kept), folder / "student_model", "SST-2 (GLUE)"),
+    ):
+        inputs = {"parent": identify(parent)} if parent else {}
+        about = describe_stage(stage, {"seed": 1, "num_epochs": 3}, inputs, {}, {"name": data})
+        save_classifier(folder / f"{stage}_model", model, tokenizer, about)
+    return folder
+
+
+def config_of(script, models_dir, data_dir, output_dir):
+    return script.EvaluationConfig(
+        data_dir=str(data_dir), models_dir=models_dir, output_dir=output_dir, max_length=32, flops_sequence_length=16,
+        latency_sequence_length=8, throughput_batch_size=2, latency_repeats=3, throughput_repeats=2,
+    )  # fmt: skip
+
+
+def test_script_measures_every_model_there_is(script, models_dir, data_dir, tmp_path):
+    config = config_of(script, models_dir, data_dir, tmp_path / "results")
+    script.main(config)
+    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES
+    report = json.loads((tmp_path / "results" / "final_report.json").read_text())
+    assert report["config"] == config.as_dict()
+    assert report["data"] == {"name": "SST-2 (GLUE)", "source": "a local folder", "n": 20}
+
+    teacher, student, pruned = report["models"]
+    assert [model["lineage"]["stage"] for model in report["models"]] == ["teacher", "student", "pruned"]
+    assert student["macs"] == count_macs(tiny_distilbert(), 16).as_dict()
+    assert pruned["macs"]["total"] < student["macs"]["total"]
+    assert pruned["size"]["weights_bytes"] == (models_dir / "pruned_model" / "model.safetensors").stat().st_size
+    assert pruned["relative"]["macs"] == pytest.approx(pruned["macs"]["total"] / student["macs"]["total"])
+    assert pruned["lineage"]["parent"] == read_stage(models_dir / "pruned_model")["parent"]
+    assert all(sum(map(sum, model["quality"]["confusion_matrix"])) == 20 for model in report["models"])
+
+    (warning,) = report["warnings"]
+    assert warning.startswith("Teacher ") and "review sentences" in warning
+    (missing,) = report["missing"]
+    markdown = (tmp_path / "results" / "final_report.md").read_text()
+    assert missing["command"] == "python 2_distill_student.py --variant soft_labels"
+    assert f"- {missing['name']}: `{missing['command']}`" in markdown
+    assert all(f"| {model['name']} |" in markdown for model in report["models"])
+
+
+def test_script_without_any_model_names_the_first_command(script, data_dir, tmp_path):
+    with pytest.raises(UserError, match="no model.*python 1_finetune_teacher.py") as error:
+        script.main(config_of(script, tmp_path / "empty", data_dir, tmp_path / "results"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "results").exists()
+
+
+def test_fast_preset_only_times_less(script):
+    fast, full = script.EvaluationConfig.fast().as_dict(), script.EvaluationConfig().as_dict()
+    assert fast["latency_repeats"] < full["latency_repeats"]
+    assert fast["throughput_repeats"] < full["throughput_repeats"]
+    assert fast["flops_sequence_length"] == full["flops_sequence_length"], "GFLOPs must stay comparable"
