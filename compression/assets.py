@@ -6,7 +6,7 @@ inside a package for pip. The embedded default stands in for the default names o
 asks for by another name is fetched or is an error.
 
 Folders are written beside their target and renamed, so an interrupted download leaves nothing that looks
-complete. Call from one process at a time: of several, let the main process go first.
+complete. Of several processes the first one fetches, the others wait and find it there.
 """
 
 import filecmp
@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from compression.checkpoint import new_folder, read_json, settle, write_json
-from compression.runtime import MODELS, ROOT, UserError, log
+from compression.runtime import MODELS, ROOT, UserError, log, processes
 from compression.student_init import student_from_teacher
 
 TEACHER, TEACHER_FOLDER = "bert-base-uncased", MODELS / "bert-local"
@@ -160,6 +160,11 @@ def display_path(path: Path) -> str:
 
 
 def _ensure_model(role: str, name: str, default: str, folder: Path, use_hub: bool, copy: bool) -> Path:
+    with processes().main_process_first():
+        return _find_or_fetch_model(role, name, default, folder, use_hub, copy)
+
+
+def _find_or_fetch_model(role: str, name: str, default: str, folder: Path, use_hub: bool, copy: bool) -> Path:
     given = _given_folder(role, name)
     if given is not None:
         _check_model(given)
@@ -291,7 +296,11 @@ def ensure_sentiment(
     Raises:
         UserError: `data_dir` holds none of these, or nothing could be fetched.
     """
-    folder = Path(folder)
+    with processes().main_process_first():
+        return _find_or_fetch_sentiment(data_dir, Path(folder), use_hub)
+
+
+def _find_or_fetch_sentiment(data_dir: str | None, folder: Path, use_hub: bool) -> SentimentSource:
     if data_dir is not None and Path(data_dir).expanduser().resolve() != folder.resolve():
         found = find_sentiment(Path(data_dir).expanduser())
         if found is None:

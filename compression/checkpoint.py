@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from compression.modeling import add_modeling_code
-from compression.runtime import ROOT, UserError, fingerprint
+from compression.runtime import ROOT, UserError, fingerprint, processes
 
 STAGE_FILE = "stage.json"
 
@@ -110,7 +109,7 @@ def save_classifier(
 
     Of several processes the first one writes.
     """
-    state = PartialState()
+    state = processes()
     if not state.is_main_process:
         state.wait_for_everyone()
         return Path(folder)

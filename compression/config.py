@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+import torch
 import tyro
 
 from compression.runtime import UserError, log, quiet_libraries, setup_logging
@@ -107,3 +108,6 @@ def run_script(config_class: type[Config], main: Callable[[Config], None]) -> No
     except KeyboardInterrupt:
         log.info("Interrupted; run again with --resume where the script has it.")
         raise SystemExit(130) from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -4,14 +4,13 @@ import hashlib
 from pathlib import Path
 
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.checkpoint import identify, load_tensors, new_folder, save_tensors
 from compression.data import Encoded
 from compression.evaluation.classification import predict
-from compression.runtime import log
+from compression.runtime import log, processes
 
 
 def soft_label_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -46,7 +45,7 @@ def teacher_logits(model: PreTrainedModel, folder: Path, encoded: Encoded, pad_t
     key = hashlib.sha256(f"{identify(folder)['sha256']} {encoded.digest()}".encode()).hexdigest()[:16]
     stored = Path(folder).parent / f".teacher_logits_{key}"
     # The first process computes, the others wait and read.
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         if not stored.exists():
             log.info("Computing the teacher's logits on %d sentences, once", len(encoded))
             logits = predict(model, encoded, pad_token_id)

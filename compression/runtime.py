@@ -37,9 +37,15 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def processes() -> PartialState:
+    """The processes of this run, of which there are several under `accelerate launch` or `torchrun`."""
+    # Accelerate sets up several processes on the CPU only where it is told that the CPU is meant.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def pick_device() -> torch.device:
     """The device of this process: a CUDA GPU when there is one, else the CPU; the reason is logged in one line."""
-    device = PartialState().device
+    device = processes().device
     if device.type == "cuda":
         log.info("Device: %s (%s)", device, torch.cuda.get_device_name(device))
     else:

@@ -147,7 +147,9 @@ def fit(
         UserError: `--resume` with another configuration or other inputs; a tracker that is not installed.
     """
     config = recipe.config
-    accelerator = Accelerator(mixed_precision=pick_precision(config.amp), log_with=_tracker(config.track))
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision=pick_precision(config.amp), log_with=_tracker(config.track)
+    )
     log.info(
         "Training: %d sentences, %d epochs of %d steps on %d process(es), %s, mixed precision %s",
         len(train), config.num_epochs, recipe.steps_per_epoch, accelerator.num_processes,
@@ -172,7 +174,8 @@ def fit(
         log.info("%s  (%.0f s)", _line(record), time.perf_counter() - started)
         run.epoch += 1
         run.save()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.free_memory()
     return run.history
 
