@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from compression.checkpoint import find_newest, load_classifier
 from compression.config import StageConfig, run_script
 from compression.data import encode, load_sentiment
-from compression.evaluation.classification import classification_metrics, predict
+from compression.evaluation.classification import classification_metrics, paired_difference, predict
 from compression.evaluation.efficiency import measure_latency, size_on_disk
 from compression.flops import count_macs, count_parameters
 from compression.report import (
@@ -72,44 +73,47 @@ class EvaluationConfig(StageConfig):
             self.check_range(name, 1)
 
 
-def measure(name: str, folder: Path, model, tokenizer, validation, config: EvaluationConfig) -> Entry:
-    """Quality and cost of one model, all but its timings."""
+def measure(name: str, folder: Path, model, tokenizer, validation, config: EvaluationConfig) -> tuple[Entry, Tensor]:
+    """Quality and cost of one model, all but its timings; and which sentences it gets right."""
     encoded = encode(tokenizer, validation, config.max_length)
-    return {
+    logits = predict(model, encoded, tokenizer.pad_token_id)
+    entry = {
         "name": name,
         "folder": str(folder),
-        "quality": classification_metrics(predict(model, encoded, tokenizer.pad_token_id), encoded.labels),
+        "quality": classification_metrics(logits, encoded.labels),
         "parameters": count_parameters(model),
         "macs": count_macs(model, config.flops_sequence_length).as_dict(),
         "size": size_on_disk(folder),
         "lineage": describe_lineage(folder),
     }
+    return entry, logits.argmax(-1) == encoded.labels
 
 
 def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: EvaluationConfig) -> dict[str, Any]:
     """Measure every model that was found."""
     device, data = pick_device(), load_sentiment(config.data_dir)
     loaded = {name: load_classifier(folder, device) for name, folder in found.items()}
-    entries = []
+    measured: dict[str, tuple[Entry, Tensor]] = {}
     for name, (model, tokenizer) in loaded.items():
         log.info("Evaluating %s on %d sentences of %s", name, len(data.validation), data.name)
-        entries.append(measure(name, found[name], model, tokenizer, data.validation, config))
+        measured[name] = measure(name, found[name], model, tokenizer, data.validation, config)
     log.info("Timing, the models taking turns")
     models = {name: model for name, (model, _) in loaded.items()}
     timings = measure_latency(
         models, device, config.latency_sequence_length, config.latency_repeats, config.throughput_repeats,
         config.throughput_batch_size, config.seed,
     )  # fmt: skip
-    entries = [entry | timings[entry["name"]] for entry in entries]
-    baseline = next((entry for entry in entries if entry["name"] == BASELINE), None)
-    for entry in entries:
-        entry["relative"] = relative_figures(entry, baseline) if baseline else None
+    entries = {name: entry | timings[name] for name, (entry, _) in measured.items()}
+    for name, entry in entries.items():
+        if BASELINE in entries:
+            paired = paired_difference(measured[name][1], measured[BASELINE][1])
+            entry["relative"] = paired | relative_figures(entry, entries[BASELINE])
     return {
         "data": {"name": data.name, "source": data.source, "n": len(data.validation)},
         "baseline": BASELINE,
-        "models": entries,
+        "models": list(entries.values()),
         "missing": missing,
-        "warnings": data_warnings(entries, data.name),
+        "warnings": data_warnings(list(entries.values()), data.name),
         "config": config.as_dict(),
         "environment": fingerprint(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",

@@ -49,7 +49,7 @@ def relative_path(path: str | Path) -> str:
 
 
 def relative_figures(entry: Entry, baseline: Entry) -> dict[str, float]:
-    """An entry against the baseline: accuracy difference in points, everything else as a ratio to it.
+    """The cost of an entry against the baseline's, as ratios to it.
 
     `throughput_per_mac_reduction` is the throughput ratio over the MAC reduction: 1 says that all of the saved
     arithmetic shows as speed, 0.5 that half of it does.
@@ -60,7 +60,6 @@ def relative_figures(entry: Entry, baseline: Entry) -> dict[str, float]:
 
     throughput, macs = ratio("throughput", "median_samples_per_second"), ratio("macs", "total")
     return {
-        "accuracy_points": 100 * (entry["quality"]["accuracy"] - baseline["quality"]["accuracy"]),
         "parameters": ratio("parameters", "total"),
         "encoder_parameters": ratio("parameters", "encoder"),
         "macs": macs,
@@ -201,18 +200,20 @@ def _relative_section(report: Report) -> str:
     ]
     table = _table(header, [_relative_row(entry) for entry in report["models"]])
     reading = (
-        "Ratios to the baseline. The last column compares the gain in throughput with the reduction in MACs: 1 says"
-        " that all of the saved arithmetic shows as speed."
+        "Accuracy difference ± one standard error over the paired sentences; all else are ratios to the baseline. The"
+        " last column compares the gain in throughput with the reduction in MACs: 1 says that all of the saved"
+        " arithmetic shows as speed."
     )
     return f"## Against {name}\n\n{table}\n\n{reading}"
 
 
 def _relative_row(entry: Entry) -> list[str]:
     relative = entry["relative"]
-    ratios = (name for name in relative if name not in ("accuracy_points", "throughput_per_mac_reduction"))
+    points = ("accuracy_points", "accuracy_points_standard_error")
+    ratios = (name for name in relative if name not in (*points, "throughput_per_mac_reduction"))
     return [
         entry["name"],
-        f"{relative['accuracy_points']:+.2f}",
+        "{:+.2f} ± {:.2f}".format(*(relative[name] for name in points)),
         *(f"×{relative[name]:.2f}" for name in ratios),
         f"{relative['throughput_per_mac_reduction']:.2f}",
     ]

@@ -9,7 +9,7 @@ from torch import nn
 
 from compression.data import Encoded, batches
 from compression.evaluation import efficiency
-from compression.evaluation.classification import classification_metrics, predict
+from compression.evaluation.classification import classification_metrics, paired_difference, predict
 from compression.evaluation.efficiency import interleaved_times, measure_latency, size_on_disk
 
 CPU = torch.device("cpu")
@@ -27,6 +27,17 @@ def test_metrics_of_a_small_example():
     assert metrics["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
     # Of the 3 * 5 pairs, the negative at 1.0 is wrong against the positives at -1.0 and 0.5.
     assert metrics["roc_auc"] == pytest.approx(13 / 15)
+
+
+def test_paired_difference_knows_that_models_fail_on_the_same_rows():
+    baseline = torch.tensor([True] * 80 + [False] * 20)
+    same_rows = torch.tensor([True] * 79 + [False] * 21)
+    other_rows = torch.tensor([False] * 21 + [True] * 79)
+    first, second = paired_difference(same_rows, baseline), paired_difference(other_rows, baseline)
+    assert first["accuracy_points"] == second["accuracy_points"] == pytest.approx(-1)
+    # One row of 100 differs by -1: the variance is 0.01 - 0.0001, in points 100 times its root over 10.
+    assert first["accuracy_points_standard_error"] == pytest.approx(10 * (0.01 - 0.0001) ** 0.5)
+    assert second["accuracy_points_standard_error"] > 6 * first["accuracy_points_standard_error"]
 
 
 def test_metrics_where_one_class_occurs():

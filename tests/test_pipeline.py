@@ -69,7 +69,11 @@ def starts(sentences, tmp_path_factory):
     bert = BertConfig(
         vocab_size=len(vocabulary), hidden_size=48, num_attention_heads=6, intermediate_size=64, num_hidden_layers=2
     )
-    distilbert = DistilBertConfig(vocab_size=len(vocabulary), dim=48, n_heads=6, hidden_dim=64, n_layers=2)
+    # Without dropout, whose draws differ between processes, one process and several must agree.
+    distilbert = DistilBertConfig(
+        vocab_size=len(vocabulary), dim=48, n_heads=6, hidden_dim=64, n_layers=2, dropout=0.0, attention_dropout=0.0,
+        seq_classif_dropout=0.0,
+    )  # fmt: skip
     for name, model in (("bert", BertModel(bert)), ("distilbert", DistilBertModel(distilbert))):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -168,6 +172,22 @@ def test_sigkill_and_resume_give_the_undisturbed_result(common, models, tmp_path
 
 PRUNE, REPORT = "8_pruning_with_finetuning.py", "7_evaluate_and_generate_report.py"
 DISTIL, FINETUNE = "2_distill_student.py", "1_finetune_teacher.py"
+
+
+def test_two_processes_agree_with_one(common, models, tmp_path):
+    inputs = ["--student_path", models / "student_model", "--teacher_path", models / "teacher_model"]
+    flags = ["8_pruning_with_finetuning.py", *common[:5], *inputs, "--train_fraction", 1, "--num_epochs", 3]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run(*flags, "--models_dir", tmp_path / "one", env=environment)
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    result = run(*launcher, *flags, "--models_dir", tmp_path / "two", env=environment)
+    assert "on 2 process(es)" in result.stdout and result.stdout.count("epoch 3") == 1
+    one, two = (find_newest(tmp_path / name, "pruned") for name in ("one", "two"))
+    for first, second in zip(*(json.loads((p / "training_history.json").read_text()) for p in (one, two)), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], abs=2e-4)
+        assert second["head_sparsity"] == first["head_sparsity"]
+    layers = [[(layer.heads, layer.neurons) for layer in encoder_layers(load_classifier(p)[0])] for p in (one, two)]
+    assert layers[0] == layers[1]
 
 
 @pytest.mark.parametrize(

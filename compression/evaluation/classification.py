@@ -44,3 +44,17 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
         "roc_auc": roc_auc_score(truth, positive) if 0 < truth.sum() < len(truth) else None,
         "confusion_matrix": confusion_matrix(truth, predicted, labels=[0, 1]).tolist(),
     }
+
+
+def paired_difference(correct: Tensor, baseline_correct: Tensor) -> dict[str, float]:
+    """Difference in accuracy between two models on the same rows, in points, and its standard error.
+
+    The rows are paired, so the error is that of the mean of the per-row differences: smaller than what the errors of
+    the two accuracies suggest, because models mostly fail on the same rows.
+
+    Args:
+        correct, baseline_correct: [rows] bool, whether each model is right.
+    """
+    difference = 100 * (correct.double() - baseline_correct.double())
+    error = difference.std(correction=0) / len(difference) ** 0.5
+    return {"accuracy_points": difference.mean().item(), "accuracy_points_standard_error": error.item()}
