@@ -19,7 +19,7 @@ from compression.task import Stage
 from compression.training import Recipe, TrainingConfig
 
 # Variant -> what stage.json calls the result, and its folder.
-RESULTS = {
+VARIANTS = {
     "labels_and_teacher": ("student", "student_model"),
     "soft_labels": ("student_softlabel", "student_softlabel_model"),
 }
@@ -61,7 +61,7 @@ class Distillation(Recipe):
 
 
 def main(config: DistillationConfig) -> None:
-    name, folder = RESULTS[config.variant]
+    name, folder = VARIANTS[config.variant]
     teacher = config.teacher_path or config.models_dir / "teacher_model"
     require(teacher, "--teacher_path", "python 1_finetune_teacher.py")
     start = ensure_student(config.student, config.models_dir / "distilbert-local")

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compression.checkpoint import find_newest, load_classifier
+from compression.checkpoint import find_all, load_classifier
 from compression.config import StageConfig, run_script
 from compression.data import encode, load_sentiment
 from compression.evaluation.classification import classification_metrics, paired_difference, predict
@@ -61,10 +61,12 @@ class EvaluationConfig(StageConfig):
     """Timed passes per model for latency."""
     throughput_repeats: int = 20
     """Timed passes per model for throughput."""
-    seed: int = 0
+    every_pruned: bool = False
+    """Evaluate every pruned model, not only the newest one."""
+    seed: int = 42
     """Fixes the token ids that are timed."""
 
-    presets: ClassVar = {"fast": dict(latency_repeats=30, throughput_repeats=8)}
+    presets: ClassVar = {"fast": dict(max_length=64, latency_repeats=30, throughput_repeats=8)}
 
     def check(self) -> None:
         for name in ("max_length", "flops_sequence_length", "latency_sequence_length"):
@@ -122,9 +124,13 @@ def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: 
 
 
 def main(config: EvaluationConfig) -> None:
-    newest = {name: find_newest(config.models_dir, stage) for stage, name, _ in MODELS_TO_EVALUATE}
-    found = {name: folder for name, folder in newest.items() if folder}
-    missing = [{"name": name, "command": command} for _, name, command in MODELS_TO_EVALUATE if not newest[name]]
+    found, missing = {}, []
+    for stage, name, command in MODELS_TO_EVALUATE:
+        folders = find_all(config.models_dir, stage)
+        if not folders:
+            missing.append({"name": name, "command": command})
+        for older, folder in enumerate(folders if config.every_pruned else folders[:1]):
+            found[f"{name}, {folder.name}" if older else name] = folder
     if not found:
         command = missing[0]["command"]
         raise UserError(f"--models_dir {config.models_dir}: no model to evaluate; make the first with: {command}")

@@ -3,14 +3,15 @@
     python 8_pruning_with_finetuning.py [--fast] [--preset conservative|aggressive]
 
 Reads models/student_model, models/teacher_model and the sentiment data; writes
-models/pruning_with_finetuning_<timestamp>, a physically smaller model.
+models/pruning_with_finetuning_<timestamp>, a physically smaller model. The schedule's fields and presets are documented
+in compression/gradual.py, those of any training in compression/training.py.
 """
 
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from compression.checkpoint import find_newest, require
+from compression.checkpoint import find_all, require
 from compression.config import run_script
 from compression.gradual import GradualPruning, GradualPruningConfig
 from compression.runtime import UserError, log
@@ -35,7 +36,7 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
     require(teacher, "--teacher_path", "python 1_finetune_teacher.py")
     require(student, "--student_path", "python 2_distill_student.py")
     stage = Stage("pruned", config, parent=student, teacher=teacher)
-    if stage.is_done(find_newest(config.models_dir, "pruned")):
+    if stage.is_done(*find_all(config.models_dir, "pruned")):
         return
 
     # Warmup, Pruning, Finetuning: the masks go in with the recipe.

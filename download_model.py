@@ -21,7 +21,7 @@ from compression.assets import (
     ensure_teacher,
 )
 from compression.config import StageConfig, run_script
-from compression.runtime import MODELS, log
+from compression.runtime import log
 
 
 @dataclass
@@ -32,7 +32,7 @@ class DownloadConfig(StageConfig):
     """Encoder that the teacher starts from: a name on the hub, or a folder, which is copied to models_dir."""
     data_dir: str | None = None
     """Folder with SST-2 (train.tsv and dev.tsv, or glue/sst2); else ./sst2_data, the hub, embedded data."""
-    models_dir: Path = MODELS
+    models_dir: Path = Path("models")
     """Folder that the models go to."""
     embedded: bool = False
     """Do not ask the hub: what is missing comes from the embedded defaults."""

@@ -1,33 +1,39 @@
 #!/usr/bin/env bash
 # The classifier track from nothing to the report.
 #
-#   bash run_pipeline.sh [--fast] [--fresh] [--data_dir DIR] [--seed N] ...
+#   bash run_pipeline.sh [--fast] [--fresh] [--data_dir DIR] [--models_dir DIR] [--teacher MODEL] [--student MODEL]
+#                        [--preset conservative|aggressive] [flags of every training stage, such as --seed 1]
 #
-# --fresh runs every stage again; without it a stage is skipped if its output exists and was made with the same
-# configuration from the same inputs, and a stage that was killed continues where it was. Other flags go to every
-# training stage; --fast and --data_dir also to the report.
+# A stage is skipped if its output exists and was made with the same settings from the same inputs, and a stage that
+# was killed continues where it was; --fresh runs all of them again.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-stage_flags=() report_flags=() data_flags=() mode=(--skip_existing --resume)
+train=() everywhere=() fast=() teacher=() student=() preset=() mode=(--skip_existing --resume)
 while [ $# -gt 0 ]; do
     case "$1" in
+        --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
         --fresh) mode=() ;;
-        --fast) stage_flags+=("$1"); report_flags+=("$1") ;;
-        --data_dir) data_flags=("$1" "${2:?--data_dir needs a folder}"); shift ;;
-        *) stage_flags+=("$1") ;;
+        --fast) fast=(--fast) ;;
+        --data_dir | --models_dir) everywhere+=("$1" "${2:?$1 needs a folder}"); shift ;;
+        --teacher) teacher=("$1" "${2:?$1 needs a model}"); shift ;;
+        --student) student=("$1" "${2:?$1 needs a model}"); shift ;;
+        --preset) preset=("$1" "${2:?$1 needs a name}"); shift ;;
+        *) train+=("$1") ;;
     esac
     shift
 done
 source setup_env.sh
 
-python download_model.py "${data_flags[@]}"
-stage_flags+=("${data_flags[@]}" "${mode[@]}")
-for stage in "1_finetune_teacher.py" "2_distill_student.py" "2_distill_student.py --variant soft_labels" \
-    "8_pruning_with_finetuning.py"; do
-    echo "--- $stage"
-    # shellcheck disable=SC2086  # the stage's own flag is a word of its own
-    python $stage "${stage_flags[@]}"
-done
-echo "--- 7_evaluate_and_generate_report.py"
-python 7_evaluate_and_generate_report.py "${report_flags[@]}" "${data_flags[@]}"
+stage() {
+    echo "--- $1"
+    python "$@"
+}
+common=("${fast[@]}" "${train[@]}" "${everywhere[@]}" "${mode[@]}")
+stage download_model.py "${teacher[@]}" "${student[@]}" "${everywhere[@]}"
+stage 1_finetune_teacher.py "${teacher[@]}" "${common[@]}"
+stage 2_distill_student.py "${student[@]}" "${common[@]}"
+stage 2_distill_student.py --variant soft_labels "${student[@]}" "${common[@]}"
+stage 8_pruning_with_finetuning.py "${preset[@]}" "${common[@]}"
+stage 7_evaluate_and_generate_report.py "${fast[@]}" "${everywhere[@]}"

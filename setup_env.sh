@@ -5,7 +5,8 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     echo "error: $PYTHON is missing or older than Python 3.11; name another one: PYTHON=python3.11 bash $0" >&2
     exit 2
 fi
-if [ ! -x .venv/bin/python ]; then
+# "activate" is the last file that venv writes.
+if [ ! -f .venv/bin/activate ]; then
     echo "Creating .venv with $("$PYTHON" --version)"
     "$PYTHON" -m venv .venv
 fi

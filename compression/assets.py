@@ -196,6 +196,10 @@ def _is_there(role: str, name: str, default: str, folder: Path) -> bool:
     if source is None:
         if missing:
             raise UserError(f"{display_path(folder)} has no {missing}; complete that folder or delete it")
+        if name != default:
+            raise UserError(
+                f"{role} {name}: {display_path(folder)} was put there by hand; name that folder or delete it"
+            )
         log.info("%s: %s was put there by hand (no %s); using it", role, display_path(folder), SOURCE_FILE)
         return True
     if missing:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForSequenceClassification,
@@ -53,8 +53,8 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and run its stage again") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); make or fetch its folder again") from None
 
 
 @contextmanager
@@ -64,7 +64,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     settle(target)
     for leftover in target.parent.glob(f".{target.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if not _is_running(leftover.suffixes[-2][1:]):
+            shutil.rmtree(leftover, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
@@ -86,6 +87,16 @@ def settle(target: Path) -> None:
             shutil.rmtree(previous)
         else:
             os.rename(previous, target)
+
+
+def _is_running(process_id: str) -> bool:
+    try:
+        os.kill(int(process_id), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _previous(target: Path) -> Path:
@@ -152,14 +163,22 @@ def identify(folder: Path) -> dict[str, str]:
     Raises:
         UserError: the folder holds no weights.
     """
-    weights = Path(folder) / "model.safetensors"
     settle(Path(folder))
-    if not weights.exists():
+    weights = sorted(Path(folder).glob("*.safetensors"))
+    if not weights:
         raise UserError(f"{folder}: no checkpoint there (no model.safetensors)")
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     path = Path(folder).resolve()
-    return {"path": str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path), "sha256": digest[:16]}
+    shown = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return {"path": shown, "sha256": digest.hexdigest()[:16]}
+
+
+def contents(inputs: dict[str, dict[str, str]]) -> dict[str, str]:
+    """The hashes of a stage's inputs by role: where they lie does not matter."""
+    return {role: entry["sha256"] for role, entry in inputs.items()}
 
 
 def is_made_from(folder: Path, config: dict[str, Any], inputs: dict[str, Any]) -> bool:
@@ -168,7 +187,7 @@ def is_made_from(folder: Path, config: dict[str, Any], inputs: dict[str, Any]) -
     if stage is None:
         return False
     same_config = all(stage["config"].get(name) == value for name, value in config.items())
-    return same_config and stage.get("inputs") == inputs
+    return same_config and contents(stage.get("inputs", {})) == contents(inputs)
 
 
 def read_stage(folder: Path) -> dict[str, Any] | None:
@@ -186,14 +205,29 @@ def require(folder: Path, flag: str, command: str) -> None:
         raise UserError(f"{flag} {folder}: no checkpoint there; make it with: {command}")
 
 
-def find_newest(models_dir: Path, stage: str) -> Path | None:
-    """The newest checkpoint of a stage under `models_dir`, by the creation time in its `stage.json`."""
+def find_all(models_dir: Path, stage: str) -> list[Path]:
+    """The checkpoints of a stage under `models_dir`, newest first, by the creation time in their `stage.json`."""
     found = []
     for path in Path(models_dir).glob(f"[!.]*/{STAGE_FILE}"):
         description = read_json(path)
         if description.get("stage") == stage:
             found.append((description.get("created", ""), path.parent))
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def find_newest(models_dir: Path, stage: str) -> Path | None:
+    """The newest checkpoint of a stage under `models_dir`, None where there is none."""
+    return next(iter(find_all(models_dir, stage)), None)
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Create a folder to write to, or raise UserError with the flag that named it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}); name another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {folder}: cannot be written; name another folder")
 
 
 def load_classifier(
@@ -213,13 +247,23 @@ def load_classifier(
     settle(folder)
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no checkpoint there (no config.json); name a folder that a stage has written")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+        raise UserError(f"{folder}: has no tokenizer (tokenizer.json or vocab.txt); save it beside the model")
     options = {} if num_labels is None else {"num_labels": num_labels}
+    quantized = "quantization_config" in read_json(folder / "config.json")
+    if quantized:  # 8-bit models cannot be moved once they are loaded
+        options["device_map"] = {"": torch.device(device)}
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **options)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded as a classifier: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval(), tokenizer
+    if num_labels is None and report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise UserError(f"{folder}: not a fine-tuned classifier, it lacks {missing}; fine-tune it first (stage 1 or 2)")
+    return (model if quantized else model.to(device)).eval(), tokenizer
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -51,11 +51,6 @@ class StageConfig:
             allowed = f"at least {low}" if high == float("inf") else f"{low} to {high}"
             raise UserError(f"--{name} {value}: allowed is {allowed}")
 
-    def check_choice(self, name: str, allowed: Sequence[str]) -> None:
-        """Raise UserError unless the field is one of the allowed values."""
-        if getattr(self, name) not in allowed:
-            raise UserError(f"--{name} {getattr(self, name)}: allowed is one of {', '.join(allowed)}")
-
     def as_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain JSON values."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
@@ -102,7 +97,7 @@ def run_script(config_class: type[Config], main: Callable[[Config], None]) -> No
     description = textwrap.dedent(sys.modules[main.__module__].__doc__ or "")
     try:
         main(parse(config_class, sys.argv[1:], description))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -45,7 +45,8 @@ class SentimentData:
     """A sentiment data set in three parts.
 
     `selection` is held out of the training data: early stopping and the choice of the best epoch look at it, so that
-    `validation` stays what it is reported as, data that no decision has seen.
+    `validation` stays what it is reported as, data that no decision has seen. Many of SST-2's training rows are
+    phrases of one another, so there the accuracy on `selection` is too high to report; it only compares epochs.
     """
 
     name: str
@@ -82,6 +83,8 @@ def load_sentiment(data_dir: str | None = None) -> SentimentData:
         train, validation = (_read_tsv(source.path / name) for name in ("train.tsv", "dev.tsv"))
     else:
         train, validation = _read_saved_dataset(source.path)
+    if len(train) < 10:
+        raise UserError(f"{source.path}: {len(train)} training sentences; at least 10 are needed")
     held_out = min(HELD_OUT_ROWS, len(train) // 10)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     selection, rest = (rows.sort().values.tolist() for rows in (order[:held_out], order[held_out:]))
@@ -90,7 +93,7 @@ def load_sentiment(data_dir: str | None = None) -> SentimentData:
 
 def _read_tsv(path: Path) -> Split:
     sentences, labels = [], []
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
         if file.readline().rstrip("\r\n").split("\t") != ["sentence", "label"]:
             raise UserError(f"{path}: the first line must be 'sentence<TAB>label', as in GLUE's SST-2")
         for number, line in enumerate(file, start=2):
@@ -108,10 +111,13 @@ def _read_saved_dataset(path: Path) -> tuple[Split, Split]:
     from datasets import load_from_disk
 
     splits = load_from_disk(str(path))
-    return tuple(
-        Split([text.strip() for text in splits[name]["sentence"]], list(splits[name]["label"]))
-        for name in ("train", "validation")
-    )
+    parts = [(list(splits[name]["sentence"]), list(splits[name]["label"])) for name in ("train", "validation")]
+    for sentences, labels in parts:
+        if not set(labels) <= {0, 1} or not all(isinstance(text, str) and text.strip() for text in sentences):
+            raise UserError(
+                f"{path}: found labels {sorted(set(labels), key=str)[:5]} or empty sentences; expected 0 and 1"
+            )
+    return tuple(Split([text.strip() for text in sentences], labels) for sentences, labels in parts)
 
 
 def _split_by_film(source: SentimentSource) -> SentimentData:

@@ -17,7 +17,7 @@ from compression import importance
 from compression.allocation import Pool, keep, reachable_sparsity
 from compression.distillation import distillation_loss
 from compression.masks import MaskedLinear, add_masks, remove_masks
-from compression.runtime import UserError
+from compression.runtime import UserError, log
 from compression.schedule import EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
 from compression.structures import HEADS, KINDS, NEURONS, LayerParts, encoder_layers
 from compression.surgery import shrink
@@ -107,7 +107,12 @@ class GradualPruningConfig(TrainingConfig):
             self.check_range(name, 0)
         for name in ("patience", "pruning_frequency", "pruning_window_steps", "min_heads", "neuron_multiple"):
             self.check_range(name, 1)
-        self.check_range("pruning_end_epoch", 1, self.num_epochs)
+        if self.pruning_end_epoch > self.num_epochs:
+            raise UserError(
+                f"--num_epochs {self.num_epochs}: allowed is at least --pruning_end_epoch {self.pruning_end_epoch}; "
+                "set both"
+            )
+        self.check_range("pruning_end_epoch", 1)
         self.check_range("pruning_start_epoch", 1, self.pruning_end_epoch)
         if self.importance_mode == "l2+kd_grad" and self.lambda_mag + self.lambda_grad == 0:
             raise UserError(
@@ -122,29 +127,33 @@ class StructureScores:
         self.layers, self.masked, self.config = layers, masked, config
         self.inner = {kind: [torch.zeros_like(layer.kept.float()) for layer in masked[kind]] for kind in KINDS}
         self.outer = {kind: [torch.zeros_like(layer.kept.float()) for layer in masked[kind]] for kind in KINDS}
-        self.steps = 0
 
     @torch.no_grad()
     def accumulate(self) -> None:
         """Take in the gradients of one step."""
         if self.config.importance_mode == "l2":
             return
-        self.steps += 1
+        totals, terms = [], []
         for kind in KINDS:
-            for index, (parts, outer) in enumerate(zip(self.layers, self.masked[kind], strict=True)):
-                if self.config.importance_mode == "fisher":
-                    gradient = importance.mask_gradient(outer.weight, outer.weight.grad, outer.size)
-                    self.outer[kind][index] += gradient.square()
-                else:
-                    rows, _ = parts.split(kind)
-                    weights = [linear.weight for linear in rows]
-                    gradients = [weight.grad for weight in weights]
-                    self.inner[kind][index] += importance.taylor(weights, gradients, outer.size)
-                    self.outer[kind][index] += importance.taylor_columns(outer.weight, outer.weight.grad, outer.size)
+            totals += self.inner[kind] + self.outer[kind]
+            halves = [self._halves(kind, index) for index in range(len(self.layers))]
+            terms += [inner for inner, _ in halves] + [outer for _, outer in halves]
+        # A step whose gradients overflow (fp16) is skipped by the optimizer and must not count here either.
+        finite = torch.cat(terms).sum().isfinite()
+        torch._foreach_add_(totals, [torch.where(finite, term, 0.0) for term in terms])
+
+    def _halves(self, kind: str, index: int) -> tuple[Tensor, Tensor]:
+        """What one step adds to the scores of a layer: from the structures' rows, and from their columns."""
+        outer = self.masked[kind][index]
+        if self.config.importance_mode == "fisher":
+            gradient = importance.mask_gradient(outer.weight, outer.weight.grad, outer.size)
+            return torch.zeros_like(gradient), gradient.square()
+        rows, _ = self.layers[index].split(kind)
+        inner = importance.taylor([row.weight for row in rows], [row.weight.grad for row in rows], outer.size)
+        return inner, importance.taylor_columns(outer.weight, outer.weight.grad, outer.size)
 
     def reset(self) -> None:
         """Start a new window."""
-        self.steps = 0
         for half in (self.inner, self.outer):
             for scores in half.values():
                 for score in scores:
@@ -209,6 +218,8 @@ class GradualPruning(Recipe):
         start = (self.config.pruning_start_epoch - 1) * self.steps_per_epoch
         end = self.config.pruning_end_epoch * self.steps_per_epoch
         frequency = max(1, min(self.config.pruning_frequency, (end - start) // MIN_EVENTS))
+        if frequency < self.config.pruning_frequency:
+            log.info("Pruning events every %d steps: the phase has only %d steps", frequency, end - start)
         # Counted back from the end of the phase, whose last step is always an event.
         return sorted(range(end - 1, start + frequency - 2, -frequency))
 
@@ -219,10 +230,13 @@ class GradualPruning(Recipe):
         return "Pruning" if epoch <= self.config.pruning_end_epoch else "Finetuning"
 
     def temperature(self, step: int) -> float:
-        return linear(step / self.total_steps, self.config.temperature_start, self.config.temperature_end)
+        return linear(self._progress(step), self.config.temperature_start, self.config.temperature_end)
 
     def alpha(self, step: int) -> float:
-        return linear(step / self.total_steps, self.config.alpha_start, self.config.alpha_end)
+        return linear(self._progress(step), self.config.alpha_start, self.config.alpha_end)
+
+    def _progress(self, step: int) -> float:
+        return step / max(self.total_steps - 1, 1)
 
     def learning_rate(self, step: int) -> float:
         finetuning = self.config.pruning_end_epoch * self.steps_per_epoch
@@ -342,7 +356,7 @@ class GradualPruning(Recipe):
     def state(self) -> dict[str, Any]:
         stopping = self.early_stopping
         best = None if stopping.best == float("-inf") else stopping.best
-        return {"window_steps": self.scores.steps, "best_metric": best, "waited": stopping.waited}
+        return {"best_metric": best, "waited": stopping.waited}
 
     def tensors(self) -> dict[str, Tensor]:
         named = {f"best.{name}": tensor for name, tensor in self.best.items()}
@@ -354,7 +368,6 @@ class GradualPruning(Recipe):
         return named
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.scores.steps = state["window_steps"]
         self.early_stopping.waited = state["waited"]
         if state["best_metric"] is not None:
             self.early_stopping.best = state["best_metric"]

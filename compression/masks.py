@@ -1,8 +1,8 @@
 """Hold pruned structures at zero while training goes on.
 
 The output projections of attention and FFN are replaced by layers that zero the columns of pruned structures in the
-forward pass. The weights themselves stay, so a structure can come back as it was, and the gradient is taken as if the
-mask were one, so that a pruned structure's importance can still be measured.
+forward pass. The weights themselves stay, so a structure can come back, and the gradient is taken as if the mask were
+one, so that a pruned structure's importance can still be measured.
 """
 
 import torch
@@ -48,7 +48,7 @@ class MaskedLinear(nn.Linear):
         self.mask.copy_(kept.repeat_interleave(self.size))
 
     def freeze_pruned(self) -> None:
-        """Zero the gradient of the pruned columns, so that the optimizer leaves them alone."""
+        """Zero the gradient of the pruned columns: it is there to be measured, not to train what is not in use."""
         self.weight.grad.mul_(self.mask)
 
     def to_linear(self) -> nn.Linear:

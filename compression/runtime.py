@@ -35,6 +35,7 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def processes() -> PartialState:
@@ -49,7 +50,7 @@ def pick_device() -> torch.device:
     if device.type == "cuda":
         log.info("Device: %s (%s)", device, torch.cuda.get_device_name(device))
     else:
-        log.info("Device: cpu (%d threads; torch %s sees no GPU)", torch.get_num_threads(), torch.__version__)
+        log.info("Device: cpu (%d threads; torch %s, no GPU in use)", torch.get_num_threads(), torch.__version__)
     return device
 
 

@@ -105,10 +105,7 @@ def family_of(model: nn.Module) -> Family:
     """
     model_type = model.config.model_type
     if model_type not in FAMILIES:
-        raise UserError(
-            f"model type '{model_type}' cannot be pruned here; supported: {', '.join(sorted(FAMILIES))}; "
-            "name such a checkpoint with --student_path"
-        )
+        raise UserError(f"model type '{model_type}' is not supported here; supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
 

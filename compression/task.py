@@ -1,5 +1,7 @@
 """What the training stages of the classifier track share: inputs, tokenized data, training, saving."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,16 +11,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import (
+    contents,
     describe_stage,
     identify,
     is_made_from,
     load_classifier,
+    make_folder,
     save_classifier,
 )
 from compression.data import Encoded, SentimentData, encode, load_sentiment
 from compression.distillation import teacher_logits
 from compression.evaluation.classification import predict
-from compression.runtime import log, pick_device, seed_everything
+from compression.runtime import UserError, log, pick_device, processes, seed_everything
 from compression.training import Recipe, TrainingConfig, clean_up, fit
 
 
@@ -63,24 +67,32 @@ class Stage:
 
     def __init__(self, name: str, config: TrainingConfig, parent: Path, teacher: Path | None = None):
         self.name, self.config, self.parent, self.teacher = name, config, Path(parent), teacher
-        self.work_dir = Path(config.models_dir) / f".{name}.resume"
         self.inputs: dict[str, Any] = {"parent": identify(parent)}
         if teacher is not None:
             self.inputs["teacher"] = identify(teacher)
         self.inputs["data"] = {"name": self.data.name, "sha256": self.data.digest()}
+        self.work_dir = Path(config.models_dir) / f".{name}_{self.fingerprint()}.resume"
+        make_folder(config.models_dir, "--models_dir")
+
+    def fingerprint(self) -> str:
+        """A hash of what the result depends on: settings, inputs, number of processes (each draws its own dropout)."""
+        identity = [self.config.result_fields(), contents(self.inputs), processes().num_processes]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
     @cached_property
     def data(self) -> SentimentData:
         return load_sentiment(self.config.data_dir)
 
-    def is_done(self, output: Path | None) -> bool:
-        """Whether `--skip_existing` is given and the output was made with this configuration from these inputs."""
-        if not self.config.skip_existing or output is None:
+    def is_done(self, *outputs: Path) -> bool:
+        """Whether `--skip_existing` is given and one of the outputs was made with these settings from these inputs."""
+        if not self.config.skip_existing:
             return False
-        done = is_made_from(output, self.config.result_fields(), self.inputs)
-        if done:
-            log.info("%s exists and matches configuration and inputs: skipped", output)
-        return done
+        for output in outputs:
+            if is_made_from(output, self.config.result_fields(), self.inputs):
+                log.info("%s exists and matches configuration and inputs: skipped", output)
+                clean_up(self.work_dir)  # left if the run was killed right after saving its result
+                return True
+        return False
 
     def load_model(self, num_labels: int | None = None) -> tuple[PreTrainedModel, SentimentTask]:
         """The parent checkpoint on this process's device, and the data tokenized for it."""
@@ -95,6 +107,8 @@ class Stage:
         """The teacher's logits [rows, classes] on the training sentences of this stage, computed once and kept."""
         train = self.data.train.sample(self.config.train_fraction, self.config.seed)
         model, tokenizer = load_classifier(self.teacher, pick_device())
+        if model.config.num_labels != 2:
+            raise UserError(f"--teacher_path {self.teacher}: it has {model.config.num_labels} labels, allowed is 2")
         return teacher_logits(
             model, self.teacher, encode(tokenizer, train, self.config.max_length), tokenizer.pad_token_id
         )
@@ -102,7 +116,7 @@ class Stage:
     def train(self, model: PreTrainedModel, task: SentimentTask, recipe: Recipe) -> list[dict[str, Any]]:
         """Train in place; returns the history."""
         pad_token_id = task.tokenizer.pad_token_id
-        return fit(model, recipe, task.train, task.evaluate, self.work_dir, self.inputs, pad_token_id)
+        return fit(model, recipe, task.train, task.evaluate, self.work_dir, pad_token_id)
 
     def save(
         self,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -23,7 +24,11 @@ from compression.data import Encoded, length_grouped_order
 from compression.runtime import UserError, log, seed_step
 from compression.schedule import warmup_then_linear_decay
 
-NOT_RESULT = ("resume", "skip_existing", "track", "save_steps", "models_dir")
+# Fields that do not change the result; paths of inputs are not in it because the inputs themselves are compared.
+NOT_RESULT = (
+    "resume", "skip_existing", "track", "save_steps", "models_dir", "data_dir", "teacher", "student", "teacher_path",
+    "student_path",
+)  # fmt: skip
 
 
 @dataclass
@@ -74,6 +79,8 @@ class TrainingConfig(StageConfig):
         self.check_range("train_fraction", 1e-6, 1)
         self.check_range("save_steps", 1)
         self.check_range("seed", 0, 2**31 - 1)
+        if self.amp == "fp16" and not torch.cuda.is_available():
+            raise UserError("--amp fp16: needs a CUDA GPU, and none was found; allowed here is no, bf16 or auto")
 
     def result_fields(self) -> dict[str, Any]:
         """The fields that the result depends on."""
@@ -127,7 +134,6 @@ def fit(
     train: Encoded,
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     work_dir: Path,
-    inputs: dict[str, Any],
     pad_token_id: int,
 ) -> list[dict[str, Any]]:
     """Train a model in place.
@@ -136,19 +142,21 @@ def fit(
         recipe: the stage's loss, learning rate and hooks; its `config` sets the rest.
         train: the training data; batches have the rows' indices in `rows`.
         evaluate: called after each epoch, gives the metrics of the epoch.
-        work_dir: where states to resume from are kept while the run lasts; the caller removes it (`clean_up`) once
-            the result is saved.
-        inputs: identifies the inputs besides the configuration; a resumed run must have the same.
+        work_dir: where states to resume from are kept while the run lasts, one folder for each set of
+            settings and inputs; the caller removes it (`clean_up`) once the result is saved.
 
     Returns:
         The history: one dictionary per epoch.
 
     Raises:
-        UserError: `--resume` with another configuration or other inputs; a tracker that is not installed.
+        UserError: a tracker that is not installed.
     """
     config = recipe.config
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision=pick_precision(config.amp), log_with=_tracker(config.track)
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=pick_precision(config.amp),
+        log_with=_tracker(config.track),
+        project_dir=config.models_dir / "logs",
     )
     log.info(
         "Training: %d sentences, %d epochs of %d steps on %d process(es), %s, mixed precision %s",
@@ -159,7 +167,10 @@ def fit(
         accelerator.init_trackers("compression", config={k: str(v) for k, v in config.as_dict().items()})
     optimizer = _optimizer(model, config)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    run = _Run(accelerator, wrapped, model, optimizer, recipe, work_dir, inputs)
+    # Accelerate makes every forward pass of a prepared model run in mixed precision. Training steps ask for it
+    # themselves; evaluation, and whoever uses the model afterwards, gets full precision.
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    run = _Run(accelerator, wrapped, model, optimizer, recipe, work_dir)
     run.restore()
     for epoch in range(run.epoch, config.num_epochs + 1):
         if recipe.stop:
@@ -167,7 +178,8 @@ def fit(
         run.epoch = epoch
         started = time.perf_counter()
         run.train_epoch(train, pad_token_id)
-        metrics = evaluate(model)
+        # One process decides for all: processes that disagree on early stopping would wait for each other forever.
+        metrics = broadcast_object_list([evaluate(model)])[0]
         record = {"epoch": epoch} | run.mean_losses() | metrics | recipe.after_epoch(epoch, metrics)
         run.history.append(record)
         accelerator.log({k: v for k, v in record.items() if isinstance(v, int | float)}, step=run.step)
@@ -191,7 +203,7 @@ def pick_precision(amp: str) -> str:
         return amp
     if not torch.cuda.is_available():
         return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def _tracker(name: str) -> str | None:
@@ -223,10 +235,9 @@ def _line(record: dict[str, Any]) -> str:
 class _Run:
     """The moving parts of one training run, and how they are saved and restored."""
 
-    def __init__(self, accelerator, wrapped, model, optimizer, recipe, work_dir, inputs):
+    def __init__(self, accelerator, wrapped, model, optimizer, recipe, work_dir):
         self.accelerator, self.wrapped, self.model, self.optimizer = accelerator, wrapped, model, optimizer
         self.recipe, self.config, self.work_dir = recipe, recipe.config, Path(work_dir)
-        self.identity = {"config": recipe.config.result_fields(), "inputs": inputs}
         self.step, self.epoch = 0, 1
         self.history: list[dict[str, Any]] = []
         self.sums: dict[str, Tensor] = {}
@@ -296,7 +307,7 @@ class _Run:
                     "step": self.step, "epoch": self.epoch, "history": self.history, "sums": sums,
                     "recipe": self.recipe.state(), "scaler": scaler.state_dict() if scaler else None,
                 }  # fmt: skip
-                write_json(folder / "state.json", state | {"identity": self.identity})
+                write_json(folder / "state.json", state)
             for folder in older:
                 if folder != target:
                     shutil.rmtree(folder)
@@ -307,14 +318,13 @@ class _Run:
         saved = self._saved()
         if not self.config.resume or not saved:
             if self.config.resume:
-                log.info("Nothing to resume in %s: starting from the beginning", self.work_dir)
+                log.info("Nothing to resume for these settings and inputs: starting from the beginning")
             if self.accelerator.is_main_process:
                 clean_up(self.work_dir)
             self.accelerator.wait_for_everyone()
             return
         folder = saved[-1]
         state = read_json(folder / "state.json")
-        self._check_identity(state["identity"])
         self.model.load_state_dict(load_tensors(folder / "model.safetensors"))
         moments = _nested(load_tensors(folder / "optimizer.safetensors"))
         groups = self.optimizer.state_dict()["param_groups"]
@@ -329,16 +339,6 @@ class _Run:
 
     def _saved(self) -> list[Path]:
         return sorted(path.parent for path in self.work_dir.glob("step_*/state.json"))
-
-    def _check_identity(self, old: dict[str, Any]) -> None:
-        new = self.identity
-        names = [n for n in new["config"] if old["config"].get(n) != new["config"][n]]
-        names += [f"input '{n}'" for n in new["inputs"] if old["inputs"].get(n) != new["inputs"][n]]
-        if names:
-            raise UserError(
-                f"--resume: the saved run in {self.work_dir} differs in {', '.join(names)}; "
-                "resume with the same flags and inputs, or run without --resume to start again"
-            )
 
 
 def _flat(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

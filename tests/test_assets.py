@@ -316,7 +316,8 @@ def test_folder_put_there_by_hand_is_used_and_never_overwritten(tmp_path):
     folder = write_model(tmp_path / "bert-local")
     before = names(folder)
     assert assets.ensure_teacher(folder=folder) == folder
-    assert assets.ensure_teacher("some/model", folder=folder) == folder
+    with pytest.raises(UserError, match="some/model: .* was put there by hand; name that folder or delete it"):
+        assets.ensure_teacher("some/model", folder=folder)
     with pytest.raises(UserError, match="by hand"):
         assets.ensure_teacher(str(write_model(tmp_path / "mine")), folder=folder, copy=True)
     (folder / "model.safetensors").unlink()

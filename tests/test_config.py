@@ -69,7 +69,7 @@ def test_documented_defaults_of_gradual_pruning():
         {"alpha_start": 1.5},
         {"temperature_end": 0.0},
         {"head_final_sparsity": 1.0},
-        {"pruning_end_epoch": 16},
+        {"pruning_end_epoch": 0},
         {"pruning_start_epoch": 9},
         {"patience": 0},
         {"lambda_mag": 0.0, "lambda_grad": 0.0},

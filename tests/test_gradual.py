@@ -85,9 +85,12 @@ def test_a_pruned_head_comes_back_when_it_matters(recipe_of):
 
 def test_mask_holds_after_every_optimizer_step(recipe_of, batch):
     recipe = recipe_of()
-    optimizer = torch.optim.AdamW(recipe.model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(recipe.model.parameters(), lr=1e-2)
     for step in range(2 * recipe.steps_per_epoch + 2):
+        before = [(layer.mask.clone(), layer.weight.detach().clone()) for layer in recipe.masked[NEURONS]]
         train_step(recipe, step, optimizer)
+        for (mask, weight), layer in zip(before, recipe.masked[NEURONS], strict=True):
+            assert torch.equal(layer.weight[:, mask == 0], weight[:, mask == 0]), "a pruned column was trained"
     with torch.no_grad():
         masked = recipe.model.eval()(**batch).logits
         small = recipe.finish()
@@ -104,15 +107,26 @@ def test_events_end_with_the_phase_and_are_enough(recipe_of):
 
 
 def test_gradients_count_only_within_the_window(recipe_of):
-    recipe = recipe_of(pruning_frequency=2, pruning_window_steps=1)
-    counted = []
-    for step in range(4):
+    recipe = recipe_of(pruning_frequency=2, pruning_window_steps=1, num_epochs=2)
+    assert recipe.events == list(range(1, 20, 2))
+    accumulate, accumulated = recipe.scores.accumulate, []
+    recipe.scores.accumulate = lambda: (accumulated.append(step), accumulate())
+    for step in range(6):
         train_step(recipe, step)
-        counted.append(recipe.scores.steps)
-    # Events are at the odd steps: the even ones are outside the window, and an event empties it.
-    assert counted == [0, 0, 0, 0]
+    assert accumulated == [1, 3, 5], "only the step of the event is within a window of one"
+    assert not torch.cat(recipe.scores.outer[NEURONS]).any(), "an event starts a new window"
+    accumulate()
+    assert torch.cat(recipe.scores.outer[NEURONS]).any()
+
+
+def test_overflowing_step_does_not_count(recipe_of):
+    recipe = recipe_of(pruning_frequency=2)
+    train_step(recipe, 0)
+    before = torch.cat(recipe.scores.outer[NEURONS] + recipe.scores.inner[HEADS])
+    recipe.masked[NEURONS][1].weight.grad[0, 0] = float("inf")
     recipe.scores.accumulate()
-    assert recipe.scores.steps == 1
+    assert torch.equal(torch.cat(recipe.scores.outer[NEURONS] + recipe.scores.inner[HEADS]), before)
+    assert before.any()
 
 
 def test_scores_follow_the_lambdas(recipe_of):
@@ -136,7 +150,7 @@ def test_unreachable_sparsity_names_flag_and_limit(recipe_of):
 def test_temperature_alpha_and_rate_follow_the_schedule(recipe_of):
     recipe = recipe_of()
     assert (recipe.temperature(0), recipe.alpha(0)) == (10.0, 0.9)
-    assert (recipe.temperature(30), recipe.alpha(30)) == (2.0, pytest.approx(0.2))
+    assert (recipe.temperature(29), recipe.alpha(29)) == (2.0, pytest.approx(0.2)), "the last step"
     assert recipe.learning_rate(19) == 1e-3
     assert recipe.learning_rate(20) == 1e-5
     assert recipe.learning_rate(29) < 2e-6
