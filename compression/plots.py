@@ -1,6 +1,5 @@
 """Figures of the final report, drawn from its JSON alone. No display is needed."""
 
-import os
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
+
+from compression.checkpoint import new_file
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; shapes tell the models apart in grey print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -92,8 +93,5 @@ def _unit_area(shape: str) -> float:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png")
