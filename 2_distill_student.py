@@ -38,7 +38,7 @@ class DistillationConfig(TrainingConfig):
     alpha: float = 0.5
     """Weight of the soft-label loss, cross-entropy has the rest; with soft_labels it counts as 1."""
 
-    presets: ClassVar = {"fast": dict(num_epochs=3, batch_size=64, max_length=64, amp="auto")}
+    presets: ClassVar = {"fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto")}
 
     def check(self) -> None:
         super().check()
