@@ -36,7 +36,15 @@ MODELS_TO_EVALUATE = [
     ("teacher", "Teacher", "python 1_finetune_teacher.py"),
     ("student", "Distilled Student (Baseline)", "python 2_distill_student.py"),
     ("student_softlabel", "Distilled Student (Soft Labels)", "python 2_distill_student.py --variant soft_labels"),
+    (
+        "student_quantized",
+        "Quantized Distilled Student",
+        "python 9_quantize_pruned_model.py --pruned_model_path models/student_model"
+        " --output_dir models/student_quantized_model",
+    ),
     ("pruned", "Pruned Student (KGSP + MSP)", "python 8_pruning_with_finetuning.py"),
+    ("pruned_quantized", "Pruned + Quantized Student (PTQ)", "python 9_quantize_pruned_model.py"),
+    ("pruned_qkd4bit", "Pruned + QKD-4bit (QAT)", "python 10_qat_kd_4bit.py"),
 ]
 BASELINE = "Distilled Student (Baseline)"
 

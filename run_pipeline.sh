@@ -9,14 +9,16 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-train=() everywhere=() fast=() teacher=() student=() preset=() mode=(--skip_existing --resume)
+train=() data=() models=() fast=() teacher=() student=() preset=() skip=(--skip_existing) resume=(--resume)
+models_dir=models
 while [ $# -gt 0 ]; do
     case "$1" in
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
         -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        --fresh) mode=() ;;
+        --fresh) skip=() resume=() ;;
         --fast) fast=(--fast) ;;
-        --data_dir | --models_dir) everywhere+=("$1" "${2:?$1 needs a folder}"); shift ;;
+        --data_dir) data=("$1" "${2:?$1 needs a folder}"); shift ;;
+        --models_dir) models_dir="${2:?$1 needs a folder}" models=("$1" "$2"); shift ;;
         --teacher) teacher=("$1" "${2:?$1 needs a model}"); shift ;;
         --student) student=("$1" "${2:?$1 needs a model}"); shift ;;
         --preset) preset=("$1" "${2:?$1 needs a name}"); shift ;;
@@ -30,10 +32,16 @@ stage() {
     echo "--- $1"
     python "$@"
 }
-common=("${fast[@]}" "${train[@]}" "${everywhere[@]}" "${mode[@]}")
+everywhere=("${data[@]}" "${models[@]}")
+common=("${fast[@]}" "${train[@]}" "${everywhere[@]}" "${skip[@]}" "${resume[@]}")
 stage download_model.py "${teacher[@]}" "${student[@]}" "${everywhere[@]}"
 stage 1_finetune_teacher.py "${teacher[@]}" "${common[@]}"
 stage 2_distill_student.py "${student[@]}" "${common[@]}"
 stage 2_distill_student.py --variant soft_labels "${student[@]}" "${common[@]}"
 stage 8_pruning_with_finetuning.py "${preset[@]}" "${common[@]}"
+stage 9_quantize_pruned_model.py --pruned_model_path "$models_dir/student_model" \
+    --output_dir "$models_dir/student_quantized_model" "${models[@]}" "${skip[@]}"
+stage 9_quantize_pruned_model.py "${models[@]}" "${skip[@]}"
+stage 10_qat_kd_4bit.py "${common[@]}"
 stage 7_evaluate_and_generate_report.py "${fast[@]}" "${everywhere[@]}"
+stage evaluate_plot.py "${fast[@]}" "${everywhere[@]}"

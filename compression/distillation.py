@@ -1,10 +1,12 @@
 """Losses that teach a student what its teacher knows, and the teacher's outputs, computed once per data set."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compression.checkpoint import identify, load_tensors, new_folder, save_tensors
@@ -34,6 +36,33 @@ def distillation_loss(
     soft = soft_label_loss(student_logits, teacher_logits, temperature)
     hard = F.cross_entropy(student_logits.float(), labels)
     return {"loss": alpha * soft + (1 - alpha) * hard, "soft_label_loss": soft, "cross_entropy": hard}
+
+
+def layer_map(teacher_layers: int, student_layers: int) -> list[int]:
+    """The teacher's layer for each of the student's layers, evenly spread; layers count from 1, the last is the last.
+
+    As hidden states are counted: 0 would be the embeddings' output.
+    """
+    return [max(1, round(layer * teacher_layers / student_layers)) for layer in range(1, student_layers + 1)]
+
+
+def hidden_state_loss(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor, projection: nn.Module | None = None
+) -> Tensor:
+    """Mean squared difference of hidden states: mean over features, real tokens, rows and layers.
+
+    Args:
+        student: one [rows, length, width] per layer. teacher: the same for the layers mapped to them, of the teacher's
+            width.
+        attention_mask: [rows, length], 1 for real tokens.
+        projection: maps the student's width to the teacher's (Jiao et al. 2020, "TinyBERT"); None where they agree.
+    """
+    losses = []
+    for mine, target in zip(student, teacher, strict=True):
+        mine = mine if projection is None else projection(mine)
+        per_token = (mine.float() - target.float()).square().mean(-1)
+        losses.append(((per_token * attention_mask).sum(-1) / attention_mask.sum(-1)).mean())
+    return torch.stack(losses).mean()
 
 
 def teacher_logits(model: PreTrainedModel, folder: Path, encoded: Encoded, pad_token_id: int) -> Tensor:

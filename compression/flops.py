@@ -6,15 +6,17 @@ activations and biases are not counted.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from compression.modeling import PACKED_TABLES
 from compression.runtime import UserError
 from compression.structures import LayerParts, encoder_layers
 
@@ -73,20 +75,31 @@ def count_macs(model: PreTrainedModel, sequence_length: int, batch_size: int = 1
     if not 1 <= sequence_length <= positions:
         raise UserError(f"sequence length {sequence_length}: allowed is 1 to {positions} for this model")
     ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=model.device)
-    with _eager_evaluation(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    macs: Counter[nn.Module] = Counter()
+    with _eager_evaluation(model), _count_linears(model, macs), torch.no_grad(), FlopCounterMode(display=False) as seen:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
-    flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
-    macs = {
-        module: flops.get(f"{type(model).__name__}.{name}", 0) // 2
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    encoder_linears = {linear for layer in encoder_layers(model) for linear in _linears(layer)}
-    linear = sum(count for module, count in macs.items() if module in encoder_linears)
+    flops = {name: sum(by_operator.values()) for name, by_operator in seen.get_flop_counts().items()}
+    in_linears = sum(flops.get(f"{type(model).__name__}.{name}", 0) for name, m in model.named_modules() if m in macs)
     # A matrix product outside every Linear layer is attention's: QK^T or AV.
-    attention = flops["Global"] // 2 - sum(macs.values())
-    return MacCount(sequence_length, batch_size, linear, attention, sum(macs.values()) - linear)
+    attention = (flops["Global"] - in_linears) // 2
+    linear = sum(macs[linear] for layer in encoder_layers(model) for linear in _linears(layer))
+    return MacCount(sequence_length, batch_size, linear, attention, macs.total() - linear)
+
+
+@contextmanager
+def _count_linears(model: nn.Module, macs: Counter[nn.Module]) -> Iterator[None]:
+    """Count Linear layers by what goes through them: FlopCounterMode knows no operator of a quantized layer."""
+
+    def count(linear: nn.Linear, inputs: tuple[Tensor, ...], _) -> None:
+        macs[linear] += inputs[0].numel() * linear.out_features
+
+    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -122,7 +135,10 @@ def _linears(layer: LayerParts) -> tuple[nn.Linear, ...]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of a model: total, embeddings (tables and their LayerNorm), encoder (all layers), head (the rest)."""
+    """Parameters of a model: total, embeddings (tables and their LayerNorm), encoder (all layers), head (the rest).
+
+    Counted are the weights that the model computes with, however many bits each is stored in.
+    """
     counts = {"total": 0, "embeddings": 0, "encoder": 0, "head": 0}
     counted = set()
     for module_name, module in model.named_modules():
@@ -134,11 +150,15 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
             # 4-bit Linear layers store two weights in an element, so count by the layer's shape.
             size = module.in_features * module.out_features if packed else parameter.numel()
             counts["total"] += size
-            counts[_part(f"{module_name}.{name}")] += size
+            counts[part_of(f"{module_name}.{name}")] += size
+        if isinstance(module, PACKED_TABLES):
+            counts["total"] += module.num_embeddings * module.embedding_dim
+            counts["embeddings"] += module.num_embeddings * module.embedding_dim
     return counts
 
 
-def _part(parameter_name: str) -> str:
+def part_of(parameter_name: str) -> str:
+    """The part of the model that a parameter belongs to: embeddings, encoder or head."""
     if re.search(r"\blayers?\.\d+\.", parameter_name):
         return "encoder"
     return "embeddings" if "embed" in parameter_name else "head"

@@ -16,6 +16,8 @@ MODELS = ROOT / "models"
 RESULTS = ROOT / "results"
 
 log = logging.getLogger("compression")
+# It advises a package that this project does without, as soon as it is imported.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class UserError(Exception):
@@ -35,7 +37,6 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def processes() -> PartialState:

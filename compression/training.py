@@ -27,7 +27,7 @@ from compression.schedule import warmup_then_linear_decay
 # Fields that do not change the result; paths of inputs are not in it because the inputs themselves are compared.
 NOT_RESULT = (
     "resume", "skip_existing", "track", "save_steps", "models_dir", "data_dir", "teacher", "student", "teacher_path",
-    "student_path",
+    "student_path", "pruned_model_path",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from compression import report as report_module
 from compression.checkpoint import describe_stage, identify, read_stage, save_classifier, write_json
 from compression.flops import count_macs
-from compression.plots import LARGEST_MARKER, SHAPES, _unit_area, plot_accuracy_against_gflops
+from compression.plots import LARGEST_MARKER, SHAPES, _unit_area, pareto_front, plot_accuracy_against_cost
 from compression.report import (
     build_markdown,
     data_warnings,
@@ -170,28 +170,42 @@ def test_exactly_three_files_are_written(report, tmp_path):
     assert json.loads(paths[0].read_text()) == report
     assert paths[1].read_text() == build_markdown(report)
     pixels = imread(paths[2])
-    assert pixels.shape[:2] == (1040, 1920)
+    assert pixels.shape[:2] == (1120, 2800)
     assert len(set(map(tuple, pixels[::4, ::4, :3].reshape(-1, 3)))) > 50, "the figure is blank"
 
 
 def test_a_failed_figure_leaves_the_old_report(report, tmp_path, monkeypatch):
     write_report(report, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(report_module, "plot_accuracy_against_gflops", lambda report: 1 / 0)
+    monkeypatch.setattr(report_module, "plot_accuracy_against_cost", lambda report: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(report | {"created": "later"}, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def drawn_models(axes):
+    """The markers of a panel; empty scatters are there for the legends only."""
+    return [marks for marks in axes.collections if isinstance(marks, PathCollection) and len(marks.get_offsets())]
+
+
 def test_marker_area_is_proportional_to_size_whatever_the_shape(report):
-    axes = plot_accuracy_against_gflops(report).axes[0]
-    # Empty scatters are there for the legends only.
-    markers = [marks for marks in axes.collections if isinstance(marks, PathCollection) and len(marks.get_offsets())]
-    areas = [marks.get_sizes()[0] * _unit_area(shape) for marks, shape in zip(markers, SHAPES, strict=False)]
-    assert areas == pytest.approx([LARGEST_MARKER, LARGEST_MARKER / 2, LARGEST_MARKER * 150 / 400])
-    places = [tuple(marks.get_offsets()[0]) for marks in markers]
-    assert places == [pytest.approx(place) for place in ((20, 92.5), (10, 90), (5, 89.5))]
+    for axes in plot_accuracy_against_cost(report).axes:
+        areas = [
+            marks.get_sizes()[0] * _unit_area(shape) for marks, shape in zip(drawn_models(axes), SHAPES, strict=False)
+        ]
+        assert areas == pytest.approx([LARGEST_MARKER, LARGEST_MARKER / 2, LARGEST_MARKER * 150 / 400])
     assert (_unit_area("s"), _unit_area("o")) == (pytest.approx(1), pytest.approx(torch.pi / 4, rel=1e-3))
+
+
+def test_models_are_drawn_against_gflops_and_against_size(report):
+    against_gflops, against_size = plot_accuracy_against_cost(report).axes
+    for axes, costs in ((against_gflops, (20, 10, 5)), (against_size, (400, 200, 150))):
+        places = [tuple(marks.get_offsets()[0]) for marks in drawn_models(axes)]
+        assert places == [pytest.approx(place) for place in zip(costs, (92.5, 90, 89.5), strict=True)]
+
+
+def test_pareto_front_leaves_out_what_is_no_better_than_a_cheaper_model():
+    assert pareto_front([5, 2, 2, 4, 9], [90, 80, 85, 85, 89]) == [(2, 85), (5, 90)]
 
 
 # The script, on tiny checkpoints.
@@ -267,7 +281,10 @@ def test_script_measures_every_model_there_is(script, models_dir, data_dir, tmp_
 
     (warning,) = report["warnings"]
     assert warning.startswith("Teacher ") and "review sentences" in warning
-    (missing,) = report["missing"]
+    missing, *others = report["missing"]
+    assert [model["name"] for model in others] == [
+        "Quantized Distilled Student", "Pruned + Quantized Student (PTQ)", "Pruned + QKD-4bit (QAT)",
+    ]  # fmt: skip
     markdown = (tmp_path / "results" / "final_report.md").read_text()
     assert missing["command"] == "python 2_distill_student.py --variant soft_labels"
     assert f"- {missing['name']}: `{missing['command']}`" in markdown

@@ -26,6 +26,9 @@ AUTO_MAPS = {PrunedBertConfig: pruned_bert.AUTO_MAP, PrunedDistilBertConfig: pru
 BERT = (PrunedBertConfig, PrunedBertForSequenceClassification)
 DISTILBERT = (PrunedDistilBertConfig, PrunedDistilBertForSequenceClassification)
 
+# The families' classes for embedding tables in 8 or 4 bits; each modeling file has its own.
+PACKED_TABLES = (pruned_bert.PackedEmbedding, pruned_distilbert.PackedEmbedding)
+
 # Model type of a classifier, dense or pruned -> configuration and class of its pruned form.
 PRUNED_CLASSES = {
     "bert": BERT,

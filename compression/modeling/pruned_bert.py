@@ -5,6 +5,10 @@ The dense model's sizes stay in the config; `per_layer_config` says what each la
 attention of a pruned layer is `num_attention_heads * head_size` wide, less than `hidden_size`.
 """
 
+import math
+from functools import partial
+
+import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.activations import ACT2FN
@@ -29,10 +33,70 @@ AUTO_MAP = {
 
 
 class PrunedBertConfig(BertConfig):
-    """BertConfig plus `per_layer_config` and `head_size`, the width of one attention head."""
+    """BertConfig plus `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`."""
 
     model_type = "pruned_bert"
     head_size: int = 64
+    embedding_bits: int = 32
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding table stored in 16 bits per value, or in 8 or 4 with one scale for each block of a row."""
+
+    def __init__(self, num_embeddings, embedding_dim, bits):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
+        width, kind = (embedding_dim, torch.half) if bits == 16 else (embedding_dim * bits // 8, torch.uint8)
+        self.register_buffer("codes", torch.zeros(num_embeddings, width, dtype=kind))
+        if bits < 16:
+            blocks = embedding_dim // math.gcd(embedding_dim, 64)
+            self.register_buffer("scales", torch.zeros(num_embeddings, blocks, dtype=torch.bfloat16))
+            # What a code stands for, in units of the scale.
+            self.register_buffer("numbers", torch.zeros(2**bits))
+
+    def forward(self, input):
+        codes = self.codes[input]
+        if self.bits == 16:
+            return codes.float()
+        if self.bits == 4:
+            codes = torch.stack((codes >> 4, codes & 15), dim=-1).flatten(-2)
+        scales = self.scales[input].to(self.numbers.dtype)
+        return (self.numbers[codes.int()].unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def pack_embeddings(embeddings, bits):
+    """Give a model's embeddings empty packed tables, for the weights of a checkpoint."""
+    for name in ("word_embeddings", "position_embeddings"):
+        table = getattr(embeddings, name)
+        setattr(embeddings, name, PackedEmbedding(table.num_embeddings, table.embedding_dim, bits))
+
+
+def fix_4bit_layers(model, *_):
+    """Work around two faults of bitsandbytes 0.50 in 4-bit layers on CPUs with AVX-512.
+
+    It repacks weights where there are bf16 instructions, which rounds their scales, computes in bf16 whatever the
+    compute dtype, and fails on widths that are no multiples of 32 and 64. And where the rows of a weight are no
+    multiple of the blocksize, it reads the wrong scales. Pruned layers have such widths.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+            if layer.weight.device.type == "cpu" and layer.in_features % layer.weight.blocksize:
+                layer.forward = partial(forward_4bit, layer)
+
+
+def forward_4bit(layer, input):
+    """The forward pass of a 4-bit layer, its weight taken as one row: so it was quantized."""
+    state, operators = layer.weight.quant_state, torch.ops.bitsandbytes
+    absmax, dtype = state.absmax, layer.compute_dtype or input.dtype
+    if state.nested:
+        scale = state.state2
+        absmax = operators.dequantize_blockwise(absmax, scale.absmax, scale.code, scale.blocksize, torch.float32)
+        absmax = absmax + state.offset
+    shape = [1, layer.out_features * layer.in_features]
+    weight = operators.dequantize_4bit(layer.weight.data, absmax, state.blocksize, state.quant_type, shape, dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return nn.functional.linear(input.to(dtype), weight.view(layer.out_features, -1), bias).to(input.dtype)
 
 
 class PrunedSelfAttention(BertSelfAttention):
@@ -111,8 +175,11 @@ class PrunedBertModel(BertModel):
         self.config = config
         self.gradient_checkpointing = False
         self.embeddings = BertEmbeddings(config)
+        if config.embedding_bits < 32:
+            pack_embeddings(self.embeddings, config.embedding_bits)
         self.encoder = PrunedEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
+        self.register_forward_pre_hook(fix_4bit_layers)
         self.post_init()
 
 

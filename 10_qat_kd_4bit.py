@@ -1,0 +1,82 @@
+"""Stage 10: 4-bit quantization-aware training of the pruned student, with distillation from its teacher (QKD-4bit).
+
+    python 10_qat_kd_4bit.py [--fast] [--pruned_model_path DIR] [--num_epochs 2] [--learning_rate 1e-5]
+
+Reads the newest pruned model, models/teacher_model and the sentiment data; writes
+models/pruned_qkd4bit_<timestamp>, a 4-bit model that computes with exactly the weights it was trained with. The fields
+of the losses are documented in compression/qat.py, those of any training in compression/training.py.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from compression.checkpoint import find_all, find_newest, load_classifier, read_json, require
+from compression.config import run_script
+from compression.qat import QuantizationAwareConfig, QuantizationAwareDistillation
+from compression.quantization import bytes_by_part, check_exact, pack, pick_compute_dtype
+from compression.runtime import UserError, log
+from compression.task import Stage
+
+PRUNE = "python 8_pruning_with_finetuning.py"
+
+
+@dataclass
+class QATKDConfig(QuantizationAwareConfig):
+    pruned_model_path: Path | None = None
+    """The model to train; by default the newest pruned one in models_dir."""
+    teacher_path: Path | None = None
+    """The fine-tuned teacher; by default teacher_model in models_dir."""
+
+
+def find_model(config: QATKDConfig) -> Path:
+    """The model to train."""
+    folder = config.pruned_model_path or find_newest(config.models_dir, "pruned")
+    if folder is None:
+        raise UserError(f"--models_dir {config.models_dir}: no pruned model there; make one with: {PRUNE}")
+    require(folder, "--pruned_model_path", PRUNE)
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise UserError(f"--pruned_model_path {folder}: is quantized already; name the model it was made from")
+    return folder
+
+
+def make_recipe(stage: Stage, model, task, config: QATKDConfig) -> QuantizationAwareDistillation:
+    """The losses, with a teacher that runs on every batch only where its hidden states are needed."""
+    rows = len(task.train)
+    if not config.beta_hidden:
+        return QuantizationAwareDistillation(model, config, rows, teacher_logits=stage.teacher_logits())
+    teacher, tokenizer = load_classifier(stage.teacher, model.device)
+    if tokenizer.get_vocab() != task.tokenizer.get_vocab():
+        raise UserError(f"--teacher_path {stage.teacher}: splits text otherwise than the student; use --beta_hidden 0")
+    return QuantizationAwareDistillation(model, config, rows, teacher=teacher)
+
+
+def main(config: QATKDConfig) -> None:
+    teacher = config.teacher_path or config.models_dir / "teacher_model"
+    require(teacher, "--teacher_path", "python 1_finetune_teacher.py")
+    stage = Stage("pruned_qkd4bit", config, parent=find_model(config), teacher=teacher)
+    if stage.is_done(*find_all(config.models_dir, "pruned_qkd4bit")):
+        return
+
+    # From here on the forward pass computes with 4-bit weights; before training that is what stage 9 would save.
+    model, task = stage.load_model()
+    metrics = {"accuracy_fp32": task.evaluate(model)["accuracy"], "bytes_before": bytes_by_part(model)}
+    recipe = make_recipe(stage, model, task, config)
+    metrics["accuracy_ptq"] = task.evaluate(model)["accuracy"]
+    log.info("Accuracy %.4f in fp32, %.4f in 4 bits before training", metrics["accuracy_fp32"], metrics["accuracy_ptq"])
+    history = stage.train(model, task, recipe)
+
+    # The same fp32 weights are packed once; every layer must have the values it was trained with.
+    trained_logits = task.predict(model, task.validation)
+    values = recipe.finish()
+    packed = pack(model, config.storage(), pick_compute_dtype(config.compute_dtype))
+    check_exact(packed, values)
+    metrics["logit_difference"] = (task.predict(packed, task.validation) - trained_logits).abs().max().item()
+    metrics["bytes_after"] = bytes_by_part(packed)
+    log.info("Packed: all weights as trained, logits to %.1e", metrics["logit_difference"])
+    output = config.models_dir / f"pruned_qkd4bit_{datetime.now():%Y%m%d_%H%M%S}"
+    stage.save(output, packed, task, history, **metrics)
+
+
+if __name__ == "__main__":
+    run_script(QATKDConfig, main)

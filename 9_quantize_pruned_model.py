@@ -1,0 +1,106 @@
+"""Stage 9: quantize a model after training (NF4, or 8 bits).
+
+    python 9_quantize_pruned_model.py [--double_quant] [--embedding_bits 8] [--load_in_8bit]
+    python 9_quantize_pruned_model.py --pruned_model_path models/student_model \\
+        --output_dir models/student_quantized_model
+
+Reads the newest pruned model, or the classifier that --pruned_model_path names, pruned or not; writes
+models/pruned_quantized_final. No data is needed. The classification head stays in full precision.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from compression.checkpoint import (
+    describe_stage,
+    find_newest,
+    identify,
+    is_made_from,
+    load_classifier,
+    make_folder,
+    read_json,
+    read_stage,
+    require,
+    save_classifier,
+)
+from compression.config import StageConfig, run_script
+from compression.quantization import StorageFields, bytes_by_part, pack, pick_compute_dtype
+from compression.runtime import UserError, log, pick_device
+
+PRUNE = "python 8_pruning_with_finetuning.py"
+# Fields that do not change the result; the path of the input is among them because the input itself is compared.
+NOT_RESULT = ("models_dir", "output_dir", "pruned_model_path", "skip_existing")
+
+
+@dataclass
+class QuantizationConfig(StorageFields, StageConfig):
+    pruned_model_path: Path | None = None
+    """The model to quantize; by default the newest pruned one in models_dir."""
+    models_dir: Path = Path("models")
+    """Where checkpoints are read and written."""
+    output_dir: Path | None = None
+    """Where to write; by default pruned_quantized_final in models_dir."""
+    load_in_8bit: bool = False
+    """8-bit weights (LLM.int8) instead of 4-bit ones."""
+    skip_existing: bool = False
+    """Do nothing if the output exists and was made with this configuration from this model."""
+
+    # Quantization takes seconds: the quick settings are the usual ones.
+    presets: ClassVar = {"fast": {}}
+
+    def check(self) -> None:
+        default = type(self)
+        for name in ("double_quant", "quant_type", "blocksize"):
+            if self.load_in_8bit and getattr(self, name) != getattr(default, name):
+                raise UserError(
+                    f"--{name} {getattr(self, name)}: is for 4-bit weights; not allowed with --load_in_8bit"
+                )
+
+
+def find_model(config: QuantizationConfig) -> Path:
+    """The model to quantize."""
+    folder = config.pruned_model_path or find_newest(config.models_dir, "pruned")
+    if folder is None:
+        raise UserError(f"--models_dir {config.models_dir}: no pruned model there; make one with: {PRUNE}")
+    require(folder, "--pruned_model_path", PRUNE)
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise UserError(f"--pruned_model_path {folder}: is quantized already; name the model it was made from")
+    return folder
+
+
+def log_sizes(bytes_before: dict[str, int], bytes_after: dict[str, int]) -> None:
+    """Sizes by part, in 10^6 bytes, against the model in fp32."""
+    log.info("%-12s %10s %10s %7s", "MB", "before", "after", "ratio")
+    for part in ("embeddings", "encoder", "head", "total"):
+        before, after = bytes_before[part], bytes_after[part]
+        log.info("%-12s %10.2f %10.2f %7.3f", part, before / 1e6, after / 1e6, after / before)
+
+
+def describe(folder: Path, inputs: dict[str, Any], config: QuantizationConfig, metrics: dict[str, Any]) -> dict:
+    """stage.json: the model's own stage with `_quantized` behind it, and the data that the model was trained on."""
+    parent = read_stage(folder) or {}
+    name = f"{parent['stage']}_quantized" if parent else "quantized"
+    return describe_stage(name, config.as_dict(), inputs, metrics, parent.get("data"))
+
+
+def main(config: QuantizationConfig) -> None:
+    folder, output = find_model(config), config.output_dir or config.models_dir / "pruned_quantized_final"
+    inputs = {"parent": identify(folder)}
+    settings = {name: value for name, value in config.as_dict().items() if name not in NOT_RESULT}
+    if config.skip_existing and is_made_from(output, settings, inputs):
+        log.info("%s exists and matches configuration and inputs: skipped", output)
+        return
+    make_folder(output.parent, "--output_dir")
+
+    model, tokenizer = load_classifier(folder, pick_device())
+    packed = pack(model, config.storage(bits=8 if config.load_in_8bit else 4), pick_compute_dtype(config.compute_dtype))
+
+    sizes = {"bytes_before": bytes_by_part(model), "bytes_after": bytes_by_part(packed)}
+    save_classifier(output, packed, tokenizer, describe(folder, inputs, config, sizes))
+    log_sizes(**sizes)
+    log.info("%s -> %s", folder, output)
+
+
+if __name__ == "__main__":
+    run_script(QuantizationConfig, main)

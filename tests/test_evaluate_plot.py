@@ -1,0 +1,81 @@
+"""The comparison script through its real command line, on tiny checkpoints."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_bert, tiny_distilbert
+from matplotlib.image import imread
+from transformers import AutoTokenizer
+
+from compression.checkpoint import describe_stage, save_classifier
+from compression.plots import plot_model_comparison
+from compression.quantization import Format, pack
+from compression.runtime import ROOT
+
+
+def run(*flags, expect=0):
+    command = [sys.executable, "evaluate_plot.py", *map(str, flags)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture
+def models_dir(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    student = tiny_distilbert()
+    quantized = pack(student, Format(), torch.float32)
+    for stage, model in (("teacher", tiny_bert()), ("student", student), ("student_quantized", quantized)):
+        save_classifier(tmp_path / "models" / stage, model, tokenizer, describe_stage(stage, {}, {}, {}, {}))
+    return tmp_path / "models"
+
+
+def test_table_and_figures_hold_every_model_there_is(models_dir, tmp_path):
+    rows = [f"{letter} a b{' c' * index}\t{index % 2}" for index, letter in enumerate("abcdefghijklmnopqrst")]
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    output = tmp_path / "results"
+    result = run(
+        "--models_dir", models_dir, "--data_dir", tmp_path, "--output_dir", output, "--inference_runs", 3,
+        "--load_runs", 2, "--sequence_length", 8,
+    )  # fmt: skip
+    assert {path.name for path in output.iterdir()} == {f"model_comparison.{end}" for end in ("csv", "png", "pdf")}
+    with (output / "model_comparison.csv").open(newline="") as file:
+        teacher, student, quantized = csv.DictReader(file)
+    assert [row["model"] for row in (teacher, student, quantized)] == ["Teacher", "Student", "Student, 4 bits"]
+    assert int(quantized["weights_bytes"]) < int(student["weights_bytes"])
+    assert int(quantized["parameters"]) == int(student["parameters"])
+    for row in (teacher, student, quantized):
+        assert row["sentences"] == "20" and 0 <= float(row["accuracy"]) <= 1
+        for low, middle, high in (("load_p10_s", "load_median_s", "load_p90_s"),
+                                  ("inference_p10_ms", "inference_median_ms", "inference_p90_ms")):  # fmt: skip
+            assert 0 < float(row[low]) <= float(row[middle]) <= float(row[high])
+    pixels = imread(output / "model_comparison.png")
+    assert len(set(map(tuple, pixels[::4, ::4, :3].reshape(-1, 3)))) > 50, "the figure is blank"
+    assert (output / "model_comparison.pdf").read_bytes().startswith(b"%PDF")
+    assert "Not there, so not compared: Student, soft labels; Pruned" in result.stdout
+
+
+def test_panels_show_the_numbers_of_the_table():
+    row = {
+        "model": "A", "data": "SST-2 (GLUE)", "sentences": 800, "accuracy": 0.9, "accuracy_standard_error": 0.01,
+        "inference_median_ms": 5.0, "inference_p10_ms": 4.0, "inference_p90_ms": 7.0, "load_median_s": 0.5,
+        "load_p10_s": 0.4, "load_p90_s": 0.9, "weights_bytes": 70_000_000,
+    }  # fmt: skip
+    figure = plot_model_comparison([row, row | {"model": "B", "accuracy": 0.8}])
+    widths = [[bar.get_width() for bar in axes.patches] for axes in figure.axes]
+    assert widths == [[], [5, 5], [0.5, 0.5], [70, 70]]
+    texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert texts == [["90.00", "80.00"], ["5", "5"], ["0.5", "0.5"], ["70.0", "70.0"]]
+
+
+def test_without_any_model_the_first_command_is_named():
+    result = run("--models_dir", "nowhere", expect=2)
+    assert "no model to compare; make the first with: python 1_finetune_teacher.py" in result.stderr
