@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from compression.checkpoint import find_all, find_newest, load_classifier, read_json, require
+from compression.checkpoint import find_all, find_unquantized, load_classifier, require
 from compression.config import run_script
 from compression.qat import QuantizationAwareConfig, QuantizationAwareDistillation
 from compression.quantization import bytes_by_part, check_exact, pack, pick_compute_dtype
 from compression.runtime import UserError, log
 from compression.task import Stage
-
-PRUNE = "python 8_pruning_with_finetuning.py"
 
 
 @dataclass
@@ -27,17 +25,6 @@ class QATKDConfig(QuantizationAwareConfig):
     """The model to train; by default the newest pruned one in models_dir."""
     teacher_path: Path | None = None
     """The fine-tuned teacher; by default teacher_model in models_dir."""
-
-
-def find_model(config: QATKDConfig) -> Path:
-    """The model to train."""
-    folder = config.pruned_model_path or find_newest(config.models_dir, "pruned")
-    if folder is None:
-        raise UserError(f"--models_dir {config.models_dir}: no pruned model there; make one with: {PRUNE}")
-    require(folder, "--pruned_model_path", PRUNE)
-    if "quantization_config" in read_json(folder / "config.json"):
-        raise UserError(f"--pruned_model_path {folder}: is quantized already; name the model it was made from")
-    return folder
 
 
 def make_recipe(stage: Stage, model, task, config: QATKDConfig) -> QuantizationAwareDistillation:
@@ -54,7 +41,9 @@ def make_recipe(stage: Stage, model, task, config: QATKDConfig) -> QuantizationA
 def main(config: QATKDConfig) -> None:
     teacher = config.teacher_path or config.models_dir / "teacher_model"
     require(teacher, "--teacher_path", "python 1_finetune_teacher.py")
-    stage = Stage("pruned_qkd4bit", config, parent=find_model(config), teacher=teacher)
+    stage = Stage(
+        "pruned_qkd4bit", config, parent=find_unquantized(config.pruned_model_path, config.models_dir), teacher=teacher
+    )
     if stage.is_done(*find_all(config.models_dir, "pruned_qkd4bit")):
         return
 

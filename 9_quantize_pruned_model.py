@@ -14,21 +14,18 @@ from typing import Any, ClassVar
 
 from compression.checkpoint import (
     describe_stage,
-    find_newest,
+    find_unquantized,
     identify,
     is_made_from,
     load_classifier,
     make_folder,
-    read_json,
     read_stage,
-    require,
     save_classifier,
 )
 from compression.config import StageConfig, run_script
 from compression.quantization import StorageFields, bytes_by_part, pack, pick_compute_dtype
 from compression.runtime import UserError, log, pick_device
 
-PRUNE = "python 8_pruning_with_finetuning.py"
 # Fields that do not change the result; the path of the input is among them because the input itself is compared.
 NOT_RESULT = ("models_dir", "output_dir", "pruned_model_path", "skip_existing")
 
@@ -58,17 +55,6 @@ class QuantizationConfig(StorageFields, StageConfig):
                 )
 
 
-def find_model(config: QuantizationConfig) -> Path:
-    """The model to quantize."""
-    folder = config.pruned_model_path or find_newest(config.models_dir, "pruned")
-    if folder is None:
-        raise UserError(f"--models_dir {config.models_dir}: no pruned model there; make one with: {PRUNE}")
-    require(folder, "--pruned_model_path", PRUNE)
-    if "quantization_config" in read_json(folder / "config.json"):
-        raise UserError(f"--pruned_model_path {folder}: is quantized already; name the model it was made from")
-    return folder
-
-
 def log_sizes(bytes_before: dict[str, int], bytes_after: dict[str, int]) -> None:
     """Sizes by part, in 10^6 bytes, against the model in fp32."""
     log.info("%-12s %10s %10s %7s", "MB", "before", "after", "ratio")
@@ -85,7 +71,10 @@ def describe(folder: Path, inputs: dict[str, Any], config: QuantizationConfig, m
 
 
 def main(config: QuantizationConfig) -> None:
-    folder, output = find_model(config), config.output_dir or config.models_dir / "pruned_quantized_final"
+    folder, output = (
+        find_unquantized(config.pruned_model_path, config.models_dir),
+        config.output_dir or config.models_dir / "pruned_quantized_final",
+    )
     inputs = {"parent": identify(folder)}
     settings = {name: value for name, value in config.as_dict().items() if name not in NOT_RESULT}
     if config.skip_existing and is_made_from(output, settings, inputs):

@@ -230,6 +230,22 @@ def find_newest(models_dir: Path, stage: str) -> Path | None:
     return next(iter(find_all(models_dir, stage)), None)
 
 
+def find_unquantized(pruned_model_path: Path | None, models_dir: Path) -> Path:
+    """The model that stages 9 and 10 start from: the one named, else the newest pruned one.
+
+    Raises:
+        UserError: there is none, or it is quantized already.
+    """
+    command = "python 8_pruning_with_finetuning.py"
+    folder = pruned_model_path or find_newest(models_dir, "pruned")
+    if folder is None:
+        raise UserError(f"--models_dir {models_dir}: no pruned model there; make one with: {command}")
+    require(folder, "--pruned_model_path", command)
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise UserError(f"--pruned_model_path {folder}: is quantized already; name the model it was made from")
+    return folder
+
+
 def make_folder(folder: Path, flag: str) -> None:
     """Create a folder to write to, or raise UserError with the flag that named it."""
     try:
