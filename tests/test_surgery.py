@@ -101,8 +101,11 @@ def test_checkpoint_loads_elsewhere_with_the_same_logits(tiny_model, batch, toke
 
     save_file(batch | {"logits": expected}, tmp_path / "expected.safetensors")
     program = (
-        "from safetensors.torch import load_file; from transformers import AutoModelForSequenceClassification as Auto\n"
-        f"model = Auto.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()\n"
+        "from safetensors.torch import load_file\n"
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n"
+        f"folder = {str(folder)!r}\n"
+        "assert AutoTokenizer.from_pretrained(folder)('a')['input_ids'] == [2, 5, 3]\n"
+        "model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()\n"
         f"saved = load_file({str(tmp_path / 'expected.safetensors')!r})\n"
         "logits = saved.pop('logits')\n"
         "difference = (model(**saved).logits - logits).abs().max().item()\n"

@@ -36,6 +36,15 @@ class PrunedDistilBertConfig(DistilBertConfig):
     head_size: int = 64
     embedding_bits: int = 32
 
+    def to_dict(self):
+        """The config with the sizes also under their general names.
+
+        Without `trust_remote_code` AutoTokenizer reads the file as a plain config, which knows no other names and
+        needs them to make sense of `per_layer_config`.
+        """
+        names = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+        return super().to_dict() | {name: getattr(self, name) for name in names}
+
 
 class PackedEmbedding(nn.Module):
     """An embedding table stored in 16 bits per value, or in 8 or 4 with one scale for each block of a row."""
