@@ -15,7 +15,7 @@ from compression.checkpoint import find_all, require
 from compression.config import run_script
 from compression.gradual import GradualPruning, GradualPruningConfig
 from compression.runtime import UserError, log
-from compression.structures import family_of
+from compression.structures import ENCODERS, family_of
 from compression.task import Stage
 
 # Masked and smaller model compute the same sums in another order; more than this is a mistake in the surgery.
@@ -41,7 +41,7 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
 
     # Warmup, Pruning, Finetuning: the masks go in with the recipe.
     model, task = stage.load_model()
-    family_of(model)  # refuses an unsupported architecture at once
+    family_of(model, ENCODERS)  # refuses an unsupported architecture at once
     before = task.evaluate(model)
     recipe = GradualPruning(model, stage.teacher_logits(), config)
     history = stage.train(model, task, recipe)

@@ -78,7 +78,7 @@ def naive_scores(recipe: GradualPruning) -> None:
     for kind in KINDS:
         for parts in recipe.layers:
             rows, outer = parts.split(kind)
-            size = parts.structure_size(kind)
+            size = outer.in_features // parts.count(kind)
             for index in range(parts.count(kind)):
                 place = slice(index * size, (index + 1) * size)
                 score = sum((linear.weight[place] * linear.weight.grad[place]).abs().sum() for linear in rows)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from compression.modeling import PACKED_TABLES
 from compression.runtime import UserError
-from compression.structures import LayerParts, encoder_layers
+from compression.structures import LayerParts, layers_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def count_macs(model: PreTrainedModel, sequence_length: int, batch_size: int = 1
     in_linears = sum(flops.get(f"{type(model).__name__}.{name}", 0) for name, m in model.named_modules() if m in macs)
     # A matrix product outside every Linear layer is attention's: QK^T or AV.
     attention = (flops["Global"] - in_linears) // 2
-    linear = sum(macs[linear] for layer in encoder_layers(model) for linear in _linears(layer))
+    linear = sum(macs[linear] for layer in layers_of(model) for linear in layer.linears())
     return MacCount(sequence_length, batch_size, linear, attention, macs.total() - linear)
 
 
@@ -125,13 +125,9 @@ def encoder_macs_formula(layers: Sequence[LayerParts], sequence_length: int) -> 
     S * weights + 2 * S^2 * heads * head_size per layer: each weight is used once per token, and QK^T and AV take
     S * S * head_size MACs each per head.
     """
-    weights = sum(linear.in_features * linear.out_features for layer in layers for linear in _linears(layer))
-    attended = sum(layer.heads * layer.head_size for layer in layers)
+    weights = sum(linear.in_features * linear.out_features for layer in layers for linear in layer.linears())
+    attended = sum(layer.query_heads * layer.head_size for layer in layers)
     return sequence_length * weights + 2 * sequence_length**2 * attended
-
-
-def _linears(layer: LayerParts) -> tuple[nn.Linear, ...]:
-    return layer.q, layer.k, layer.v, layer.o, layer.up, layer.down
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -19,7 +19,7 @@ from compression.distillation import distillation_loss
 from compression.masks import MaskedLinear, add_masks, remove_masks
 from compression.runtime import UserError, log
 from compression.schedule import EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
-from compression.structures import HEADS, KINDS, NEURONS, LayerParts, encoder_layers
+from compression.structures import HEADS, KINDS, NEURONS, LayerParts, layers_of
 from compression.surgery import shrink
 from compression.training import Recipe, TrainingConfig
 
@@ -146,11 +146,11 @@ class StructureScores:
         """What one step adds to the scores of a layer: from the structures' rows, and from their columns."""
         outer = self.masked[kind][index]
         if self.config.importance_mode == "fisher":
-            gradient = importance.mask_gradient(outer.weight, outer.weight.grad, outer.size)
+            gradient = importance.mask_gradient(outer.weight, outer.weight.grad, outer.count)
             return torch.zeros_like(gradient), gradient.square()
         rows, _ = self.layers[index].split(kind)
-        inner = importance.taylor([row.weight for row in rows], [row.weight.grad for row in rows], outer.size)
-        return inner, importance.taylor_columns(outer.weight, outer.weight.grad, outer.size)
+        inner = importance.taylor([row.weight for row in rows], [row.weight.grad for row in rows], outer.count)
+        return inner, importance.taylor_columns(outer.weight, outer.weight.grad, outer.count)
 
     def reset(self) -> None:
         """Start a new window."""
@@ -186,7 +186,7 @@ class StructureScores:
         """Root of the mean squared weight: the L2 norm, free of the structure's size."""
         parts, outer = self.layers[index], self.masked[kind][index]
         rows, _ = parts.split(kind)
-        squares = importance.l2([linear.weight for linear in rows], outer.weight, outer.size)
+        squares = importance.l2([linear.weight for linear in rows], outer.weight, outer.count)
         return (squares / parts.structure_parameters(kind)).sqrt()
 
     def _gradients(self, kind: str, index: int) -> Tensor:
@@ -205,7 +205,7 @@ class GradualPruning(Recipe):
         self.model = model
         self.teacher_logits = teacher_logits.to(model.device)
         self.masked = add_masks(model)
-        self.layers = encoder_layers(model)
+        self.layers = layers_of(model)
         self.scores = StructureScores(self.layers, self.masked, config)
         self.events = self._events()
         self.early_stopping = EarlyStopping(config.patience, config.min_delta)

@@ -8,46 +8,46 @@ import torch
 from torch import Tensor
 
 
-def sum_rows(values: Tensor, size: int) -> Tensor:
-    """Sum a [structures * size, in] matrix over the rows of each structure -> [structures]."""
-    return values.sum(1).view(-1, size).sum(1)
+def sum_rows(values: Tensor, count: int) -> Tensor:
+    """Sum a [count * rows of one structure, in] matrix over the rows of each structure -> [count]."""
+    return values.sum(1).view(count, -1).sum(1)
 
 
-def sum_columns(values: Tensor, size: int) -> Tensor:
-    """Sum an [out, structures * size] matrix over the columns of each structure -> [structures]."""
-    return values.sum(0).view(-1, size).sum(1)
+def sum_columns(values: Tensor, count: int) -> Tensor:
+    """Sum an [out, count * columns of one structure] matrix over the columns of each structure -> [count]."""
+    return values.sum(0).view(count, -1).sum(1)
 
 
-def l2(inner: list[Tensor], outer: Tensor, size: int) -> Tensor:
+def l2(inner: list[Tensor], outer: Tensor, count: int) -> Tensor:
     """Squared L2 norm of each structure's weights.
 
     Args:
-        inner: the matrices [structures * size, in] whose rows belong to the structures.
-        outer: the matrix [out, structures * size] whose columns do.
-        size: rows (columns) per structure.
+        inner: the matrices [rows, in] whose rows belong to the structures, an equal number to each.
+        outer: the matrix [out, columns] whose columns do.
+        count: number of structures.
     """
-    return sum(sum_rows(weight.square(), size) for weight in inner) + sum_columns(outer.square(), size)
+    return sum(sum_rows(weight.square(), count) for weight in inner) + sum_columns(outer.square(), count)
 
 
-def taylor(weights: list[Tensor], gradients: list[Tensor], size: int) -> Tensor:
+def taylor(weights: list[Tensor], gradients: list[Tensor], count: int) -> Tensor:
     """Sum of |weight * gradient| over the rows of each structure: first-order Taylor importance, weight by weight."""
     products = zip(weights, gradients, strict=True)
-    return sum(sum_rows((weight * gradient).abs_(), size) for weight, gradient in products)
+    return sum(sum_rows((weight * gradient).abs_(), count) for weight, gradient in products)
 
 
-def taylor_columns(weight: Tensor, gradient: Tensor, size: int) -> Tensor:
+def taylor_columns(weight: Tensor, gradient: Tensor, count: int) -> Tensor:
     """Sum of |weight * gradient| over the columns of each structure."""
-    return sum_columns((weight * gradient).abs_(), size)
+    return sum_columns((weight * gradient).abs_(), count)
 
 
-def mask_gradient(weight: Tensor, gradient: Tensor, size: int) -> Tensor:
-    """Derivative of the loss by a mask on each structure, from the output projection [out, structures * size].
+def mask_gradient(weight: Tensor, gradient: Tensor, count: int) -> Tensor:
+    """Derivative of the loss by a mask on each structure, from the output projection [out, columns].
 
     The mask scales the structure's columns, so by the chain rule its derivative is the signed sum of weight * gradient
     over them. Squared and averaged over batches this is the empirical Fisher information of the mask
     (Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers").
     """
-    return sum_columns(weight * gradient, size)
+    return sum_columns(weight * gradient, count)
 
 
 def complete_pruned(inner: Tensor, outer: Tensor, kept: Tensor) -> Tensor:

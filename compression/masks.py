@@ -23,16 +23,17 @@ class _StraightThroughMask(torch.autograd.Function):
 
 
 class MaskedLinear(nn.Linear):
-    """A Linear layer [out, structures * size] in which the columns of pruned structures count as zero.
+    """A Linear layer [out, columns], with an equal share of the columns for each of `count` structures.
 
+    The columns of pruned structures count as zero.
     It shares the parameters of the layer it replaces; the mask is no part of the state dict.
     """
 
-    def __init__(self, linear: nn.Linear, size: int):
+    def __init__(self, linear: nn.Linear, count: int):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.size = size
+        self.count = count
         self.register_buffer("mask", torch.ones_like(linear.weight[0]), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -41,11 +42,11 @@ class MaskedLinear(nn.Linear):
     @property
     def kept(self) -> Tensor:
         """[structures], True where the structure is in use."""
-        return self.mask.view(-1, self.size)[:, 0] > 0
+        return self.mask.view(self.count, -1)[:, 0] > 0
 
     def keep(self, kept: Tensor) -> None:
         """Set which structures are in use, [structures] bool."""
-        self.mask.copy_(kept.repeat_interleave(self.size))
+        self.mask.copy_(kept.repeat_interleave(self.in_features // self.count))
 
     def freeze_pruned(self) -> None:
         """Zero the gradient of the pruned columns: it is there to be measured, not to train what is not in use."""
@@ -63,8 +64,8 @@ class MaskedLinear(nn.Linear):
 def add_masks(model: nn.Module) -> dict[str, list[MaskedLinear]]:
     """Replace the output projections by masked ones, all structures in use; returns them by kind, layer by layer."""
     masked: dict[str, list[MaskedLinear]] = {kind: [] for kind in KINDS}
-    for kind, parent, name, size in output_projections(model):
-        layer = MaskedLinear(getattr(parent, name), size)
+    for kind, parent, name, count in output_projections(model):
+        layer = MaskedLinear(getattr(parent, name), count)
         setattr(parent, name, layer)
         masked[kind].append(layer)
     return masked

@@ -12,7 +12,6 @@ import math
 import re
 from dataclasses import dataclass
 from functools import cache
-from operator import attrgetter
 from typing import Literal
 
 import bitsandbytes as bnb
@@ -24,7 +23,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from compression.flops import part_of
 from compression.runtime import UserError, log
-from compression.structures import KINDS, encoder_layers
+from compression.structures import KINDS, layers_of
 from compression.surgery import shrink
 
 QuantType = Literal["nf4", "fp4"]
@@ -36,7 +35,6 @@ SMALLEST_ABSMAX = 1e-38
 INTERVALS = 32
 # Rows of an embedding table share a scale in blocks of so many values, or of the largest divisor of that.
 EMBEDDING_BLOCK = 64
-LINEARS = attrgetter("q", "k", "v", "o", "up", "down")
 EMBEDDINGS = re.compile(r"\b(word|position)_embeddings$")
 
 
@@ -253,7 +251,7 @@ def remove_fake_quantization(model: PreTrainedModel) -> None:
 
 def encoder_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """The Linear layers of the encoder by name: what is quantized."""
-    linears = {id(linear) for layer in encoder_layers(model) for linear in LINEARS(layer)}
+    linears = {id(linear) for layer in layers_of(model) for linear in layer.linears()}
     return {name: module for name, module in model.named_modules() if id(module) in linears}
 
 
@@ -359,7 +357,7 @@ def _linear_8bit(linear: nn.Linear) -> bnb.nn.Linear8bitLt:
 
 def _with_packed_tables(model: PreTrainedModel, bits: int) -> PreTrainedModel:
     """A copy of the model, of the pruned class of its family, whose tables are stored with so many bits."""
-    layers, device = encoder_layers(model), model.device
+    layers, device = layers_of(model), model.device
     everything = {kind: [torch.ones(part.count(kind), device=device).bool() for part in layers] for kind in KINDS}
     small = shrink(model, everything)
     if bits == 32:

@@ -1,7 +1,9 @@
 """The prunable structures of a model: attention heads and FFN neurons, where their weights are, how many there are.
 
 A head is its rows of q/k/v and its columns of the output projection; a neuron is a row of the first FFN layer and a
-column of the second. Per-structure values (scores, masks) are kept as one tensor per layer, by kind.
+column of the second. With grouped-query attention (GQA) what counts as one head is a key-value head with all the query
+heads that share it, and in a gated MLP a neuron is a row of gate and up and a column of down: so the ratio of query to
+key-value heads survives any choice. Per-structure values (scores, masks) are kept as one tensor per layer, by kind.
 """
 
 from collections.abc import Iterator
@@ -28,7 +30,9 @@ class Family:
     o: str
     up: str
     down: str
-    head_size: str
+    head_size: str | None = None
+    """None: the config says it (`head_dim`)."""
+    gate: str | None = None
 
 
 BERT = Family(
@@ -51,83 +55,120 @@ DISTILBERT = Family(
     down="ffn.lin2",
     head_size="attention.attention_head_size",
 )
-FAMILIES = {"bert": BERT, "pruned_bert": BERT, "distilbert": DISTILBERT, "pruned_distilbert": DISTILBERT}
+DECODER = Family(
+    layers="base_model.layers",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    o="self_attn.o_proj",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+)
+ENCODERS = {"bert": BERT, "pruned_bert": BERT, "distilbert": DISTILBERT, "pruned_distilbert": DISTILBERT}
+DECODERS = {f"{prefix}{name}": DECODER for name in ("llama", "mistral", "qwen2", "qwen3") for prefix in ("", "pruned_")}
+FAMILIES = ENCODERS | DECODERS
 
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The Linear modules of one encoder layer.
+    """The Linear modules of one layer; None where the layer's attention or FFN was removed.
 
-    q, k, v: [heads * head_size, hidden]; o: [hidden, heads * head_size];
-    up: [neurons, hidden]; down: [hidden, neurons].
+    q: [query heads * head_size, hidden]; k, v: [heads * head_size, hidden]; o: [hidden, query heads * head_size];
+    gate, up: [neurons, hidden]; down: [hidden, neurons].
     """
 
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
-    o: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
+    q: nn.Linear | None
+    k: nn.Linear | None
+    v: nn.Linear | None
+    o: nn.Linear | None
+    up: nn.Linear | None
+    down: nn.Linear | None
     head_size: int
+    gate: nn.Linear | None = None
+
+    @property
+    def query_heads(self) -> int:
+        return 0 if self.q is None else self.q.out_features // self.head_size
 
     @property
     def heads(self) -> int:
-        return self.q.out_features // self.head_size
+        """Key-value heads: those of k and v."""
+        return 0 if self.k is None else self.k.out_features // self.head_size
 
     @property
     def neurons(self) -> int:
-        return self.up.out_features
+        return 0 if self.up is None else self.up.out_features
 
     def count(self, kind: str) -> int:
         """Number of structures of a kind."""
         return self.heads if kind == HEADS else self.neurons
 
-    def structure_size(self, kind: str) -> int:
-        """How many rows (columns) of its matrices one structure takes."""
-        return self.head_size if kind == HEADS else 1
-
     def structure_parameters(self, kind: str) -> int:
-        """Parameters of one structure, biases of its rows included."""
+        """Parameters of one structure, biases of its rows included; 0 where the layer has none of the kind."""
+        if not self.count(kind):
+            return 0
         inner, outer = self.split(kind)
-        rows = sum(linear.in_features + (linear.bias is not None) for linear in inner)
-        return self.structure_size(kind) * (rows + outer.out_features)
+        rows = sum(linear.out_features * (linear.in_features + (linear.bias is not None)) for linear in inner)
+        return (rows + outer.weight.numel()) // self.count(kind)
 
     def split(self, kind: str) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
         """The layers that hold a kind's rows, and the one that holds its columns."""
-        return ((self.q, self.k, self.v), self.o) if kind == HEADS else ((self.up,), self.down)
+        if kind == HEADS:
+            return (self.q, self.k, self.v), self.o
+        return ((self.up,) if self.gate is None else (self.gate, self.up)), self.down
+
+    def linears(self) -> list[nn.Linear]:
+        """All Linear modules that the layer has."""
+        parts = (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+        return [linear for linear in parts if linear is not None]
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: nn.Module, families: dict[str, Family] = FAMILIES) -> Family:
     """The architecture's layout.
 
     Raises:
         UserError: an architecture that is not supported.
     """
     model_type = model.config.model_type
-    if model_type not in FAMILIES:
-        raise UserError(f"model type '{model_type}' is not supported here; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
+    if model_type not in families:
+        raise UserError(f"model type '{model_type}' is not supported here; supported: {', '.join(sorted(families))}")
+    return families[model_type]
 
 
-def encoder_layers(model: nn.Module) -> list[LayerParts]:
-    """The prunable Linear modules of every encoder layer, dense or already pruned.
+def layers_of(model: nn.Module) -> list[LayerParts]:
+    """The prunable Linear modules of every layer, dense or already pruned.
 
     Raises:
         UserError: an architecture that is not supported.
     """
     family = family_of(model)
-    names = ("q", "k", "v", "o", "up", "down", "head_size")
-    getters = {name: attrgetter(getattr(family, name)) for name in names}
-    return [
-        LayerParts(**{name: get(layer) for name, get in getters.items()}) for layer in attrgetter(family.layers)(model)
-    ]
+    return [_parts(family, layer, model) for layer in attrgetter(family.layers)(model)]
+
+
+def _parts(family: Family, layer: nn.Module, model: nn.Module) -> LayerParts:
+    paths = {name: getattr(family, name) for name in ("q", "k", "v", "o", "up", "down", "gate")}
+    linears = {name: path and _find(layer, path) for name, path in paths.items()}
+    head_size = attrgetter(family.head_size)(layer) if family.head_size else head_dim(model.config)
+    return LayerParts(**linears, head_size=head_size)
+
+
+def _find(layer: nn.Module, path: str) -> nn.Linear | None:
+    parent, _, name = path.rpartition(".")
+    return getattr(attrgetter(parent)(layer), name, None)
+
+
+def head_dim(config) -> int:
+    """Width of one attention head of a decoder."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def output_projections(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, int]]:
-    """(kind, parent module, attribute name, structure size) of each layer's output projections, layer by layer."""
+    """(kind, parent module, attribute name, structures) of each layer's output projections, layer by layer."""
     family = family_of(model)
     for layer in attrgetter(family.layers)(model):
+        parts = _parts(family, layer, model)
         for kind, path in ((HEADS, family.o), (NEURONS, family.down)):
             parent, _, name = path.rpartition(".")
-            size = attrgetter(family.head_size)(layer) if kind == HEADS else 1
-            yield kind, attrgetter(parent)(layer), name, size
+            if parts.count(kind):
+                yield kind, attrgetter(parent)(layer), name, parts.count(kind)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compression.modeling import AUTO_MAPS, PRUNED_CLASSES
-from compression.structures import HEADS, NEURONS, LayerParts, encoder_layers
+from compression.structures import HEADS, NEURONS, LayerParts, layers_of
 
 
 def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:
@@ -24,22 +24,21 @@ def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedM
         UserError: an architecture that is not supported.
     """
     small = copy.deepcopy(model)
-    for parts, heads, neurons in zip(encoder_layers(small), kept[HEADS], kept[NEURONS], strict=True):
+    for parts, heads, neurons in zip(layers_of(small), kept[HEADS], kept[NEURONS], strict=True):
         _shrink_layer(parts, heads, neurons)
     config_class, model_class = PRUNED_CLASSES[model.config.model_type]
-    config = _pruned_config(config_class, model, encoder_layers(small))
+    config = _pruned_config(config_class, model, layers_of(small))
     pruned = model_class(config)
     pruned.load_state_dict(small.state_dict())
     return pruned.to(model.device).eval()
 
 
 def _shrink_layer(parts: LayerParts, heads: Tensor, neurons: Tensor) -> None:
-    rows = heads.repeat_interleave(parts.head_size)
-    for linear in (parts.q, parts.k, parts.v):
-        slice_linear(linear, rows=rows)
-    slice_linear(parts.o, columns=rows)
-    slice_linear(parts.up, rows=neurons)
-    slice_linear(parts.down, columns=neurons)
+    for kind, kept in ((HEADS, heads), (NEURONS, neurons)):
+        inner, outer = parts.split(kind)
+        for linear in inner:
+            slice_linear(linear, rows=kept.repeat_interleave(linear.out_features // len(kept)))
+        slice_linear(outer, columns=kept.repeat_interleave(outer.in_features // len(kept)))
 
 
 @torch.no_grad()

@@ -9,13 +9,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
 )
 
+from compression import structures
+
 HIDDEN, HEADS, HEAD_SIZE, NEURONS, LAYERS, VOCABULARY = 32, 4, 8, 48, 3, 120
+# What stays of the tiny models in most tests: layers of different widths.
+KEPT = {
+    structures.HEADS: [torch.tensor(row).bool() for row in ([1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0])],
+    structures.NEURONS: [torch.arange(48) % 2 == 0, torch.arange(48) < 8, torch.ones(48, dtype=torch.bool)],
+}
 
 
 def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
@@ -43,6 +51,16 @@ MODELS = {"bert": tiny_bert, "distilbert": tiny_distilbert}
 def tiny_model(request):
     """A tiny dense classifier of each supported family."""
     return MODELS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """A BERT tokenizer whose words are the letters a (id 5) to z."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture

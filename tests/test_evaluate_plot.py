@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import tiny_bert, tiny_distilbert
 from matplotlib.image import imread
-from transformers import AutoTokenizer
 
 from compression.checkpoint import describe_stage, save_classifier
 from compression.plots import plot_model_comparison
@@ -24,12 +23,7 @@ def run(*flags, expect=0):
 
 
 @pytest.fixture
-def models_dir(tmp_path):
-    (tmp_path / "tokenizer").mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(words))
-    (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "bert"}')
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+def models_dir(tmp_path, tokenizer):
     student = tiny_distilbert()
     quantized = pack(student, Format(), torch.float32)
     for stage, model in (("teacher", tiny_bert()), ("student", student), ("student_quantized", quantized)):

@@ -9,7 +9,7 @@ from compression.flops import count_macs, count_parameters, encoder_macs_formula
 from compression.runtime import UserError
 from compression.structures import HEADS as HEAD_KIND
 from compression.structures import NEURONS as NEURON_KIND
-from compression.structures import encoder_layers
+from compression.structures import layers_of
 from compression.surgery import shrink
 
 LENGTH = 16
@@ -30,7 +30,7 @@ def pruned_model(tiny_model):
 @pytest.mark.parametrize("length", [1, 7, 16])
 def test_formula_equals_counter(tiny_model, pruned_model, length):
     for model in (tiny_model, pruned_model):
-        assert encoder_macs_formula(encoder_layers(model), length) == count_macs(model, length).encoder
+        assert encoder_macs_formula(layers_of(model), length) == count_macs(model, length).encoder
     assert count_macs(pruned_model, length).encoder < count_macs(tiny_model, length).encoder
 
 
@@ -60,7 +60,7 @@ def test_a_batch_costs_as_much_as_its_sequences(tiny_model):
 def test_model_is_left_as_it_was(tiny_model):
     tiny_model.set_attn_implementation("sdpa")
     tiny_model.train()
-    frozen = encoder_layers(tiny_model)[0].q
+    frozen = layers_of(tiny_model)[0].q
     frozen.eval()
     modes = {name: module.training for name, module in tiny_model.named_modules()}
     count_macs(tiny_model, LENGTH)

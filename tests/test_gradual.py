@@ -6,7 +6,7 @@ from conftest import VOCABULARY, tiny_distilbert
 
 from compression.gradual import GradualPruning, GradualPruningConfig
 from compression.runtime import UserError
-from compression.structures import HEADS, KINDS, NEURONS, encoder_layers
+from compression.structures import HEADS, KINDS, NEURONS, layers_of
 
 ROWS = 40
 MODES = ["l2", "kd_grad", "l2+kd_grad", "fisher"]
@@ -95,7 +95,7 @@ def test_mask_holds_after_every_optimizer_step(recipe_of, batch):
         masked = recipe.model.eval()(**batch).logits
         small = recipe.finish()
         torch.testing.assert_close(small(**batch).logits, masked, atol=1e-5, rtol=0)
-    assert sum(parts.heads for parts in encoder_layers(small)) == 8
+    assert sum(parts.heads for parts in layers_of(small)) == 8
 
 
 def test_events_end_with_the_phase_and_are_enough(recipe_of):

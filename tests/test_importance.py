@@ -16,7 +16,7 @@ def layer():
 
 def test_l2_sums_rows_and_columns_of_a_structure(layer):
     (first, second, *_), (outer, _) = layer
-    scores = importance.l2([first, second], outer, size=3)
+    scores = importance.l2([first, second], outer, count=4)
     for index in range(4):
         part = slice(3 * index, 3 * index + 3)
         expected = first[part].norm() ** 2 + second[part].norm() ** 2 + outer[:, part].norm() ** 2
@@ -25,8 +25,8 @@ def test_l2_sums_rows_and_columns_of_a_structure(layer):
 
 def test_taylor_is_the_sum_of_weight_times_gradient(layer):
     (first, second, first_gradient, second_gradient), (outer, outer_gradient) = layer
-    inner = importance.taylor([first, second], [first_gradient, second_gradient], size=3)
-    columns = importance.taylor_columns(outer, outer_gradient, size=3)
+    inner = importance.taylor([first, second], [first_gradient, second_gradient], count=4)
+    columns = importance.taylor_columns(outer, outer_gradient, count=4)
     for index in range(4):
         part = slice(3 * index, 3 * index + 3)
         products = (first[part] * first_gradient[part]).abs().sum() + (second[part] * second_gradient[part]).abs().sum()
@@ -40,7 +40,7 @@ def test_mask_gradient_is_the_derivative_of_a_mask(layer):
     mask = torch.ones(4, requires_grad=True)
     weight = outer.clone().requires_grad_()
     (values @ (weight * mask.repeat_interleave(3)).T).pow(3).sum().backward()
-    torch.testing.assert_close(importance.mask_gradient(outer, weight.grad, size=3), mask.grad)
+    torch.testing.assert_close(importance.mask_gradient(outer, weight.grad, count=4), mask.grad)
 
 
 def test_pruned_structures_are_scored_as_if_they_were_whole():

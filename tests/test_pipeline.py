@@ -23,7 +23,7 @@ from transformers import (
 
 from compression.checkpoint import find_newest, load_classifier, read_stage
 from compression.data import load_sentiment
-from compression.structures import encoder_layers
+from compression.structures import layers_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SST2 = Path(os.environ.get("COMPRESSION_DATA", ROOT.parent / "shared" / "data")) / "sst2"
@@ -109,11 +109,11 @@ def test_pruned_checkpoint_is_smaller_and_says_where_it_came_from(models):
         "epoch", "phase", "loss", "soft_label_loss", "cross_entropy", "accuracy", "selection_accuracy",
         "head_sparsity", "neuron_sparsity", "total_sparsity", "learning_rate", "temperature", "alpha",
     }  # fmt: skip
-    layers = encoder_layers(load_classifier(pruned)[0])
+    layers = layers_of(load_classifier(pruned)[0])
     assert sum(layer.heads for layer in layers) == 8  # 30 % of 12 heads is 3.6, so 4 went
     assert sum(layer.neurons for layer in layers) == 96  # 20 % of 128 neurons, in blocks of 8, is 32
     dense = load_classifier(models / "student_model")[0]
-    assert sum(p.numel() for p in encoder_layers(dense)[0].q.parameters()) == 48 * 49
+    assert sum(p.numel() for p in layers_of(dense)[0].q.parameters()) == 48 * 49
 
 
 def test_report_lists_what_is_there_and_what_is_missing(models, common, tmp_path):
@@ -186,7 +186,7 @@ def test_two_processes_agree_with_one(common, models, tmp_path):
     for first, second in zip(*(json.loads((p / "training_history.json").read_text()) for p in (one, two)), strict=True):
         assert second["loss"] == pytest.approx(first["loss"], abs=2e-4)
         assert second["head_sparsity"] == first["head_sparsity"]
-    layers = [[(layer.heads, layer.neurons) for layer in encoder_layers(load_classifier(p)[0])] for p in (one, two)]
+    layers = [[(layer.heads, layer.neurons) for layer in layers_of(load_classifier(p)[0])] for p in (one, two)]
     assert layers[0] == layers[1]
 
 

@@ -10,9 +10,9 @@ import time
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_bert, tiny_distilbert
+from conftest import KEPT, VOCABULARY, tiny_bert, tiny_distilbert
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_classifier
 from compression.data import Encoded
@@ -27,14 +27,9 @@ from compression.quantization import (
     pack,
 )
 from compression.runtime import ROOT, UserError
-from compression.structures import HEADS, NEURONS
 from compression.surgery import shrink
 from compression.training import fit
 
-KEPT = {
-    HEADS: [torch.tensor(row).bool() for row in ([1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0])],
-    NEURONS: [torch.arange(48) % 2 == 0, torch.arange(48) < 8, torch.ones(48, dtype=torch.bool)],
-}
 ROWS = 26
 
 
@@ -178,14 +173,9 @@ def run_script(*flags, expect=0):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A teacher and a pruned student, with a tokenizer of letters."""
+def models(tmp_path_factory, tokenizer):
+    """A teacher and a pruned student."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "tokenizer").mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(words))
-    (folder / "tokenizer" / "config.json").write_text('{"model_type": "bert"}')
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     data = {"name": "SST-2 (GLUE)"}
     pruned = shrink(tiny_distilbert(), KEPT)
     # Without dropout, whose draws differ between processes, one process and several must agree.

@@ -11,9 +11,8 @@ from typing import get_args
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
-from conftest import MODELS, tiny_distilbert
+from conftest import KEPT, MODELS, tiny_distilbert
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from compression.checkpoint import load_classifier, save_classifier
 from compression.flops import count_macs, count_parameters
@@ -33,7 +32,6 @@ from compression.quantization import (
     remove_fake_quantization,
 )
 from compression.runtime import UserError
-from compression.structures import HEADS, NEURONS
 from compression.surgery import shrink
 
 # Widths that are no multiple of the blocksize, as pruned layers have; a tail of one; less than one block.
@@ -151,20 +149,6 @@ def test_fake_quantization_comes_off_again(tiny_model, batch):
 
 
 # Packed models.
-
-KEPT = {
-    HEADS: [torch.tensor(row).bool() for row in ([1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0])],
-    NEURONS: [torch.arange(48) % 2 == 0, torch.arange(48) < 8, torch.ones(48, dtype=torch.bool)],
-}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    (folder / "config.json").write_text('{"model_type": "bert"}')
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(params=["dense", "pruned"])

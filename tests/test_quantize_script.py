@@ -6,19 +6,13 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_bert, tiny_distilbert
-from transformers import AutoTokenizer
+from conftest import KEPT, tiny_bert, tiny_distilbert
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_classifier
 from compression.quantization import Format, dequantized_weight, encoder_linears, fake_quantize
 from compression.runtime import ROOT
-from compression.structures import HEADS, NEURONS
 from compression.surgery import shrink
 
-KEPT = {
-    HEADS: [torch.tensor(row).bool() for row in ([1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0])],
-    NEURONS: [torch.arange(48) % 2 == 0, torch.arange(48) < 8, torch.ones(48, dtype=torch.bool)],
-}
 DATA = {"name": "SST-2 (GLUE)"}
 
 
@@ -30,14 +24,9 @@ def run(*flags, expect=0):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, tokenizer):
     """A dense student, and the pruned model made from it."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "tokenizer").mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(words))
-    (folder / "tokenizer" / "config.json").write_text('{"model_type": "bert"}')
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     for stage, model in (("student", tiny_distilbert()), ("pruned", shrink(tiny_distilbert(), KEPT))):
         save_classifier(folder / stage, model, tokenizer, describe_stage(stage, {}, {}, {}, DATA))
     save_classifier(folder / "no_stage", tiny_bert(), tokenizer, {})

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from conftest import HEADS, NEURONS, tiny_bert, tiny_distilbert
+from conftest import KEPT, tiny_bert, tiny_distilbert
 from matplotlib.collections import PathCollection
 from matplotlib.image import imread
-from transformers import AutoTokenizer
 
 from compression import report as report_module
 from compression.checkpoint import describe_stage, identify, read_stage, save_classifier, write_json
@@ -24,8 +23,6 @@ from compression.report import (
     write_report,
 )
 from compression.runtime import ROOT, UserError
-from compression.structures import HEADS as HEAD_KIND
-from compression.structures import NEURONS as NEURON_KIND
 from compression.surgery import shrink
 
 FILES = {"final_report.json", "final_report.md", "final_report.png"}
@@ -231,23 +228,14 @@ def data_dir(tmp_path):
 
 
 @pytest.fixture
-def models_dir(tmp_path):
+def models_dir(tmp_path, tokenizer):
     """A teacher of other data, the student, and a pruned student made from it."""
-    (tmp_path / "tokenizer").mkdir()
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(words))
-    (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "bert"}')
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     student = tiny_distilbert()
-    kept = {
-        HEAD_KIND: [torch.arange(HEADS) < count for count in (4, 2, 1)],
-        NEURON_KIND: [torch.arange(NEURONS) < count for count in (24, 8, 48)],
-    }
     folder = tmp_path / "models"
     for stage, model, parent, data in (
         ("teacher", tiny_bert(), None, "review sentences"),
         ("student", student, None, "SST-2 (GLUE)"),
-        ("pruned", shrink(student, kept), folder / "student_model", "SST-2 (GLUE)"),
+        ("pruned", shrink(student, KEPT), folder / "student_model", "SST-2 (GLUE)"),
     ):
         inputs = {"parent": identify(parent)} if parent else {}
         about = describe_stage(stage, {"seed": 1, "num_epochs": 3}, inputs, {}, {"name": data})

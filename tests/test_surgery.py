@@ -5,19 +5,15 @@ import sys
 
 import pytest
 import torch
+from conftest import KEPT
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from compression.checkpoint import load_classifier, save_classifier
 from compression.masks import add_masks, remove_masks
 from compression.runtime import UserError
-from compression.structures import HEADS, NEURONS, encoder_layers
+from compression.structures import HEADS, NEURONS, layers_of
 from compression.surgery import shrink
-
-KEPT = {
-    HEADS: [torch.tensor(row).bool() for row in ([1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 1, 0])],
-    NEURONS: [torch.arange(48) % 2 == 0, torch.arange(48) < 8, torch.ones(48, dtype=torch.bool)],
-}
 
 
 def mask(model, kept=KEPT):
@@ -45,13 +41,13 @@ def test_masked_logits_equal_those_of_the_smaller_model(tiny_model, batch):
 
 def test_smaller_model_has_smaller_layers(tiny_model):
     small = shrink(tiny_model, KEPT)
-    assert [layer.heads for layer in encoder_layers(small)] == [4, 2, 1]
-    assert [layer.neurons for layer in encoder_layers(small)] == [24, 8, 48]
-    layer = encoder_layers(small)[1]
+    assert [layer.heads for layer in layers_of(small)] == [4, 2, 1]
+    assert [layer.neurons for layer in layers_of(small)] == [24, 8, 48]
+    layer = layers_of(small)[1]
     assert layer.q.weight.shape == (16, 32) and layer.o.weight.shape == (32, 16)
     assert layer.up.weight.shape == (8, 32) and layer.down.weight.shape == (32, 8)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in tiny_model.parameters())
-    assert encoder_layers(tiny_model)[1].heads == 4, "the dense model was changed"
+    assert layers_of(tiny_model)[1].heads == 4, "the dense model was changed"
 
 
 def test_pruning_a_pruned_model_again(tiny_model, batch):
@@ -80,15 +76,6 @@ def test_unsupported_architecture_names_the_supported_ones(batch):
     config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, pad_token_id=0)
     with pytest.raises(UserError, match="'gpt2' is not supported here; supported: bert, distilbert"):
         add_masks(GPT2ForSequenceClassification(config))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    (folder / "config.json").write_text('{"model_type": "bert"}')
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def test_checkpoint_loads_elsewhere_with_the_same_logits(tiny_model, batch, tokenizer, tmp_path):
