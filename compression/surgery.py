@@ -1,17 +1,27 @@
 """Masks -> physically smaller Linear layers."""
 
 import copy
+from operator import attrgetter
 
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from compression.modeling import AUTO_MAPS, PRUNED_CLASSES
-from compression.structures import HEADS, NEURONS, LayerParts, layers_of
+from compression.modeling import auto_map, pruned_classes
+from compression.modeling.pruned_decoder import NoAttention, NoMLP
+from compression.runtime import UserError
+from compression.structures import DECODERS, HEADS, KINDS, NEURONS, LayerParts, family_of, head_dim, layers_of
 
 
 def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:
-    """Build the physically smaller model.
+    """Build the physically smaller classifier.
 
     Args:
         model: a BERT or DistilBERT classifier, dense or already pruned; it is left as it is.
@@ -24,21 +34,128 @@ def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedM
         UserError: an architecture that is not supported.
     """
     small = copy.deepcopy(model)
-    for parts, heads, neurons in zip(layers_of(small), kept[HEADS], kept[NEURONS], strict=True):
-        _shrink_layer(parts, heads, neurons)
-    config_class, model_class = PRUNED_CLASSES[model.config.model_type]
-    config = _pruned_config(config_class, model, layers_of(small))
+    for index, parts in enumerate(layers_of(small)):
+        _shrink_layer(parts, {kind: kept[kind][index] for kind in KINDS})
+    config_class, model_class = pruned_classes(model.config.model_type, AutoModelForSequenceClassification)
+    layers = layers_of(small)
+    config = config_class(
+        **_plain_values(model.config),
+        head_size=layers[0].head_size,
+        auto_map=auto_map(config_class),
+        per_layer_config={
+            index: {"num_attention_heads": parts.heads, "intermediate_size": parts.neurons}
+            for index, parts in enumerate(layers)
+        },
+    )
     pruned = model_class(config)
     pruned.load_state_dict(small.state_dict())
     return pruned.to(model.device).eval()
 
 
-def _shrink_layer(parts: LayerParts, heads: Tensor, neurons: Tensor) -> None:
-    for kind, kept in ((HEADS, heads), (NEURONS, neurons)):
+def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:
+    """Make a language model physically smaller.
+
+    Args:
+        model: a LLaMA-class language model, dense or already pruned. It is used up: its weights are cut down in place
+            and become the result's, so that no second copy of a large model is needed.
+        kept: for heads (key-value heads with their query heads) and neurons one bool tensor [structures] per layer,
+            True where the structure stays. An attention or MLP of which nothing stays is taken out; so is a layer.
+
+    Returns:
+        A model of the pruned class of that family, in evaluation mode.
+
+    Raises:
+        UserError: an architecture that is not supported, or no attention is left in any layer.
+    """
+    family = family_of(model, DECODERS)
+    if not any(mask.any() for mask in kept[HEADS]):
+        raise UserError("nothing is left of any layer's attention: choose a lower pruning ratio")
+    layers = attrgetter(family.layers)(model)
+    for index, parts in enumerate(layers_of(model)):
+        here = {kind: kept[kind][index] for kind in KINDS}
+        _shrink_layer(parts, here)
+        if not here[HEADS].any():
+            layers[index].input_layernorm, layers[index].self_attn = nn.Identity(), NoAttention()
+        if not here[NEURONS].any():
+            layers[index].post_attention_layernorm, layers[index].mlp = nn.Identity(), NoMLP()
+    stay = [index for index, parts in enumerate(layers_of(model)) if parts.heads or parts.neurons]
+    model.model.layers = nn.ModuleList(layers[index] for index in stay)
+    config_class, model_class = pruned_classes(model.config.model_type, AutoModelForCausalLM)
+    values = _decoder_values(model, stay) | {
+        "auto_map": auto_map(config_class),
+        "per_layer_config": {index: _layer_values(parts) for index, parts in enumerate(layers_of(model))},
+    }
+    return _rebuild(model, config_class(**values), model_class)
+
+
+def to_stock(model: PreTrainedModel) -> PreTrainedModel:
+    """A pruned language model of the stock class of its family, which needs every layer to have the same sizes.
+
+    Args:
+        model: used up, its weights become the result's.
+
+    Raises:
+        UserError: the layers differ, or the stock class refuses their number of heads.
+    """
+    layers = layers_of(model)
+    sizes = {(parts.query_heads, parts.heads, parts.neurons) for parts in layers}
+    if len(sizes) > 1 or not all(*sizes):
+        raise UserError(f"layers of different sizes {sorted(sizes)} cannot be had in the stock model class")
+    model_type = model.config.model_type.removeprefix("pruned_")
+    values = _decoder_values(model, range(len(layers))) | _layer_values(layers[0])
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    except StrictDataclassClassValidationError as error:
+        raise UserError(f"the stock {model_type} class refuses the pruned sizes: {error.__cause__}") from None
+    return _rebuild(model, config, AutoModelForCausalLM._model_mapping[type(config)])
+
+
+def _rebuild(model: PreTrainedModel, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """A model of another class and config around the same weights."""
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        rebuilt = model_class(config)
+    rebuilt.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    rebuilt.model.rotary_emb = model.model.rotary_emb  # its tables are in no state dict
+    if getattr(model, "generation_config", None) is not None:
+        rebuilt.generation_config = model.generation_config
+    return rebuilt.eval()
+
+
+def _decoder_values(model: PreTrainedModel, stay: list[int] | range) -> dict:
+    """The values of a dense config with these of its layers."""
+    values = _plain_values(model.config)
+    if values.get("layer_types"):
+        values["layer_types"] = [values["layer_types"][index] for index in stay]
+    return values | {"num_hidden_layers": len(stay), "head_dim": head_dim(model.config)}
+
+
+def _layer_values(parts: LayerParts) -> dict:
+    """What `per_layer_config` says of a layer."""
+    values = {}
+    if parts.heads:
+        values |= {"num_attention_heads": parts.query_heads, "num_key_value_heads": parts.heads}
+    if parts.neurons:
+        values |= {"intermediate_size": parts.neurons}
+    skip = ["attention"] * (not parts.heads) + ["mlp"] * (not parts.neurons)
+    return values | ({"skip": skip} if skip else {})
+
+
+def _plain_values(config: PretrainedConfig) -> dict:
+    values = config.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "head_size", "per_layer_config", "transformers_version"):
+        values.pop(name, None)
+    return values
+
+
+def _shrink_layer(parts: LayerParts, kept: dict[str, Tensor]) -> None:
+    for kind, mask in kept.items():
+        if not parts.count(kind):
+            continue
         inner, outer = parts.split(kind)
         for linear in inner:
-            slice_linear(linear, rows=kept.repeat_interleave(linear.out_features // len(kept)))
-        slice_linear(outer, columns=kept.repeat_interleave(outer.in_features // len(kept)))
+            slice_linear(linear, rows=mask.repeat_interleave(linear.out_features // len(mask)))
+        slice_linear(outer, columns=mask.repeat_interleave(outer.in_features // len(mask)))
 
 
 @torch.no_grad()
@@ -51,18 +168,3 @@ def slice_linear(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor 
     if columns is not None:
         linear.weight = nn.Parameter(linear.weight[:, columns].clone())
     linear.out_features, linear.in_features = linear.weight.shape
-
-
-def _pruned_config(config_class, model: PreTrainedModel, layers: list[LayerParts]):
-    values = model.config.to_dict()
-    for name in ("model_type", "architectures", "per_layer_config", "transformers_version"):
-        values.pop(name, None)
-    values |= {
-        "head_size": layers[0].head_size,
-        "auto_map": AUTO_MAPS[config_class],
-        "per_layer_config": {
-            index: {"num_attention_heads": parts.heads, "intermediate_size": parts.neurons}
-            for index, parts in enumerate(layers)
-        },
-    }
-    return config_class(**values)

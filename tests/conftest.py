@@ -14,6 +14,14 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from compression import structures
@@ -42,6 +50,29 @@ def tiny_distilbert(seed: int = 0) -> DistilBertForSequenceClassification:
         max_position_embeddings=64, num_labels=2, initializer_range=0.2,
     )  # fmt: skip
     return DistilBertForSequenceClassification(config).eval()
+
+
+DECODERS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=True, attention_bias=True)),
+    "mistral": (MistralConfig, MistralForCausalLM, dict(sliding_window=None)),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8)),
+}
+
+
+def tiny_decoder(family: str = "llama", seed: int = 0, **fields):
+    """A language model with two query heads for each of four key-value heads."""
+    torch.manual_seed(seed)
+    config_class, model_class, more = DECODERS[family]
+    sizes = dict(
+        hidden_size=32, num_attention_heads=8, num_key_value_heads=4, intermediate_size=NEURONS, num_hidden_layers=4,
+        vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    model = model_class(config_class(**(sizes | more | fields))).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # as a trained model's, not zero
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 MODELS = {"bert": tiny_bert, "distilbert": tiny_distilbert}

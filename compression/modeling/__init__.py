@@ -1,50 +1,77 @@
 """Model classes whose layers differ in width, registered with the Auto classes.
 
-Each family is one self-contained file (torch and transformers only) that travels inside the checkpoints it describes.
+Each file is self-contained (torch and transformers only) and travels inside the checkpoints it describes.
 """
 
 import shutil
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
-
-from compression.modeling import pruned_bert, pruned_distilbert
-from compression.modeling.pruned_bert import (
-    PrunedBertConfig,
-    PrunedBertForSequenceClassification,
-    PrunedBertModel,
-)
-from compression.modeling.pruned_distilbert import (
-    PrunedDistilBertConfig,
-    PrunedDistilBertForSequenceClassification,
-    PrunedDistilBertModel,
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
 )
 
-AUTO_MAPS = {PrunedBertConfig: pruned_bert.AUTO_MAP, PrunedDistilBertConfig: pruned_distilbert.AUTO_MAP}
+from compression.modeling import pruned_bert, pruned_decoder, pruned_distilbert
 
-BERT = (PrunedBertConfig, PrunedBertForSequenceClassification)
-DISTILBERT = (PrunedDistilBertConfig, PrunedDistilBertForSequenceClassification)
+# Configuration -> the model's classes, by the Auto class that finds them.
+CLASSES = {
+    pruned_bert.PrunedBertConfig: {
+        AutoModel: pruned_bert.PrunedBertModel,
+        AutoModelForSequenceClassification: pruned_bert.PrunedBertForSequenceClassification,
+    },
+    pruned_distilbert.PrunedDistilBertConfig: {
+        AutoModel: pruned_distilbert.PrunedDistilBertModel,
+        AutoModelForSequenceClassification: pruned_distilbert.PrunedDistilBertForSequenceClassification,
+    },
+    pruned_decoder.PrunedLlamaConfig: {
+        AutoModel: pruned_decoder.PrunedLlamaModel,
+        AutoModelForCausalLM: pruned_decoder.PrunedLlamaForCausalLM,
+    },
+    pruned_decoder.PrunedMistralConfig: {
+        AutoModel: pruned_decoder.PrunedMistralModel,
+        AutoModelForCausalLM: pruned_decoder.PrunedMistralForCausalLM,
+    },
+    pruned_decoder.PrunedQwen2Config: {
+        AutoModel: pruned_decoder.PrunedQwen2Model,
+        AutoModelForCausalLM: pruned_decoder.PrunedQwen2ForCausalLM,
+    },
+    pruned_decoder.PrunedQwen3Config: {
+        AutoModel: pruned_decoder.PrunedQwen3Model,
+        AutoModelForCausalLM: pruned_decoder.PrunedQwen3ForCausalLM,
+    },
+}
+for _config, _classes in CLASSES.items():
+    AutoConfig.register(_config.model_type, _config)
+    for _auto, _model in _classes.items():
+        _auto.register(_config, _model)
 
 # The families' classes for embedding tables in 8 or 4 bits; each modeling file has its own.
 PACKED_TABLES = (pruned_bert.PackedEmbedding, pruned_distilbert.PackedEmbedding)
 
-# Model type of a classifier, dense or pruned -> configuration and class of its pruned form.
-PRUNED_CLASSES = {
-    "bert": BERT,
-    "pruned_bert": BERT,
-    "distilbert": DISTILBERT,
-    "pruned_distilbert": DISTILBERT,
-}
 
-AutoModel.register(PrunedBertConfig, PrunedBertModel)
-AutoModel.register(PrunedDistilBertConfig, PrunedDistilBertModel)
-for _config, _classifier in (BERT, DISTILBERT):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModelForSequenceClassification.register(_config, _classifier)
+def pruned_classes(model_type: str, auto_class: type) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """Configuration and class of the pruned form of a model, dense or pruned.
+
+    Raises:
+        KeyError: there is none.
+    """
+    pruned = {config.model_type: config for config in CLASSES}
+    config = pruned[f"pruned_{model_type.removeprefix('pruned_')}"]
+    return config, CLASSES[config][auto_class]
+
+
+def auto_map(config_class: type[PretrainedConfig]) -> dict[str, str]:
+    """What `config.json` says about where the classes are: in the file that lies beside it."""
+    classes = {"AutoConfig": config_class} | {auto.__name__: model for auto, model in CLASSES[config_class].items()}
+    return {name: f"{found.__module__.rpartition('.')[2]}.{found.__name__}" for name, found in classes.items()}
 
 
 def add_modeling_code(model: PreTrainedModel, folder: Path) -> None:
     """Copy a pruned model's modeling file into its checkpoint, which then loads elsewhere with trust_remote_code."""
-    if type(model.config) in AUTO_MAPS:
+    if type(model.config) in CLASSES:
         shutil.copy(sys.modules[type(model).__module__].__file__, folder)

@@ -25,12 +25,6 @@ from transformers.models.bert.modeling_bert import (
     BertSelfOutput,
 )
 
-AUTO_MAP = {
-    "AutoConfig": "pruned_bert.PrunedBertConfig",
-    "AutoModel": "pruned_bert.PrunedBertModel",
-    "AutoModelForSequenceClassification": "pruned_bert.PrunedBertForSequenceClassification",
-}
-
 
 class PrunedBertConfig(BertConfig):
     """BertConfig plus `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`."""

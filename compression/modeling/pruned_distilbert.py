@@ -21,12 +21,6 @@ from transformers.models.distilbert.modeling_distilbert import (
     TransformerBlock,
 )
 
-AUTO_MAP = {
-    "AutoConfig": "pruned_distilbert.PrunedDistilBertConfig",
-    "AutoModel": "pruned_distilbert.PrunedDistilBertModel",
-    "AutoModelForSequenceClassification": "pruned_distilbert.PrunedDistilBertForSequenceClassification",
-}
-
 
 class PrunedDistilBertConfig(DistilBertConfig):
     """DistilBertConfig plus `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`."""
