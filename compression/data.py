@@ -131,13 +131,14 @@ def _split_by_film(source: SentimentSource) -> SentimentData:
         if not text or text in seen:
             continue
         seen.add(text)
-        sentences, labels = parts[_part_of_film(row["movie_name"])]
+        sentences, labels = parts[part_of_film(row["movie_name"])]
         sentences.append(text)
         labels.append(int(row["category"] == "fresh"))
     return SentimentData(source.name, source.source, **{part: Split(*rows) for part, rows in parts.items()})
 
 
-def _part_of_film(film: str) -> str:
+def part_of_film(film: str) -> str:
+    """The part that all texts about a film belong to, by a hash of its name."""
     place = int.from_bytes(hashlib.sha256(film.encode()).digest()[:8], "big") / 2**64
     for part, share in FILM_SHARES.items():
         if place < share:

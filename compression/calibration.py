@@ -1,0 +1,257 @@
+"""What a language model does on calibration text: importance of its structures, and what removing a part would cost.
+
+Gradients are folded into the scores as they appear and freed, one matrix at a time, so a backward pass needs the
+memory of weights and activations but not of a second model full of gradients.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from compression import importance
+from compression.evaluation.perplexity import token_losses
+from compression.structures import KINDS, LayerParts, layers_of
+
+Method = Literal["taylor", "taylor_2nd", "wanda", "fisher", "magnitude"]
+Scores = dict[str, list[Tensor]]
+
+
+def score_structures(
+    model: PreTrainedModel, windows: Tensor, method: Method, batch_size: int = 1, gradient_checkpointing: bool = False
+) -> Scores:
+    """Importance of every structure of a language model.
+
+    - taylor: sum over the structure's weights of |w * dL/dw|, L the mean loss of a batch, averaged over batches
+      (first order; LLM-Pruner, Ma et al. 2023).
+    - taylor_2nd: with the diagonal second-order term, |w * dL/dw| + 1/2 * w^2 * (dL/dw)^2.
+    - wanda: sum over the weights of |w| * norm of their input over the text (Sun et al. 2023). No gradients.
+    - fisher: mean over tokens of (dL/dm)^2, m a gate on the structure's output, L the text's total loss
+      (Kwon et al. 2022); no gradients of weights. It compares across layers as it is.
+    - magnitude: sum of |w|. No text.
+
+    Args:
+        windows: token ids [count, length].
+        batch_size: windows per forward pass.
+        gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+
+    Returns:
+        For heads and for neurons a list over layers of fp32 scores [structures] on the model's device.
+    """
+    layers = layers_of(model)
+    scores = {kind: [torch.zeros(parts.count(kind), device=model.device) for parts in layers] for kind in KINDS}
+    if method == "magnitude":
+        _add_weighted(scores, layers, None)
+    elif method == "wanda":
+        _score_by_activations(model, windows, batch_size, scores)
+    else:
+        observe = _observe_gates if method == "fisher" else partial(_observe_weights, second_order=method != "taylor")
+        with observe(model, scores), _checkpointing(model, gradient_checkpointing):
+            _backward(model, windows, batch_size, mean=method != "fisher")
+        batches = windows.numel() if method == "fisher" else -(-len(windows) // batch_size)
+        for kind in KINDS:
+            for score in scores[kind]:
+                score /= batches
+    return scores
+
+
+def _backward(model: PreTrainedModel, windows: Tensor, batch_size: int, mean: bool) -> None:
+    for ids in tqdm(windows.split(batch_size), desc="gradients", leave=False, disable=None):
+        ids = ids.to(model.device)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        losses = token_losses(model.lm_head, hidden, ids)
+        (losses.mean() if mean else losses.sum()).backward()
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, trainable: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients for these parameters and no others."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = set(trainable)
+    try:
+        for parameter in before:
+            parameter.requires_grad_(parameter in chosen)
+        yield
+    finally:
+        for parameter, value in before.items():
+            parameter.requires_grad_(value)
+            parameter.grad = None
+
+
+@contextmanager
+def _checkpointing(model: PreTrainedModel, enable: bool) -> Iterator[None]:
+    if not enable:
+        yield
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # transformers recomputes in training mode only
+    try:
+        yield
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def _observe_weights(model: PreTrainedModel, scores: Scores, second_order: bool) -> Iterator[None]:
+    """Fold |weight * gradient| of every matrix into the scores as soon as its gradient is there."""
+
+    def fold(score: Tensor, by_rows: bool, weight: nn.Parameter) -> None:
+        product = (weight.detach().float() * weight.grad.float()).abs_()
+        if second_order:
+            product += 0.5 * product.square()
+        weight.grad = None
+        add = importance.sum_rows if by_rows else importance.sum_columns
+        score += add(product, len(score)).to(score.device)
+
+    hooks = []
+    for score, by_rows, linear in _matrices(layers_of(model), scores):
+        hooks.append((linear.weight, partial(fold, score, by_rows)))
+    with _only_trainable(model, [weight for weight, _ in hooks]):
+        handles = [weight.register_post_accumulate_grad_hook(hook) for weight, hook in hooks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def _observe_gates(model: PreTrainedModel, scores: Scores) -> Iterator[None]:
+    """Fold the squared derivative of the loss by each structure's gate, token by token, into the scores.
+
+    A gate scales the structure's output, so its derivative is the sum over that output of value * gradient.
+    """
+
+    def fold(score: Tensor, values: Tensor, gradient: Tensor) -> None:
+        products = (values.float() * gradient.float()).reshape(-1, len(score), values.shape[-1] // len(score))
+        score += products.sum(-1).square_().sum(0).to(score.device)
+
+    def watch(score: Tensor, _, inputs: tuple[Tensor]) -> None:
+        inputs[0].register_hook(partial(fold, score, inputs[0].detach()))
+
+    def start(_, __, output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    with _only_trainable(model, []):
+        handles = [model.get_input_embeddings().register_forward_hook(start)]
+        for score, by_rows, linear in _matrices(layers_of(model), scores):
+            if not by_rows:
+                handles.append(linear.register_forward_pre_hook(partial(watch, score)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@torch.no_grad()
+def _score_by_activations(model: PreTrainedModel, windows: Tensor, batch_size: int, scores: Scores) -> None:
+    """Wanda: input norms of every matrix over the text, then |weight| times them."""
+    squares: dict[nn.Linear, Tensor] = {}
+
+    def watch(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
+        total = inputs[0].float().square().flatten(0, -2).sum(0)
+        squares[linear] = squares.get(linear, 0) + total
+
+    layers = layers_of(model)
+    handles = [linear.register_forward_pre_hook(watch) for parts in layers for linear in parts.linears()]
+    try:
+        for ids in tqdm(windows.split(batch_size), desc="activations", leave=False, disable=None):
+            model.model(input_ids=ids.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    _add_weighted(scores, layers, {linear: total.sqrt() for linear, total in squares.items()})
+
+
+@torch.no_grad()
+def _add_weighted(scores: Scores, layers: list[LayerParts], norms: dict[nn.Linear, Tensor] | None) -> None:
+    for score, by_rows, linear in _matrices(layers, scores):
+        weighted = linear.weight.float().abs()
+        if norms is not None:
+            weighted = weighted * norms[linear]
+        add = importance.sum_rows if by_rows else importance.sum_columns
+        score += add(weighted, len(score)).to(score.device)
+
+
+def _matrices(layers: list[LayerParts], scores: Scores) -> Iterator[tuple[Tensor, bool, nn.Linear]]:
+    """(the scores it counts for, whether structures are its rows or its columns, the matrix), all that there are."""
+    for kind in KINDS:
+        for parts, score in zip(layers, scores[kind], strict=True):
+            if len(score):
+                inner, outer = parts.split(kind)
+                yield from ((score, True, linear) for linear in inner)
+                yield score, False, outer
+
+
+# What removing a whole part costs.
+
+
+@torch.no_grad()
+def removal_perplexities(
+    model: PreTrainedModel, windows: Tensor, batch_size: int = 1
+) -> dict[str, float | list[float]]:
+    """Perplexity with one layer, one attention or one MLP removed, for all of them.
+
+    What goes into a layer does not depend on what comes after it: the states that enter each layer are computed once
+    per batch, and only the layers behind a removed part are run again.
+
+    Args:
+        windows: token ids [count, length].
+
+    Returns:
+        dense: of the model as it is; layer, attention, mlp: lists over layers.
+    """
+    layers = model.model.layers
+    parts = ("layer", "attention", "mlp")
+    totals = {name: torch.zeros(len(layers), dtype=torch.double) for name in parts}
+    dense, tokens = 0.0, 0
+    for ids in tqdm(windows.split(batch_size), desc="removal analysis", leave=False, disable=None):
+        ids = ids.to(model.device)
+        states, options = _layer_inputs(model, ids)
+
+        def loss(state: Tensor, first: int, ids=ids, options=options) -> float:
+            for layer in layers[first:]:
+                state = layer(state, **options)
+            return token_losses(model.lm_head, model.model.norm(state), ids).double().sum().item()
+
+        dense += loss(states[-1], len(layers))
+        tokens += len(ids) * (ids.shape[1] - 1)
+        for index, layer in enumerate(layers):
+            attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(states[index]), **options)
+            without_mlp = states[index] + attended
+            without_attention = states[index] + layer.mlp(layer.post_attention_layernorm(states[index]))
+            totals["layer"][index] += loss(states[index], index + 1)
+            totals["attention"][index] += loss(without_attention, index + 1)
+            totals["mlp"][index] += loss(without_mlp, index + 1)
+    means = {name: (total / tokens).exp().tolist() for name, total in totals.items()}
+    return {"dense": torch.tensor(dense / tokens).exp().item()} | means
+
+
+def _layer_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], dict]:
+    """The states [windows, length, hidden] that enter each layer and leave the last one, and the layers' options."""
+    states: list[Tensor] = []
+    options: dict = {}
+
+    def note(_, inputs: tuple[Tensor, ...], keywords: dict) -> None:
+        states.append(inputs[0])
+        options.update(keywords)
+
+    def note_last(_, inputs: tuple[Tensor, ...]) -> None:
+        states.append(inputs[0])
+
+    layers = model.model.layers
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    handles.append(model.model.norm.register_forward_pre_hook(note_last))
+    try:
+        model.model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states, options

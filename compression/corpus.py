@@ -1,0 +1,163 @@
+"""Plain text for language models: where it comes from, and its tokens in windows of one length.
+
+Calibration takes `train`, choices take `validation`, reported perplexities take `test`: no part serves two ends.
+"""
+
+import bz2
+import csv
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from compression.assets import NotOnHub, ensure_reviews, hub_snapshot
+from compression.data import part_of_film
+from compression.runtime import UserError, log
+
+Part = Literal["train", "validation", "test"]
+# Files of each part under --data_dir, the first that is there: WikiText-2's raw form before its tokenised one.
+FILES = {
+    "wikitext2": {
+        "train": ("wiki.train.raw", "wiki.train.tokens"),
+        "validation": ("wiki.valid.raw", "wiki.valid.tokens"),
+        "test": ("wiki.test.raw", "wiki.test.tokens"),
+    },
+    "ptb": {"train": ("ptb.train.txt",), "validation": ("ptb.valid.txt",), "test": ("ptb.test.txt",)},
+    "c4": {"train": ("c4.train.txt",), "validation": ("c4.validation.txt",), "test": ("c4.test.txt",)},
+}
+# Repository on the hub, its file of each part, the column of text, and how many rows are read of it (None: all).
+HUB = {
+    "wikitext2": (
+        "Salesforce/wikitext",
+        {part: f"wikitext-2-raw-v1/{part}-00000-of-00001.parquet" for part in ("train", "validation", "test")},
+        "text",
+        None,
+    ),
+    "c4": (
+        "allenai/c4",
+        {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00001-of-00008.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        "text",
+        2000,
+    ),
+}
+PARTS_OF_A_FILE = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
+PARTS_OF_PLOTS = {"train": "train", "selection": "validation", "validation": "test"}
+EMBEDDED = "film plot summaries (embedded)"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One part of a text collection, and what reports call it."""
+
+    name: str
+    part: Part
+    source: str
+    text: str
+
+    def describe(self) -> dict[str, str]:
+        """What a report says about the text."""
+        digest = hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        return {"name": self.name, "part": self.part, "source": self.source, "sha256": digest}
+
+
+def load_corpus(name: str, part: Part, data_dir: str | None = None, use_hub: bool = True) -> Corpus:
+    """Load one part of a text collection.
+
+    Rows (lines of a file) are joined by blank lines, as is usual for perplexities on WikiText-2.
+
+    Args:
+        name: wikitext2, ptb or c4, or the path of a text file, whose first 80 % are `train`, then 10 % `validation`
+            and 10 % `test`.
+        data_dir: a folder with files such as `wikitext2/wiki.test.raw` or `ptb/ptb.test.txt`. Without it the hub is
+            asked, and for wikitext2 the embedded film plots stand in where there is no hub.
+
+    Raises:
+        UserError: there is no such text; says which files are looked for.
+    """
+    if Path(name).is_file():
+        return _part_of_file(Path(name), part)
+    if name not in FILES:
+        raise UserError(f"text {name!r}: no such file; allowed is a text file or one of {', '.join(FILES)}")
+    if data_dir is not None:
+        return _from_folder(name, part, Path(data_dir).expanduser())
+    try:
+        return _from_hub(name, part, use_hub)
+    except NotOnHub as problem:
+        if name != "wikitext2":
+            raise UserError(
+                f"text {name}: {problem}; give a folder with {name}/{FILES[name][part][0]}: --data_dir"
+            ) from None
+        log.info("wikitext2: %s; taking %s", problem, EMBEDDED)
+    return _embedded_plots(part)
+
+
+def _part_of_file(path: Path, part: Part) -> Corpus:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    first, last = (int(share * len(text)) for share in PARTS_OF_A_FILE[part])
+    return Corpus(path.name, part, "a local file", text[first:last])
+
+
+def _from_folder(name: str, part: Part, folder: Path) -> Corpus:
+    for file in FILES[name][part]:
+        if (path := folder / name / file).is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            return Corpus(name, part, "a local folder", _join(lines))
+    wanted = " or ".join(f"{name}/{file}" for file in FILES[name][part])
+    raise UserError(f"--data_dir {folder}: has no {wanted}; name another folder, or leave the flag out to ask the hub")
+
+
+def _from_hub(name: str, part: Part, use_hub: bool) -> Corpus:
+    if name not in HUB:
+        raise NotOnHub("it is not on the hub")
+    repository, files, column, limit = HUB[name]
+    snapshot = hub_snapshot(repository, "dataset", [files[part]], use_hub)
+    from datasets import load_dataset
+
+    kind = "parquet" if files[part].endswith("parquet") else "json"
+    rows = load_dataset(kind, data_files=str(snapshot / files[part]), split="train")[:limit][column]
+    return Corpus(name, part, f"hub {repository} {snapshot.name[:12]}", _join([row.rstrip("\n") for row in rows]))
+
+
+def _embedded_plots(part: Part) -> Corpus:
+    path = ensure_reviews("WikiText-2")
+    with bz2.open(path, "rt", encoding="utf-8", newline="") as file:
+        plots = {row["movie_name"]: row["text"] for row in csv.DictReader(file) if row["category"] == "plot"}
+    mine = [text for film, text in plots.items() if PARTS_OF_PLOTS[part_of_film(film)] == part]
+    return Corpus(EMBEDDED, part, "embedded", _join([" ".join(text.split()) for text in mine]))
+
+
+def _join(rows: list[str]) -> str:
+    return "\n\n".join(f"{row}\n" if row.strip() else "" for row in rows)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: int | None = None) -> Tensor:
+    """Token ids of the whole text, [tokens], with no special tokens; with a limit only about so many are made."""
+    text = corpus.text if limit is None else corpus.text[: 12 * limit]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids[:limit])
+
+
+def windows(ids: Tensor, length: int) -> Tensor:
+    """Consecutive windows [count, length] of a text; what is left at its end is dropped.
+
+    Raises:
+        UserError: the text is shorter than one window.
+    """
+    if len(ids) < length:
+        raise UserError(f"the text has {len(ids)} tokens, less than one window of {length}; use a shorter window")
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def sample_windows(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
+    """Random windows [count, length] that do not overlap (all there are, if there are fewer)."""
+    every = windows(ids, length)
+    chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]
+    return every[chosen.sort().values]

@@ -1,0 +1,165 @@
+"""Importance of a language model's structures and removal analysis, against the plain way of computing them."""
+
+import copy
+
+import pytest
+import torch
+from conftest import DECODERS, tiny_decoder
+
+from compression.calibration import removal_perplexities, score_structures
+from compression.evaluation.perplexity import perplexity
+from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.surgery import shrink_decoder
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(3, 120, (3, 12), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(params=sorted(DECODERS))
+def model(request):
+    return tiny_decoder(request.param)
+
+
+def plain_loss(model, ids):
+    logits = model(ids).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def rows_of(parts, kind, index):
+    """(matrix, slice of its rows) that belong to one structure."""
+    for linear in parts.split(kind)[0]:
+        size = linear.out_features // parts.count(kind)
+        yield linear, slice(index * size, (index + 1) * size)
+
+
+def columns_of(parts, kind, index):
+    outer = parts.split(kind)[1]
+    size = outer.in_features // parts.count(kind)
+    return outer, slice(index * size, (index + 1) * size)
+
+
+def test_perplexity_is_that_of_the_usual_loss(model, windows):
+    total = sum(plain_loss(model, ids[None]).item() for ids in windows) / len(windows)
+    assert perplexity(model, windows, batch_size=2) == pytest.approx(torch.tensor(total).exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["taylor", "taylor_2nd"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_taylor_scores_are_those_of_kept_gradients(model, windows, method, checkpointing):
+    scores = score_structures(model, windows, method, batch_size=2, gradient_checkpointing=checkpointing)
+    expected = {kind: [torch.zeros(parts.count(kind)) for parts in layers_of(model)] for kind in KINDS}
+    for ids in windows.split(2):
+        model.zero_grad()
+        plain_loss(model, ids).backward()
+        for kind in KINDS:
+            for parts, total in zip(layers_of(model), expected[kind], strict=True):
+                for index in range(len(total)):
+                    pieces = [
+                        (linear.weight[rows], linear.weight.grad[rows]) for linear, rows in rows_of(parts, kind, index)
+                    ]
+                    outer, columns = columns_of(parts, kind, index)
+                    pieces.append((outer.weight[:, columns], outer.weight.grad[:, columns]))
+                    for weight, gradient in pieces:
+                        product = (weight * gradient).abs()
+                        total[index] += (
+                            product + (0.5 * product**2 if method == "taylor_2nd" else 0)
+                        ).sum().detach() / 2
+    for kind in KINDS:
+        for found, wanted in zip(scores[kind], expected[kind], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fisher_scores_are_squared_derivatives_of_gates(model, windows, checkpointing):
+    """A gate of its own for every token, multiplied onto the input of the output projection."""
+    scores = score_structures(model, windows, "fisher", gradient_checkpointing=checkpointing)
+    gates, handles = {}, []
+    for kind in KINDS:
+        for index, parts in enumerate(layers_of(model)):
+            outer, count = parts.split(kind)[1], parts.count(kind)
+            gate = gates[kind, index] = torch.ones(*windows.shape, count, requires_grad=True)
+            scale = lambda _, x, gate=gate, count=count: x[0] * gate.repeat_interleave(x[0].shape[-1] // count, -1)  # noqa: E731
+            handles.append(outer.register_forward_pre_hook(scale))
+    (plain_loss(model, windows) * windows[:, 1:].numel()).backward()
+    for handle in handles:
+        handle.remove()
+    for (kind, index), gate in gates.items():
+        expected = gate.grad.square().mean((0, 1))
+        torch.testing.assert_close(scores[kind][index], expected, rtol=1e-4, atol=1e-8)
+
+
+def test_wanda_scores_weigh_with_input_norms(model, windows):
+    inputs = {}
+
+    def note(linear, x):
+        inputs[linear] = x[0].detach().flatten(0, -2)
+
+    handles = [linear.register_forward_pre_hook(note) for parts in layers_of(model) for linear in parts.linears()]
+    model(windows)
+    for handle in handles:
+        handle.remove()
+    scores = score_structures(model, windows, "wanda")
+    parts = layers_of(model)[2]
+    for kind, index in ((HEADS, 1), (NEURONS, 5)):
+        outer, columns = columns_of(parts, kind, index)
+        expected = (outer.weight.abs() * inputs[outer].norm(dim=0))[:, columns].sum()
+        for linear, rows in rows_of(parts, kind, index):
+            expected = expected + (linear.weight.abs() * inputs[linear].norm(dim=0))[rows].sum()
+        torch.testing.assert_close(scores[kind][2][index], expected)
+
+
+@pytest.mark.parametrize("method", ["taylor", "fisher", "wanda"])
+def test_scoring_leaves_the_model_as_it_was(windows, method):
+    model = tiny_decoder()
+    before = copy.deepcopy(model)
+    score_structures(model, windows, method, gradient_checkpointing=True)
+    for (name, found), wanted in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(found, wanted) and found.requires_grad and found.grad is None, name
+    assert not model.training
+    assert torch.equal(model(windows).logits, before(windows).logits)
+
+
+def test_bf16_weights_give_fp32_scores(windows):
+    model = tiny_decoder()
+    expected = score_structures(model, windows, "fisher")
+    found = score_structures(model.bfloat16(), windows, "fisher")
+    for kind in KINDS:
+        for one, other in zip(found[kind], expected[kind], strict=True):
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one, other, rtol=0.5, atol=1e-3 * other.max().item())
+
+
+@torch.no_grad()
+def test_removal_analysis_equals_the_plain_way(model, windows):
+    found = removal_perplexities(model, windows, batch_size=2)
+    assert found["dense"] == pytest.approx(perplexity(model, windows), rel=1e-5)
+    counts = [(parts.heads, parts.neurons) for parts in layers_of(model)]
+    for index in range(len(counts)):
+        for name, gone in (("layer", KINDS), ("attention", (HEADS,)), ("mlp", (NEURONS,))):
+            kept = {
+                kind: [
+                    torch.full((counts[layer][place],), not (layer == index and kind in gone))
+                    for layer in range(len(counts))
+                ]
+                for place, kind in enumerate(KINDS)
+            }
+            small = shrink_decoder(copy.deepcopy(model), kept)
+            assert found[name][index] == pytest.approx(perplexity(small, windows), rel=1e-4), (name, index)
+
+
+def test_a_pruned_model_can_be_scored_again(windows):
+    model = shrink_decoder(
+        tiny_decoder(),
+        {
+            HEADS: [torch.tensor(row).bool() for row in ([1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0])],
+            NEURONS: [torch.ones(48).bool(), torch.arange(48) < 8, torch.zeros(48).bool(), torch.ones(48).bool()],
+        },
+    )
+    for method in ("taylor", "fisher", "wanda", "magnitude"):
+        scores = score_structures(model, windows, method)
+        assert [len(score) for score in scores[HEADS]] == [3, 0, 4, 1]
+        assert [len(score) for score in scores[NEURONS]] == [48, 8, 0, 48]
+        assert all((score > 0).all() for kind in KINDS for score in scores[kind])
+    assert len(removal_perplexities(model, windows)["layer"]) == 4
