@@ -1,6 +1,6 @@
 """Scores and a budget -> which structures stay."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ class Pool:
     Args:
         scores: [structures], score per parameter.
         parameters: parameters of one structure.
-        minimum: at least so many stay.
+        minimum: at least so many stay; with 0 all of them may go.
         multiple: the number that stays is a multiple of this, unless nothing is removed.
     """
 
@@ -25,8 +25,7 @@ class Pool:
     @property
     def floor(self) -> int:
         """The least number of structures that may stay."""
-        wanted = max(self.minimum, 1)
-        return min(-(-wanted // self.multiple) * self.multiple, len(self.scores))
+        return min(-(-self.minimum // self.multiple) * self.multiple, len(self.scores))
 
     def blocks(self) -> list[int]:
         """Sizes of the blocks that are removed whole, least important first; the floor is in none of them."""
@@ -77,6 +76,53 @@ def keep(pools: list[Pool], sparsity: float) -> list[Tensor]:
     return [
         _all_but(order, int(size[: int(count)].sum())) for order, size, count in zip(orders, sizes, chosen, strict=True)
     ]
+
+
+def keep_or_drop_layers(layers: list[list[Pool]], sparsity: float, epsilon: float) -> list[list[Tensor]]:
+    """As `keep`, but a layer that would keep less than a share epsilon of its parameters goes altogether.
+
+    The weakest such layer goes first and the budget is met again with the others, so that what it had left is kept
+    elsewhere instead; and so on. A layer stays that is larger than the whole budget, and so does one with a pool that
+    may not be emptied (its floor is not 0).
+
+    Args:
+        layers: for each layer its pools.
+
+    Returns:
+        For each layer and pool a bool tensor [structures], True where the structure stays.
+
+    Raises:
+        ValueError: the floors do not allow that sparsity.
+    """
+    budget = sparsity * sum(_parameters(pools) for pools in layers)
+    dropped: set[int] = set()
+    settled = {index for index, pools in enumerate(layers) if any(pool.floor for pool in pools)}
+    while True:
+        # Nothing is cheaper than what is to go anyway.
+        ranked = [
+            [replace(pool, scores=torch.full_like(pool.scores, -torch.inf)) for pool in pools]
+            if index in dropped
+            else pools
+            for index, pools in enumerate(layers)
+        ]
+        masks = iter(keep([pool for pools in ranked for pool in pools], sparsity))
+        kept = [[next(masks) for _ in pools] for pools in ranked]
+        shares = {index: _kept_share(layers[index], kept[index]) for index in range(len(layers))}
+        weak = [index for index, share in shares.items() if 0 < share < epsilon and index not in settled | dropped]
+        if not weak:
+            return kept
+        weakest = min(weak, key=shares.__getitem__)
+        fits = sum(_parameters(layers[index]) for index in dropped | {weakest}) <= budget
+        (dropped if fits else settled).add(weakest)
+
+
+def _parameters(pools: list[Pool]) -> int:
+    return sum(pool.parameters * len(pool.scores) for pool in pools)
+
+
+def _kept_share(pools: list[Pool], kept: list[Tensor]) -> float:
+    left = sum(pool.parameters * int(mask.sum()) for pool, mask in zip(pools, kept, strict=True))
+    return left / max(_parameters(pools), 1)
 
 
 def _all_but(order: Tensor, removed: int) -> Tensor:

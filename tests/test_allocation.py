@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compression.allocation import Pool, keep, reachable_sparsity
+from compression.allocation import Pool, keep, keep_or_drop_layers, reachable_sparsity
 
 
 def pools(*rows, parameters=1, **limits):
@@ -51,3 +51,45 @@ def test_unreachable_target_is_refused():
     assert reachable_sparsity(layers) == 0.75
     with pytest.raises(ValueError, match="out of reach"):
         keep(layers, 0.8)
+
+
+def test_a_pool_without_a_minimum_can_be_emptied():
+    masks = keep(pools([0, 0, 0, 0], [9, 9, 9, 9], minimum=0), sparsity=0.5)
+    assert [int(mask.sum()) for mask in masks] == [0, 4]
+
+
+def layers_of_pools(scores, minimum=0):
+    """Per layer two heads of 30 parameters and four neurons of 10."""
+    return [
+        [Pool(row[:2], 30, minimum=minimum), Pool(row[2:], 10, minimum=minimum)]
+        for row in torch.tensor(scores, dtype=torch.float)
+    ]
+
+
+def kept_parameters(kept):
+    return [30 * int(heads.sum()) + 10 * int(neurons.sum()) for heads, neurons in kept]
+
+
+def test_a_weak_layer_goes_and_the_budget_is_met_with_the_others():
+    weak, strong = [1, 1, 1, 1, 1, 9], [7, 8, 5, 6, 5, 6]
+    layers = layers_of_pools([weak, strong, strong])
+    assert kept_parameters(keep_or_drop_layers(layers, 0.3, epsilon=0.05)) == [10, 100, 100]
+    # Without the weak layer's last neuron, the same budget leaves one more structure elsewhere.
+    assert kept_parameters(keep_or_drop_layers(layers, 0.4, epsilon=0.0)) == [10, 80, 90]
+    assert kept_parameters(keep_or_drop_layers(layers, 0.4, epsilon=0.15)) == [0, 80, 100]
+
+
+def test_protected_layers_are_not_dropped():
+    layers = layers_of_pools([[1] * 6, [5] * 6], minimum=1)
+    kept = keep_or_drop_layers(layers, 0.25, epsilon=0.9)
+    assert all(mask.any() for masks in kept for mask in masks)
+
+
+def test_budget_is_met_to_within_one_structure_whatever_the_settings():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        layers = layers_of_pools(torch.rand(8, 6, generator=generator).tolist())
+        sparsity, epsilon = torch.rand(2, generator=generator).tolist()
+        sparsity *= 0.9
+        removed = 8 * 100 - sum(kept_parameters(keep_or_drop_layers(layers, sparsity, epsilon)))
+        assert 0 <= removed - sparsity * 800 < 30
