@@ -7,7 +7,7 @@ memory of weights and activations but not of a second model full of gradients.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -214,7 +214,7 @@ def removal_perplexities(
     dense, tokens = 0.0, 0
     for ids in tqdm(windows.split(batch_size), desc="removal analysis", leave=False, disable=None):
         ids = ids.to(model.device)
-        states, options = _layer_inputs(model, ids)
+        states, options = layer_inputs(model, ids)
 
         def loss(state: Tensor, first: int, ids=ids, options=options) -> float:
             for layer in layers[first:]:
@@ -234,24 +234,36 @@ def removal_perplexities(
     return {"dense": torch.tensor(dense / tokens).exp().item()} | means
 
 
-def _layer_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], dict]:
-    """The states [windows, length, hidden] that enter each layer and leave the last one, and the layers' options."""
-    states: list[Tensor] = []
-    options: dict = {}
+class _Done(Exception):
+    """What was wanted of the model has been seen."""
 
-    def note(_, inputs: tuple[Tensor, ...], keywords: dict) -> None:
+
+def layer_inputs(
+    model: PreTrainedModel, ids: Tensor, stop_at_first: bool = False
+) -> tuple[list[Tensor] | Tensor, dict[str, Any]]:
+    """The states [windows, length, hidden] that enter each layer and leave the last one, and the layers' options.
+
+    Args:
+        ids: token ids [windows, length].
+        stop_at_first: give the state that enters the first layer alone, without running any.
+    """
+    states: list[Tensor] = []
+    options: dict[str, Any] = {}
+
+    def note(_, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
         states.append(inputs[0])
         options.update(keywords)
-
-    def note_last(_, inputs: tuple[Tensor, ...]) -> None:
-        states.append(inputs[0])
+        if stop_at_first:
+            raise _Done
 
     layers = model.model.layers
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    handles.append(model.model.norm.register_forward_pre_hook(note_last))
+    handles.append(model.model.norm.register_forward_pre_hook(note, with_kwargs=True))
     try:
         model.model(input_ids=ids, use_cache=False)
+    except _Done:
+        pass
     finally:
         for handle in handles:
             handle.remove()
-    return states, options
+    return (states[0] if stop_at_first else states), options

@@ -1,0 +1,77 @@
+"""Least-squares repair: output projections that make up for the structures that go.
+
+Going through the layers in order, with the inputs that the already pruned and repaired layers before it give, each
+output projection is solved anew so that from the structures that stay it gives what it gave from all of them:
+minimise |X_kept W' - X W|^2 + ridge. Both sides are known from the Gram matrix X^T X alone, so the text is gone through
+once, layer by layer, and no activations are stored but the states between layers.
+"""
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from compression.calibration import layer_inputs
+from compression.structures import HEADS, KINDS, layers_of
+
+RIDGE = 1e-3
+
+
+@torch.no_grad()
+def repair(model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tensor, batch_size: int = 1) -> None:
+    """Solve the output projections of every pruned layer anew, in place; the columns of what goes become zero.
+
+    The text should have many times as many tokens as a layer has neurons: with few it is fitted, not the language.
+
+    Args:
+        kept: for heads and neurons one bool tensor [structures] per layer, True where the structure stays.
+        windows: token ids [count, length].
+    """
+    layers, batches = layers_of(model), windows.split(batch_size)
+    first = [layer_inputs(model, ids.to(model.device), stop_at_first=True) for ids in batches]
+    states, options = [state for state, _ in first], [option for _, option in first]
+    for index, layer in enumerate(tqdm(model.model.layers, desc="repair", leave=False, disable=None)):
+        for kind in KINDS:
+            mask, outer = kept[kind][index], layers[index].split(kind)[1] if layers[index].count(kind) else None
+            if outer is not None and not mask.all():
+                columns = mask.repeat_interleave(outer.in_features // len(mask)).to(outer.weight.device)
+                inputs = ((layer, state, option) for state, option in zip(states, options, strict=True))
+                outer.weight.copy_(_solve(outer.weight, _gram(outer, inputs, attention=kind == HEADS), columns))
+        states = [layer(state, **option) for state, option in zip(states, options, strict=True)]
+
+
+class _Done(Exception):
+    """What was wanted of a layer has been seen."""
+
+
+def _gram(outer: nn.Linear, inputs, attention: bool) -> Tensor:
+    """X^T X [columns, columns] in fp32 of what goes into an output projection."""
+    gram = torch.zeros(outer.in_features, outer.in_features, device=outer.weight.device)
+
+    def add(_, given: tuple[Tensor]) -> None:
+        rows = given[0].float().flatten(0, -2)
+        gram.addmm_(rows.T, rows)
+        if attention:
+            raise _Done  # the MLP behind it is of no interest yet
+
+    handle = outer.register_forward_pre_hook(add)
+    try:
+        for layer, state, option in inputs:
+            try:
+                layer(state, **option)
+            except _Done:
+                pass
+    finally:
+        handle.remove()
+    return gram
+
+
+def _solve(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
+    """The projection [out, in] with these columns only that comes nearest to the whole one."""
+    solved = torch.zeros_like(weight)
+    if columns.any():
+        kept = gram[columns][:, columns]
+        kept.diagonal().add_(RIDGE * kept.diagonal().mean())
+        right = gram[columns] @ weight.float().T
+        solved[:, columns] = torch.linalg.solve(kept, right).T.to(weight.dtype)
+    return solved
