@@ -1,0 +1,232 @@
+"""H-GSP: hybrid global structural pruning of LLaMA-class models, in depth and in width at once.
+
+Every GQA group (a key-value head with its query heads) and every MLP channel gets a score; the scores of all layers
+compete for one parameter budget, and layers of which too little would be left go altogether.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compression.allocation import Pool, keep_or_drop_layers
+from compression.calibration import Method, score_structures
+from compression.compensation import repair
+from compression.config import StageConfig
+from compression.evaluation.perplexity import perplexity
+from compression.runtime import UserError, log
+from compression.structures import HEADS, KINDS, NEURONS, LayerParts, layers_of
+from compression.surgery import shrink_decoder
+
+Kept = dict[str, list[Tensor]]
+
+
+@dataclass
+class PruningFields(StageConfig):
+    """What is pruned and how; each choice can be switched off alone."""
+
+    pruning_ratio: float = 0.5
+    """Share of the decoder layers' parameters to remove."""
+    importance_method: Method = "fisher"
+    """How structures are scored: fisher, taylor, taylor_2nd, wanda or magnitude."""
+    temperature: float = 0.0
+    """Exponent T of the correction by removal perplexities, score * ln(1 + ppl)^T; 0 leaves it out."""
+    tau: float | None = None
+    """Removal perplexity under which the layer's value corrects, above it the block's own; none: 25th percentile."""
+    epsilon: float = 0.15
+    """A layer that would keep less than this share of its parameters is removed whole."""
+    normalize: Literal["none", "layer"] = "none"
+    """layer: scores are relative to their mean in each layer and kind, so that layers share the budget evenly."""
+    protect_first: int = 2
+    """So many layers at the start are left alone."""
+    protect_last: int = 2
+    """So many layers at the end are left alone."""
+    attention_factors: tuple[float, ...] = (1.0, 4.0, 16.0)
+    """Factors on the scores of attention groups; the one with the least perplexity on held-out text is taken."""
+    iterative_steps: int = 1
+    """The budget is reached in so many steps, with new scores at each."""
+    compensation: Literal["none", "lstsq"] = "none"
+    """lstsq: solve the output projections anew so that what stays makes up for what goes."""
+
+    presets = {
+        "paper": dict(
+            importance_method="taylor", temperature=1.0, protect_first=0, protect_last=0, attention_factors=(1.0,)
+        )
+    }
+
+    def check(self) -> None:
+        self.check_range("pruning_ratio", 0, 0.95)
+        self.check_range("temperature", 0, 10)
+        self.check_range("epsilon", 0, 1)
+        for name in ("protect_first", "protect_last"):
+            self.check_range(name, 0)
+        self.check_range("iterative_steps", 1)
+        if not self.attention_factors or min(self.attention_factors) <= 0:
+            raise UserError(f"--attention_factors {self.attention_factors}: allowed are one or more above 0")
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids [count, length]: what scores are computed on, what repairs are fitted to, what choices are made by."""
+
+    scores: Tensor
+    repair: Tensor
+    held_out: Tensor
+    batch_size: int = 1
+    gradient_checkpointing: bool = False
+
+
+class GlobalPruning:
+    """One model on its way to the budget.
+
+    Args:
+        model: used up; `prune` returns the smaller one.
+        removal: what `removal_perplexities` gave for the dense model; needed where temperature is above 0.
+
+    Raises:
+        UserError: the ratio cannot be reached with the protected layers left alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: PruningFields,
+        text: CalibrationText,
+        removal: dict[str, Any] | None = None,
+    ):
+        self.model, self.config, self.text, self.removal = model, config, text, removal
+        layers = layers_of(model)
+        # Of each layer and structure that is left: its place in the dense model.
+        self.origin = list(range(len(layers)))
+        self.places = {kind: [torch.arange(parts.count(kind)) for parts in layers] for kind in KINDS}
+        self.parameters = {kind: [parts.structure_parameters(kind) for parts in layers] for kind in KINDS}
+        self.total = sum(_layer_parameters(parts) for parts in layers)
+        self.depth = len(layers)
+        self.table: dict[tuple[int, str, int], dict[str, Any]] = {}
+        protected = sum(_layer_parameters(parts) for index, parts in enumerate(layers) if self._is_protected(index))
+        if config.pruning_ratio * self.total > self.total - protected:
+            raise UserError(
+                f"--pruning_ratio {config.pruning_ratio}: with {config.protect_first} and {config.protect_last} "
+                f"protected layers at most {1 - protected / self.total:.3f} can go; set --protect_first and "
+                "--protect_last lower"
+            )
+
+    def prune(self) -> PreTrainedModel:
+        """Remove structures until the budget is met."""
+        steps = self.config.iterative_steps
+        for step in range(1, steps + 1):
+            kept = self._choose(step, self.config.pruning_ratio * step / steps)
+            if self.config.compensation == "lstsq":
+                repair(self.model, kept, self.text.repair, self.text.batch_size)
+            self._follow(kept, step)
+            self.model = shrink_decoder(self.model, kept)
+        return self.model
+
+    def _is_protected(self, layer: int) -> bool:
+        return layer < self.config.protect_first or layer >= self.depth - self.config.protect_last
+
+    def _choose(self, step: int, ratio: float) -> Kept:
+        scores = score_structures(
+            self.model, self.text.scores, self.config.importance_method, self.text.batch_size,
+            self.text.gradient_checkpointing,
+        )  # fmt: skip
+        densities = self._densities(scores)
+        self._note(scores, densities, step)
+        choices = {factor: self._allocate(densities, ratio, factor) for factor in self.config.attention_factors}
+        if len(choices) == 1:
+            return next(iter(choices.values()))
+        found = {}
+        for factor, kept in choices.items():
+            with masked(self.model, kept):
+                found[factor] = perplexity(self.model, self.text.held_out, self.text.batch_size)
+            log.info("Step %d, attention factor %g: perplexity %.2f on held-out text", step, factor, found[factor])
+        return choices[min(found, key=found.__getitem__)]
+
+    def _densities(self, scores: Kept) -> Kept:
+        """Scores per parameter, corrected and on the scale on which layers compete."""
+        densities: Kept = {kind: [] for kind in KINDS}
+        for kind in KINDS:
+            for layer, score in zip(self.origin, scores[kind], strict=True):
+                density = score.cpu() / max(self.parameters[kind][layer], 1) * self._correction(layer, kind)
+                if self.config.normalize == "layer" and len(density):
+                    density = density / density.mean().clamp_min(torch.finfo(density.dtype).tiny)
+                densities[kind].append(density)
+        return densities
+
+    def _correction(self, layer: int, kind: str) -> float:
+        """ln(1 + ppl)^T, ppl the layer's removal perplexity where that is under tau, else the block's own."""
+        if not self.config.temperature:
+            return 1.0
+        layers = torch.tensor(self.removal["layer"])
+        tau = layers.quantile(0.25).item() if self.config.tau is None else self.config.tau
+        block = self.removal["attention" if kind == HEADS else "mlp"][layer]
+        value = layers[layer].item() if layers[layer] < tau else block
+        return torch.tensor(value).log1p().pow(self.config.temperature).item()
+
+    def _allocate(self, densities: Kept, ratio: float, attention_factor: float) -> Kept:
+        """What stays when a share `ratio` of the dense layers' parameters is gone in all."""
+        layers = []
+        for index, layer in enumerate(self.origin):
+            pools = []
+            for kind, factor in ((HEADS, attention_factor), (NEURONS, 1.0)):
+                density = densities[kind][index]
+                least = len(density) if self._is_protected(layer) else 0
+                pools.append(Pool(density * factor, self.parameters[kind][layer], minimum=least))
+            layers.append(pools)
+        left = sum(pool.parameters * len(pool.scores) for pools in layers for pool in pools)
+        target = max(0.0, 1 - (1 - ratio) * self.total / left)
+        kept = keep_or_drop_layers(layers, target, self.config.epsilon)
+        return {kind: [masks[place] for masks in kept] for place, kind in enumerate(KINDS)}
+
+    # The table of all structures.
+
+    def _note(self, scores: Kept, densities: Kept, step: int) -> None:
+        for kind in KINDS:
+            for index, layer in enumerate(self.origin):
+                columns = self.places[kind][index], scores[kind][index], densities[kind][index]
+                for place, score, density in zip(*(column.tolist() for column in columns), strict=True):
+                    self.table[layer, kind, place] = {
+                        "layer": layer, "kind": kind, "index": place, "parameters": self.parameters[kind][layer],
+                        "score": score, "density": density, "removed_in_step": None,
+                    }  # fmt: skip
+
+    def _follow(self, kept: Kept, step: int) -> None:
+        """Keep track of what is left, and of what went when."""
+        stay = []
+        for index, layer in enumerate(self.origin):
+            for kind in KINDS:
+                mask = kept[kind][index]
+                for place in self.places[kind][index][~mask].tolist():
+                    self.table[layer, kind, place]["removed_in_step"] = step
+                self.places[kind][index] = self.places[kind][index][mask]
+            if any(len(self.places[kind][index]) for kind in KINDS):
+                stay.append(index)
+        self.origin = [self.origin[index] for index in stay]
+        self.places = {kind: [self.places[kind][index] for index in stay] for kind in KINDS}
+
+
+def _layer_parameters(parts: LayerParts) -> int:
+    """Parameters of a layer's structures (norms are not counted: they belong to none)."""
+    return sum(parts.count(kind) * parts.structure_parameters(kind) for kind in KINDS)
+
+
+@contextmanager
+def masked(model: PreTrainedModel, kept: Kept) -> Iterator[None]:
+    """The outputs of what is not kept count as zero: the smaller model's logits before it is made."""
+    handles = []
+    for index, parts in enumerate(layers_of(model)):
+        for kind in KINDS:
+            if parts.count(kind) and not kept[kind][index].all():
+                outer = parts.split(kind)[1]
+                columns = kept[kind][index].repeat_interleave(outer.in_features // parts.count(kind))
+                columns = columns.to(outer.weight.device, outer.weight.dtype)
+                handles.append(outer.register_forward_pre_hook(lambda _, given, columns=columns: given[0] * columns))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
