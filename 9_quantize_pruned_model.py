@@ -20,7 +20,7 @@ from compression.checkpoint import (
     load_classifier,
     make_folder,
     read_stage,
-    save_classifier,
+    save_checkpoint,
 )
 from compression.config import StageConfig, run_script
 from compression.quantization import StorageFields, bytes_by_part, pack, pick_compute_dtype
@@ -86,7 +86,7 @@ def main(config: QuantizationConfig) -> None:
     packed = pack(model, config.storage(bits=8 if config.load_in_8bit else 4), pick_compute_dtype(config.compute_dtype))
 
     sizes = {"bytes_before": bytes_by_part(model), "bytes_after": bytes_by_part(packed)}
-    save_classifier(output, packed, tokenizer, describe(folder, inputs, config, sizes))
+    save_checkpoint(output, packed, tokenizer, describe(folder, inputs, config, sizes))
     log_sizes(**sizes)
     log.info("%s -> %s", folder, output)
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -113,7 +114,7 @@ def _previous(target: Path) -> Path:
     return target.with_name(f".{target.name}.previous")
 
 
-def save_classifier(
+def save_checkpoint(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -290,6 +291,26 @@ def load_classifier(
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise UserError(f"{folder}: not a fine-tuned classifier, it lacks {missing}; fine-tune it first (stage 1 or 2)")
     return (model if quantized else model.to(device)).eval(), tokenizer
+
+
+def load_language_model(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a language model and its tokenizer, in evaluation mode: see `load_classifier`.
+
+    Raises:
+        UserError: the folder is missing, is not a checkpoint, or cannot be loaded.
+    """
+    folder = Path(folder)
+    settle(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no checkpoint there (no config.json)")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": torch.device(device)})
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be loaded as a language model: {str(error).splitlines()[0]}") from None
+    return model.eval(), tokenizer
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

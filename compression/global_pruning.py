@@ -51,6 +51,10 @@ class PruningFields(StageConfig):
     """The budget is reached in so many steps, with new scores at each."""
     compensation: Literal["none", "lstsq"] = "none"
     """lstsq: solve the output projections anew so that what stays makes up for what goes."""
+    uniform: bool = False
+    """Every layer gets the same sizes, so that the stock model class loads the result; no layer is protected then."""
+    round_to: int = 8
+    """With uniform: MLP widths are multiples of this."""
 
     presets = {
         "paper": dict(
@@ -65,6 +69,7 @@ class PruningFields(StageConfig):
         for name in ("protect_first", "protect_last"):
             self.check_range(name, 0)
         self.check_range("iterative_steps", 1)
+        self.check_range("round_to", 1)
         if not self.attention_factors or min(self.attention_factors) <= 0:
             raise UserError(f"--attention_factors {self.attention_factors}: allowed are one or more above 0")
 
@@ -127,7 +132,8 @@ class GlobalPruning:
         return self.model
 
     def _is_protected(self, layer: int) -> bool:
-        return layer < self.config.protect_first or layer >= self.depth - self.config.protect_last
+        ends = layer < self.config.protect_first or layer >= self.depth - self.config.protect_last
+        return ends and not self.config.uniform
 
     def _choose(self, step: int, ratio: float) -> Kept:
         scores = score_structures(
@@ -136,14 +142,18 @@ class GlobalPruning:
         )  # fmt: skip
         densities = self._densities(scores)
         self._note(scores, densities, step)
-        choices = {factor: self._allocate(densities, ratio, factor) for factor in self.config.attention_factors}
+        if self.config.uniform:
+            choices = self._same_sizes(densities, ratio)
+        else:
+            factors = self.config.attention_factors
+            choices = {f"attention factor {factor:g}": self._allocate(densities, ratio, factor) for factor in factors}
         if len(choices) == 1:
             return next(iter(choices.values()))
         found = {}
-        for factor, kept in choices.items():
+        for name, kept in choices.items():
             with masked(self.model, kept):
-                found[factor] = perplexity(self.model, self.text.held_out, self.text.batch_size)
-            log.info("Step %d, attention factor %g: perplexity %.2f on held-out text", step, factor, found[factor])
+                found[name] = perplexity(self.model, self.text.held_out, self.text.batch_size)
+            log.info("Step %d, %s: perplexity %.2f on held-out text", step, name, found[name])
         return choices[min(found, key=found.__getitem__)]
 
     def _densities(self, scores: Kept) -> Kept:
@@ -182,6 +192,24 @@ class GlobalPruning:
         kept = keep_or_drop_layers(layers, target, self.config.epsilon)
         return {kind: [masks[place] for masks in kept] for place, kind in enumerate(KINDS)}
 
+    def _same_sizes(self, densities: Kept, ratio: float) -> dict[str, Kept]:
+        """What stays if every layer keeps as many heads and neurons: one choice for each number of heads."""
+        choices, budget = {}, (1 - ratio) * self.total / self.depth
+        groups, parts = len(densities[HEADS][0]), layers_of(self.model)[0]
+        for heads in range(groups, 0, -1):
+            # The stock LLaMA class wants the number of query heads to divide the hidden size.
+            if self.model.config.hidden_size % (heads * parts.query_heads // groups):
+                continue
+            left = budget - heads * self.parameters[HEADS][0]
+            neurons = int(left / self.parameters[NEURONS][0]) // self.config.round_to * self.config.round_to
+            if self.config.round_to <= neurons <= len(densities[NEURONS][0]):
+                counts = {HEADS: heads, NEURONS: neurons}
+                kept = {kind: [_best(density, counts[kind]) for density in densities[kind]] for kind in KINDS}
+                choices[f"{heads} key-value heads and {neurons} neurons"] = kept
+        if not choices:
+            raise UserError(f"--pruning_ratio {ratio}: no uniform sizes meet it; choose a lower one, or no --uniform")
+        return choices
+
     # The table of all structures.
 
     def _note(self, scores: Kept, densities: Kept, step: int) -> None:
@@ -207,6 +235,12 @@ class GlobalPruning:
                 stay.append(index)
         self.origin = [self.origin[index] for index in stay]
         self.places = {kind: [self.places[kind][index] for index in stay] for kind in KINDS}
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[scores.argsort(descending=True, stable=True)[:count]] = True
+    return mask
 
 
 def _layer_parameters(parts: LayerParts) -> int:

@@ -177,6 +177,57 @@ def _label_rows(
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def plot_retained(rows: list[dict[str, Any]]) -> Figure:
+    """Share of each layer's attention and MLP parameters that is left, a pair of bars per layer of the dense model.
+
+    Args:
+        rows: the table of all structures, see `GlobalPruning.table`.
+    """
+    depth = 1 + max(row["layer"] for row in rows)
+    figure = Figure(figsize=(max(6, 0.32 * depth), 3.2), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, (kind, label) in enumerate((("heads", "attention"), ("neurons", "MLP"))):
+        total, left = np.zeros(depth), np.zeros(depth)
+        for row in rows:
+            if row["kind"] == kind:
+                total[row["layer"]] += 1
+                left[row["layer"]] += row["removed_in_step"] is None
+        shares = 100 * left / np.maximum(total, 1)
+        colour = COLOURS[place]
+        axes.bar(np.arange(depth) + 0.4 * place - 0.2, shares, 0.4, label=label, color=to_rgba(colour, 0.45),
+                 edgecolor=colour)  # fmt: skip
+    axes.set_xlabel("Layer of the dense model")
+    axes.set_ylabel("Left (%)")
+    axes.set_ylim(0, 105)
+    axes.set_xlim(-0.6, depth - 0.4)
+    axes.legend(ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_removal(removal: dict[str, Any]) -> Figure:
+    """Perplexity without each layer, each attention and each MLP, on a logarithmic axis.
+
+    Args:
+        removal: see `calibration.removal_perplexities`.
+    """
+    figure = Figure(figsize=(max(6, 0.32 * len(removal["layer"])), 3.2), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for part, label, colour, shape in zip(
+        ("layer", "attention", "mlp"), ("whole layer", "attention", "MLP"), COLOURS, SHAPES, strict=False
+    ):
+        axes.plot(removal[part], marker=shape, markersize=4, linewidth=1, color=colour, label=f"without {label}")
+    axes.axhline(removal["dense"], color="0.4", linewidth=1, linestyle="--", label="dense model")
+    axes.set_yscale("log")
+    axes.set_xlabel("Layer")
+    axes.set_ylabel("Perplexity")
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure whole or not at all."""
     with new_file(path) as temporary:

@@ -298,7 +298,7 @@ def _encode_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(model: PreTrainedModel, storage: Format, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """The model that is saved: its weights stored as `storage` says, ready for `save_classifier`.
+    """The model that is saved: its weights stored as `storage` says, ready for `save_checkpoint`.
 
     Args:
         model: a classifier with plain fp32 layers, dense or pruned; it is left as it is.

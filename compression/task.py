@@ -17,7 +17,7 @@ from compression.checkpoint import (
     is_made_from,
     load_classifier,
     make_folder,
-    save_classifier,
+    save_checkpoint,
 )
 from compression.data import Encoded, SentimentData, encode, load_sentiment
 from compression.distillation import teacher_logits
@@ -129,7 +129,7 @@ class Stage:
         """Write the checkpoint with its metrics, then drop the states to resume from."""
         metrics = task.evaluate(model) | metrics
         stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, self.data.describe())
-        save_classifier(output, model, task.tokenizer, stage, {"training_history.json": history})
+        save_checkpoint(output, model, task.tokenizer, stage, {"training_history.json": history})
         clean_up(self.work_dir)
         log.info(
             "Accuracy %.4f on %s (%d sentences) -> %s",

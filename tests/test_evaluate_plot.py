@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_bert, tiny_distilbert
 from matplotlib.image import imread
 
-from compression.checkpoint import describe_stage, save_classifier
+from compression.checkpoint import describe_stage, save_checkpoint
 from compression.plots import plot_model_comparison
 from compression.quantization import Format, pack
 from compression.runtime import ROOT
@@ -27,7 +27,7 @@ def models_dir(tmp_path, tokenizer):
     student = tiny_distilbert()
     quantized = pack(student, Format(), torch.float32)
     for stage, model in (("teacher", tiny_bert()), ("student", student), ("student_quantized", quantized)):
-        save_classifier(tmp_path / "models" / stage, model, tokenizer, describe_stage(stage, {}, {}, {}, {}))
+        save_checkpoint(tmp_path / "models" / stage, model, tokenizer, describe_stage(stage, {}, {}, {}, {}))
     return tmp_path / "models"
 
 

@@ -1,15 +1,22 @@
 """H-GSP: the budget, the correction by removal perplexities, protection, steps, repair, and the command line."""
 
+import csv
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import tiny_decoder
+from transformers import AutoModelForCausalLM
 
 from compression.calibration import removal_perplexities, score_structures
+from compression.checkpoint import save_checkpoint
 from compression.evaluation.perplexity import perplexity
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields, masked
-from compression.runtime import UserError
+from compression.runtime import ROOT, UserError
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
-from compression.surgery import shrink_decoder
+from compression.surgery import shrink_decoder, to_stock
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +158,99 @@ def test_what_is_kept_is_where_the_table_says(text):
 def test_bad_values_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         config(**fields)
+
+
+def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
+    model = tiny_decoder()
+    total = parameters(model)
+    small = to_stock(GlobalPruning(model, config(uniform=True, pruning_ratio=0.3), text).prune())
+    assert type(small).__name__ == "LlamaForCausalLM"
+    sizes = {(parts.query_heads, parts.heads, parts.neurons) for parts in layers_of(small)}
+    (query_heads, heads, neurons), *others = sizes
+    assert not others and query_heads == 2 * heads and neurons % 8 == 0
+    rounding = 4 * 8 * layers_of(small)[0].structure_parameters(NEURONS)
+    assert 0 <= total - parameters(small) - 0.3 * total < rounding
+    with pytest.raises(UserError, match="--pruning_ratio 0.95: no uniform sizes meet it"):
+        GlobalPruning(tiny_decoder(), config(uniform=True, pruning_ratio=0.95), text).prune()
+
+
+# The command line.
+
+WORDS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    model = tiny_decoder(max_position_embeddings=128)
+    save_checkpoint(folder, model, tokenizer, {"stage": "dense"})
+    draw = torch.randint(0, 26, (30_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (folder.parent / "text.txt").write_text(" ".join(WORDS[letter] for letter in draw))
+    return folder
+
+
+def run(base, output, *flags, expect=0):
+    text = base.parent / "text.txt"
+    command = [
+        sys.executable, "run_global_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
+        "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
+        "32", "--protect_first", "0", "--protect_last", "0", *flags,
+    ]  # fmt: skip
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result
+
+
+@torch.no_grad()
+def test_command_writes_an_ordinary_checkpoint_and_its_analysis(base, tmp_path):
+    result = run(base, tmp_path, "--output_name", "half", "--pruning_ratio", "0.5", "--save_bin")
+    folder = tmp_path / "half"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "models/config.json", "models/generation_config.json", "models/model.safetensors", "models/pruned_decoder.py",
+        "models/stage.json", "models/tokenizer.json", "models/tokenizer_config.json", "models/pruned_model.bin",
+        "analysis/global_group_table.csv", "analysis/groups_to_prune.csv", "analysis/layer_removal_ppl.json",
+        "analysis/block_removal_ppl.json", "analysis/removal_perplexity.png", "analysis/retained.png",
+        "evaluation/evaluation_results.json",
+    }  # fmt: skip
+    found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder / "models")
+    assert sum(p.numel() for p in model.parameters()) == found["pruned"]["parameters"]["total"]
+    assert found["reduction"]["structures"] == pytest.approx(0.5, abs=0.05)
+    assert f"{found['pruned']['perplexity']['text.txt']:.2f}" in result.stdout
+    plain = torch.load(folder / "models" / "pruned_model.bin", weights_only=True)
+    assert torch.equal(plain["model.norm.weight"], model.model.norm.weight)
+    with (folder / "analysis" / "groups_to_prune.csv").open(newline="") as file:
+        removed = list(csv.DictReader(file))
+    gone = found["dense"]["parameters"]["structures"] - found["pruned"]["parameters"]["structures"]
+    assert sum(int(row["parameters"]) for row in removed) == gone
+
+
+def test_the_same_seed_gives_the_same_model(base, tmp_path):
+    weights = []
+    for name in ("one", "two"):
+        run(base, tmp_path, "--output_name", name, "--preset", "paper", "--run_evaluation", "none")
+        weights.append((tmp_path / name / "models" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_uniform_checkpoint_needs_no_code(base, tmp_path):
+    run(base, tmp_path, "--output_name", "same", "--pruning_ratio", "0.3", "--uniform", "--run_evaluation", "none")
+    config = json.loads((tmp_path / "same" / "models" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and "auto_map" not in config
+    assert not (tmp_path / "same" / "models" / "pruned_decoder.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output_name", "a/b"], "--output_name 'a/b': allowed is a plain folder name"),
+        (["--base_model", "./nowhere"], "base_model ./nowhere: no such folder"),
+        (["--dataset", "wiki"], "text 'wiki': no such file; allowed is a text file or one of wikitext2, ptb, c4"),
+        (["--temperature", "1", "--analysis_samples", "0"], "--analysis_samples 0: allowed is at least 1"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(base, tmp_path, flags, message):
+    result = run(base, tmp_path / "results", *flags, expect=2)
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "results").exists()

@@ -14,7 +14,7 @@ from conftest import KEPT, VOCABULARY, tiny_bert, tiny_distilbert
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_classifier
+from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
 from compression.data import Encoded
 from compression.distillation import hidden_state_loss, layer_map
 from compression.qat import QuantizationAwareConfig, QuantizationAwareDistillation
@@ -181,7 +181,7 @@ def models(tmp_path_factory, tokenizer):
     # Without dropout, whose draws differ between processes, one process and several must agree.
     pruned.config.update(dict(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0))
     for name, stage, model in (("teacher_model", "teacher", wide_teacher()), ("pruned_model", "pruned", pruned)):
-        save_classifier(folder / name, model, tokenizer, describe_stage(stage, {}, {}, {}, data))
+        save_checkpoint(folder / name, model, tokenizer, describe_stage(stage, {}, {}, {}, data))
     return folder
 
 

@@ -14,7 +14,7 @@ from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bi
 from conftest import KEPT, MODELS, tiny_distilbert
 from safetensors.torch import load_file, save_file
 
-from compression.checkpoint import load_classifier, save_classifier
+from compression.checkpoint import load_classifier, save_checkpoint
 from compression.flops import count_macs, count_parameters
 from compression.modeling import pruned_bert, pruned_distilbert
 from compression.quantization import (
@@ -183,7 +183,7 @@ def test_the_trained_model_is_the_exported_one(model, batch, tokenizer, tmp_path
     expected, values = train_a_little(model, batch, storage)
     packed = pack(model, storage, torch.float32)
     check_exact(packed, values)
-    folder = save_classifier(tmp_path / "packed", packed, tokenizer, {})
+    folder = save_checkpoint(tmp_path / "packed", packed, tokenizer, {})
     reloaded, _ = load_classifier(folder)
     for name, trained in values.items():
         assert torch.equal(dequantized_weight(reloaded.get_submodule(name)), trained), name
@@ -206,7 +206,7 @@ print((model(**batch).logits - expected).abs().max().item())
 def test_checkpoint_loads_elsewhere_with_the_trained_logits(family, batch, tokenizer, tmp_path):
     model = shrink(MODELS[family](), KEPT)
     expected, _ = train_a_little(model, batch, Format())
-    folder = save_classifier(tmp_path / "packed", pack(model, Format(), torch.float32), tokenizer, {})
+    folder = save_checkpoint(tmp_path / "packed", pack(model, Format(), torch.float32), tokenizer, {})
     save_file(batch | {"logits": expected}, tmp_path / "batch.safetensors")
     command = [sys.executable, "-c", ELSEWHERE, folder, tmp_path / "batch.safetensors"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -229,9 +229,9 @@ def test_stale_values_are_found_before_anything_is_saved(batch):
 def test_forward_passes_do_not_change_what_is_saved(tiny_model, batch, tokenizer, tmp_path, compute_dtype):
     packed = pack(tiny_model, Format(), compute_dtype)
     first, second = (tmp_path / name for name in ("first", "second"))
-    save_classifier(first, packed, tokenizer, {})
+    save_checkpoint(first, packed, tokenizer, {})
     expected = logits(packed, batch)
-    save_classifier(second, packed, tokenizer, {})
+    save_checkpoint(second, packed, tokenizer, {})
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     assert torch.equal(logits(load_classifier(second)[0], batch), expected)
 
@@ -240,7 +240,7 @@ def test_forward_passes_do_not_change_what_is_saved(tiny_model, batch, tokenizer
 def test_embedding_tables_are_stored_in_so_many_bits(tiny_model, batch, tokenizer, tmp_path, bits):
     storage = Format(embedding_bits=bits)
     expected, _ = train_a_little(tiny_model, batch, storage)
-    folder = save_classifier(tmp_path / "packed", pack(tiny_model, storage, torch.float32), tokenizer, {})
+    folder = save_checkpoint(tmp_path / "packed", pack(tiny_model, storage, torch.float32), tokenizer, {})
     torch.testing.assert_close(logits(load_classifier(folder)[0], batch), expected, atol=1e-6, rtol=0)
     (name,) = [
         name
@@ -270,14 +270,14 @@ def test_odd_width_cannot_be_stored_in_4_bits():
 
 def test_8bit_checkpoint_reloads(tiny_model, batch, tokenizer, tmp_path):
     packed = pack(tiny_model, Format(bits=8, embedding_bits=8), torch.float32)
-    folder = save_classifier(tmp_path / "packed", packed, tokenizer, {})
+    folder = save_checkpoint(tmp_path / "packed", packed, tokenizer, {})
     expected = logits(packed, batch)
     assert torch.equal(logits(load_classifier(folder)[0], batch), expected)
     torch.testing.assert_close(expected, logits(tiny_model, batch), atol=0.1, rtol=0)
 
 
 def test_head_stays_in_full_precision_and_the_config_names_it(tiny_model, tokenizer, tmp_path):
-    folder = save_classifier(tmp_path / "packed", pack(tiny_model, Format(), torch.float32), tokenizer, {})
+    folder = save_checkpoint(tmp_path / "packed", pack(tiny_model, Format(), torch.float32), tokenizer, {})
     skipped = json.loads((folder / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
     bert = "bert" in type(tiny_model).__name__.lower() and "distil" not in type(tiny_model).__name__.lower()
     assert skipped == (["bert.pooler.dense", "classifier"] if bert else ["pre_classifier", "classifier"])
@@ -300,7 +300,7 @@ def test_bytes_by_part(tiny_model, tokenizer, tmp_path):
     assert after["head"] == before["head"]
     assert after["embeddings"] < 0.2 * before["embeddings"]
     assert after["total"] == sum(after[part] for part in ("embeddings", "encoder", "head"))
-    folder = save_classifier(tmp_path / "packed", packed, tokenizer, {})
+    folder = save_checkpoint(tmp_path / "packed", packed, tokenizer, {})
     stored = load_file(folder / "model.safetensors")
     assert after["total"] == sum(tensor.nbytes for tensor in stored.values())
 

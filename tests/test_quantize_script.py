@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import KEPT, tiny_bert, tiny_distilbert
 
-from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_classifier
+from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
 from compression.quantization import Format, dequantized_weight, encoder_linears, fake_quantize
 from compression.runtime import ROOT
 from compression.surgery import shrink
@@ -28,8 +28,8 @@ def models(tmp_path_factory, tokenizer):
     """A dense student, and the pruned model made from it."""
     folder = tmp_path_factory.mktemp("models")
     for stage, model in (("student", tiny_distilbert()), ("pruned", shrink(tiny_distilbert(), KEPT))):
-        save_classifier(folder / stage, model, tokenizer, describe_stage(stage, {}, {}, {}, DATA))
-    save_classifier(folder / "no_stage", tiny_bert(), tokenizer, {})
+        save_checkpoint(folder / stage, model, tokenizer, describe_stage(stage, {}, {}, {}, DATA))
+    save_checkpoint(folder / "no_stage", tiny_bert(), tokenizer, {})
     (folder / "no_stage" / "stage.json").unlink()
     return folder
 

@@ -11,7 +11,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
 from compression import report as report_module
-from compression.checkpoint import describe_stage, identify, read_stage, save_classifier, write_json
+from compression.checkpoint import describe_stage, identify, read_stage, save_checkpoint, write_json
 from compression.flops import count_macs
 from compression.plots import LARGEST_MARKER, SHAPES, _unit_area, pareto_front, plot_accuracy_against_cost
 from compression.report import (
@@ -239,7 +239,7 @@ def models_dir(tmp_path, tokenizer):
     ):
         inputs = {"parent": identify(parent)} if parent else {}
         about = describe_stage(stage, {"seed": 1, "num_epochs": 3}, inputs, {}, {"name": data})
-        save_classifier(folder / f"{stage}_model", model, tokenizer, about)
+        save_checkpoint(folder / f"{stage}_model", model, tokenizer, about)
     return folder
 
 

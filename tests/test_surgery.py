@@ -9,7 +9,7 @@ from conftest import KEPT
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
-from compression.checkpoint import load_classifier, save_classifier
+from compression.checkpoint import load_classifier, save_checkpoint
 from compression.masks import add_masks, remove_masks
 from compression.runtime import UserError
 from compression.structures import HEADS, NEURONS, layers_of
@@ -80,7 +80,7 @@ def test_unsupported_architecture_names_the_supported_ones(batch):
 
 def test_checkpoint_loads_elsewhere_with_the_same_logits(tiny_model, batch, tokenizer, tmp_path):
     small = shrink(tiny_model, KEPT)
-    folder = save_classifier(tmp_path / "small", small, tokenizer, {"stage": "pruned"})
+    folder = save_checkpoint(tmp_path / "small", small, tokenizer, {"stage": "pruned"})
     expected = logits(small, batch)
 
     inside, _ = load_classifier(folder)
@@ -108,7 +108,7 @@ def test_checkpoint_loads_elsewhere_with_the_same_logits(tiny_model, batch, toke
 
 def test_checkpoint_holds_exactly_these_files(tiny_model, tokenizer, tmp_path):
     small = shrink(tiny_model, KEPT)
-    folder = save_classifier(tmp_path / "small", small, tokenizer, {"stage": "pruned"}, {"history.json": []})
+    folder = save_checkpoint(tmp_path / "small", small, tokenizer, {"stage": "pruned"}, {"history.json": []})
     code = f"{small.config.model_type}.py"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "stage.json", "history.json",

@@ -107,8 +107,10 @@ class PrunedLlamaConfig(LlamaConfig):
     model_type = "pruned_llama"
 
     def validate(self):
-        """Without the check that the number of heads divides the hidden size: `head_dim` says how wide they are."""
         PreTrainedConfig.validate(self)
+
+    def validate_architecture(self):
+        """Without the check that the number of heads divides the hidden size: `head_dim` says how wide they are."""
 
 
 class PrunedLlamaModel(LlamaModel):

@@ -1,0 +1,237 @@
+"""H-GSP: prune a LLaMA-class language model in depth and width under one parameter budget.
+
+    python run_global_pruning.py --base_model models/llm-local --output_name NAME [--pruning_ratio 0.2] [--fast]
+
+Reads the model (fetched if it is not there) and calibration text; writes results/NAME: models/ (the smaller model, an
+ordinary checkpoint), analysis/ (what removing each part costs, every structure's score and fate), evaluation/, plots.
+The method's fields are documented in compression/global_pruning.py; `--preset paper` is the formula as published.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from compression.assets import LLM, LLM_FOLDER, describe_source, ensure_llm
+from compression.calibration import removal_perplexities
+from compression.checkpoint import (
+    describe_stage,
+    identify,
+    load_language_model,
+    new_file,
+    save_checkpoint,
+    write_json,
+)
+from compression.config import run_script
+from compression.corpus import Corpus, load_corpus, sample_windows, tokenize, windows
+from compression.evaluation.perplexity import perplexity
+from compression.flops import count_parameters
+from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
+from compression.plots import plot_removal, plot_retained, save_figure
+from compression.runtime import RESULTS, UserError, log, pick_device, seed_everything
+from compression.structures import DECODERS, KINDS, family_of, layers_of
+from compression.surgery import to_stock
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class GlobalPruningConfig(PruningFields):
+    base_model: str = LLM
+    """Model to prune: a folder, or a name on the hub."""
+    output_name: str = "hgsp"
+    """Results go to results/NAME."""
+    results_dir: Path = RESULTS
+    """Where results go."""
+    models_dir: Path = Path("models")
+    """Where a fetched model goes."""
+    dataset: str = "wikitext2"
+    """Calibration text: wikitext2, c4, ptb, or a text file."""
+    data_dir: str | None = None
+    """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
+    num_samples: int = 8
+    """Windows of calibration text that scores are computed on."""
+    sequence_length: int = 1024
+    """Tokens per window."""
+    repair_samples: int = 96
+    """Windows that least-squares repairs are fitted to."""
+    held_out_samples: int = 4
+    """Windows of the validation part that choices are made by."""
+    analysis_samples: int = 2
+    """Windows of the validation part that the removal analysis is done on; 0 leaves it out where it is not needed."""
+    analysis_length: int = 512
+    """Tokens per window there."""
+    gradient_batch_size: int = 1
+    """Windows per forward and backward pass."""
+    use_gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights; auto: bfloat16 on CUDA, float32 on the CPU. Scores are float32 always."""
+    save_bin: bool = False
+    """Also write pruned_model.bin, a plain state dict."""
+    run_evaluation: str = "ppl"
+    """What is measured of the dense and the pruned model: ppl, or none."""
+    eval_ppl_datasets: str = "wikitext2,ptb"
+    """Texts for perplexity, separated by commas."""
+    eval_length: int = 1024
+    """Tokens per window there."""
+    eval_samples: int = 0
+    """So many windows only; 0: the whole test part."""
+    seed: int = 42
+    """Fixes which windows calibration takes."""
+
+    presets: ClassVar = PruningFields.presets | {
+        "fast": dict(num_samples=2, repair_samples=8, held_out_samples=1, analysis_samples=1, eval_samples=4),
+    }
+
+    def check(self) -> None:
+        super().check()
+        for name in ("num_samples", "repair_samples", "held_out_samples", "gradient_batch_size"):
+            self.check_range(name, 1)
+        for name in ("sequence_length", "analysis_length", "eval_length"):
+            self.check_range(name, 2)
+        for name in ("analysis_samples", "eval_samples"):
+            self.check_range(name, 0)
+        if self.temperature and not self.analysis_samples:
+            raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
+        if not self.output_name or Path(self.output_name).name != self.output_name:
+            raise UserError(f"--output_name {self.output_name!r}: allowed is a plain folder name")
+
+
+def main(config: GlobalPruningConfig) -> None:
+    base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
+    seed_everything(config.seed)
+    device = pick_device()
+    model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, device))
+    family_of(model, DECODERS)  # refuses an unsupported architecture at once
+    corpora, text, analysis_windows = calibration_text(config, tokenizer)
+    tests = evaluation_windows(config, tokenizer)
+
+    # What the dense model is: perplexities, and what removing each part of it would cost.
+    dense = measure(model, tests, config)
+    removal = None
+    if len(analysis_windows):
+        removal = removal_perplexities(model, analysis_windows, config.gradient_batch_size)
+
+    # The budget, over all layers at once.
+    pruning = GlobalPruning(model, config, text, removal)
+    small = pruning.prune()
+    if config.uniform:
+        small = to_stock(small)
+    pruned = measure(small, tests, config)
+    results = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned)}
+    say(results)
+
+    write(config, base, small, tokenizer, pruning, removal, corpora, results)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The weights' type, by name or for the device."""
+    return DTYPES[("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name]
+
+
+def calibration_text(config: GlobalPruningConfig, tokenizer) -> tuple[list[Corpus], CalibrationText, torch.Tensor]:
+    """Windows for scores and repair (of the train part), for choices and for the analysis (of the validation part)."""
+    train, held_out = (load_corpus(config.dataset, part, config.data_dir) for part in ("train", "validation"))
+    length, seed = config.sequence_length, config.seed
+    scores = sample_windows(tokenize(tokenizer, train), length, config.num_samples, seed)
+    repair = sample_windows(tokenize(tokenizer, train), length, config.repair_samples, seed + 1)
+    validation = tokenize(tokenizer, held_out)
+    choices = sample_windows(validation, length, config.held_out_samples, seed)
+    analysis = sample_windows(validation, config.analysis_length, config.analysis_samples, seed + 1)
+    log.info("Calibration: %s (%s), %d windows of %d tokens", train.name, train.source, len(scores), length)
+    text = CalibrationText(scores, repair, choices, config.gradient_batch_size, config.use_gradient_checkpointing)
+    return [train, held_out], text, analysis
+
+
+def evaluation_windows(config: GlobalPruningConfig, tokenizer) -> dict[str, torch.Tensor]:
+    """Windows of the test part of each text that perplexity is measured on, by name."""
+    if config.run_evaluation == "none":
+        return {}
+    found = {}
+    for name in config.eval_ppl_datasets.split(","):
+        corpus = load_corpus(name, "test", config.data_dir)
+        every = windows(tokenize(tokenizer, corpus), config.eval_length)
+        found[corpus.name] = every[: config.eval_samples or None]
+    return found
+
+
+def measure(model, tests: dict[str, torch.Tensor], config: GlobalPruningConfig) -> dict[str, Any]:
+    """Parameters, sizes of the layers, and perplexity on each text."""
+    layers = layers_of(model)
+    found = {
+        "parameters": count_parameters(model)
+        | {
+            "structures": sum(
+                parts.count(kind) * parts.structure_parameters(kind) for parts in layers for kind in KINDS
+            )
+        },
+        "layers": [
+            {"query_heads": parts.query_heads, "key_value_heads": parts.heads, "intermediate_size": parts.neurons}
+            for parts in layers
+        ],
+        "perplexity": {name: perplexity(model, ids, config.gradient_batch_size) for name, ids in tests.items()},
+        "perplexity_windows": {name: list(ids.shape) for name, ids in tests.items()},
+    }
+    for name, value in found["perplexity"].items():
+        log.info("Perplexity on %s (%d windows of %d tokens): %.2f", name, *tests[name].shape, value)
+    return found
+
+
+def reduction(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:
+    """Shares of parameters that are gone: of the decoder layers' structures, and of the whole model."""
+    return {part: 1 - pruned["parameters"][part] / dense["parameters"][part] for part in ("structures", "total")}
+
+
+def say(results: dict[str, Any]) -> None:
+    """How much smaller the model is."""
+    gone, models = results["reduction"], (results["dense"], results["pruned"])
+    log.info(
+        "Gone: %.1f %% of the layers' parameters, %.1f %% of the whole model's (%.1f -> %.1f million); %d -> %d layers",
+        100 * gone["structures"], 100 * gone["total"], *(model["parameters"]["total"] / 1e6 for model in models),
+        *(len(model["layers"]) for model in models),
+    )  # fmt: skip
+
+
+def write(config, base, model, tokenizer, pruning, removal, corpora, results) -> None:
+    """Checkpoint, analysis, evaluation and plots; each file is replaced whole."""
+    folder = config.results_dir / config.output_name
+    data = {"calibration": [corpus.describe() for corpus in corpora]}
+    inputs = {"parent": identify(base)}
+    log.info("Base model: %s (%s)", base, describe_source(base))
+    stage = describe_stage("global_pruning", config.as_dict(), inputs, results, data)
+    save_checkpoint(folder / "models", model, tokenizer, stage)
+    if config.save_bin:
+        with new_file(folder / "models" / "pruned_model.bin") as temporary:
+            torch.save(model.state_dict(), temporary)
+
+    rows = list(pruning.table.values())
+    write_table(folder / "analysis" / "global_group_table.csv", rows)
+    removed = [row for row in rows if row["removed_in_step"] is not None]
+    write_table(folder / "analysis" / "groups_to_prune.csv", removed)
+    if removal:
+        blocks = {"attention": removal["attention"], "mlp": removal["mlp"]}
+        write_json(
+            folder / "analysis" / "layer_removal_ppl.json", {"dense": removal["dense"], "layer": removal["layer"]}
+        )
+        write_json(folder / "analysis" / "block_removal_ppl.json", {"dense": removal["dense"]} | blocks)
+        save_figure(plot_removal(removal), folder / "analysis" / "removal_perplexity.png")
+    save_figure(plot_retained(rows), folder / "analysis" / "retained.png")
+    write_json(
+        folder / "evaluation" / "evaluation_results.json", results | {"data": data, "stage": stage["environment"]}
+    )
+    log.info("-> %s", folder)
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as CSV."""
+    with new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["layer"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    run_script(GlobalPruningConfig, main)
