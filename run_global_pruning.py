@@ -26,14 +26,18 @@ from compression.checkpoint import (
 )
 from compression.config import run_script
 from compression.corpus import Corpus, load_corpus, sample_windows, tokenize, windows
+from compression.evaluation.efficiency import measure_generation
 from compression.evaluation.perplexity import perplexity
-from compression.flops import count_parameters
+from compression.evaluation.zeroshot import check_tasks, zero_shot
+from compression.flops import count_macs, count_parameters
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
 from compression.plots import plot_removal, plot_retained, save_figure
 from compression.runtime import RESULTS, UserError, log, pick_device, seed_everything
 from compression.structures import DECODERS, KINDS, family_of, layers_of
 from compression.surgery import to_stock
 
+EVALUATIONS = ("ppl", "zeroshot", "efficiency")
+NEW_TOKENS = 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -72,18 +76,32 @@ class GlobalPruningConfig(PruningFields):
     save_bin: bool = False
     """Also write pruned_model.bin, a plain state dict."""
     run_evaluation: str = "ppl"
-    """What is measured of the dense and the pruned model: ppl, or none."""
+    """What is measured of the dense and the pruned model: some of ppl,zeroshot,efficiency, or all, or none."""
     eval_ppl_datasets: str = "wikitext2,ptb"
     """Texts for perplexity, separated by commas."""
     eval_length: int = 1024
     """Tokens per window there."""
     eval_samples: int = 0
     """So many windows only; 0: the whole test part."""
+    eval_zeroshot_tasks: str = "piqa,hellaswag,winogrande,arc_easy"
+    """Tasks of lm-evaluation-harness, separated by commas."""
+    eval_zeroshot_limit: int = 0
+    """The first so many questions of each task only; 0: all of them."""
+    efficiency_repeats: int = 10
+    """Timed prefills and decodes of each model."""
     seed: int = 42
     """Fixes which windows calibration takes."""
 
     presets: ClassVar = PruningFields.presets | {
-        "fast": dict(num_samples=2, repair_samples=8, held_out_samples=1, analysis_samples=1, eval_samples=4),
+        "fast": dict(
+            num_samples=2,
+            repair_samples=8,
+            held_out_samples=1,
+            analysis_samples=1,
+            eval_samples=4,
+            eval_zeroshot_limit=20,
+            efficiency_repeats=3,
+        ),
     }
 
     def check(self) -> None:
@@ -94,14 +112,28 @@ class GlobalPruningConfig(PruningFields):
             self.check_range(name, 2)
         for name in ("analysis_samples", "eval_samples"):
             self.check_range(name, 0)
+        self.check_range("eval_zeroshot_limit", 0)
+        self.check_range("efficiency_repeats", 1)
+        unknown = set(self.run_evaluation.split(",")) - {*EVALUATIONS, "all", "none"}
+        if unknown:
+            raise UserError(
+                f"--run_evaluation {self.run_evaluation}: unknown {', '.join(sorted(unknown))}; allowed are "
+                f"{', '.join(EVALUATIONS)}, separated by commas, or all, or none"
+            )
         if self.temperature and not self.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
         if not self.output_name or Path(self.output_name).name != self.output_name:
             raise UserError(f"--output_name {self.output_name!r}: allowed is a plain folder name")
 
+    def evaluates(self, what: str) -> bool:
+        """Whether a kind of evaluation is asked for."""
+        return what in self.run_evaluation.split(",") or self.run_evaluation == "all"
+
 
 def main(config: GlobalPruningConfig) -> None:
     base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
+    if config.evaluates("zeroshot"):
+        check_tasks(config.eval_zeroshot_tasks.split(","), config.data_dir)
     seed_everything(config.seed)
     device = pick_device()
     model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, device))
@@ -110,7 +142,7 @@ def main(config: GlobalPruningConfig) -> None:
     tests = evaluation_windows(config, tokenizer)
 
     # What the dense model is: perplexities, and what removing each part of it would cost.
-    dense = measure(model, tests, config)
+    dense = measure(model, tokenizer, tests, config)
     removal = None
     if len(analysis_windows):
         removal = removal_perplexities(model, analysis_windows, config.gradient_batch_size)
@@ -120,8 +152,11 @@ def main(config: GlobalPruningConfig) -> None:
     small = pruning.prune()
     if config.uniform:
         small = to_stock(small)
-    pruned = measure(small, tests, config)
+    pruned = measure(small, tokenizer, tests, config)
     results = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned)}
+    if config.evaluates("efficiency"):
+        again, _ = load_language_model(base, device, small.dtype)
+        results["efficiency"] = efficiency({"dense": again, "pruned": small}, device, config)
     say(results)
 
     write(config, base, small, tokenizer, pruning, removal, corpora, results)
@@ -148,7 +183,7 @@ def calibration_text(config: GlobalPruningConfig, tokenizer) -> tuple[list[Corpu
 
 def evaluation_windows(config: GlobalPruningConfig, tokenizer) -> dict[str, torch.Tensor]:
     """Windows of the test part of each text that perplexity is measured on, by name."""
-    if config.run_evaluation == "none":
+    if not config.evaluates("ppl"):
         return {}
     found = {}
     for name in config.eval_ppl_datasets.split(","):
@@ -158,8 +193,8 @@ def evaluation_windows(config: GlobalPruningConfig, tokenizer) -> dict[str, torc
     return found
 
 
-def measure(model, tests: dict[str, torch.Tensor], config: GlobalPruningConfig) -> dict[str, Any]:
-    """Parameters, sizes of the layers, and perplexity on each text."""
+def measure(model, tokenizer, tests: dict[str, torch.Tensor], config: GlobalPruningConfig) -> dict[str, Any]:
+    """Parameters, sizes of the layers, perplexity on each text, zero-shot accuracy where it is asked for."""
     layers = layers_of(model)
     found = {
         "parameters": count_parameters(model)
@@ -177,7 +212,43 @@ def measure(model, tests: dict[str, torch.Tensor], config: GlobalPruningConfig) 
     }
     for name, value in found["perplexity"].items():
         log.info("Perplexity on %s (%d windows of %d tokens): %.2f", name, *tests[name].shape, value)
+    if config.evaluates("zeroshot"):
+        tasks = config.eval_zeroshot_tasks.split(",")
+        found["zeroshot"] = zero_shot(model, tokenizer, tasks, config.data_dir, config.eval_zeroshot_limit or None)
+        for task, figures in found["zeroshot"].items():
+            accuracy, error = figures["acc"], figures["acc_standard_error"]
+            log.info("%s: %.1f ± %.1f %% of %d", task, 100 * accuracy, 100 * error, figures["n"])
     return found
+
+
+def efficiency(models: dict[str, Any], device: torch.device, config: GlobalPruningConfig) -> dict[str, Any]:
+    """MACs, prefill and decode speed, interleaved; peak memory of a prefill where there is a GPU."""
+    length = config.eval_length
+    found = measure_generation(models, device, length, NEW_TOKENS, config.efficiency_repeats)
+    for name, model in models.items():
+        found[name]["macs"] = count_macs(model, length).as_dict()
+        if device.type == "cuda":
+            found[name]["peak_memory_bytes"] = peak_memory(model, length)
+    ratios = {
+        "macs": found["pruned"]["macs"]["encoder"] / found["dense"]["macs"]["encoder"],
+        "prefill": _speed(found, "prefill"),
+        "decode": _speed(found, "decode"),
+    }
+    log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
+    return found | {"ratios": ratios}
+
+
+def _speed(found: dict[str, Any], phase: str) -> float:
+    pruned, dense = (found[name][phase]["median_tokens_per_second"] for name in ("pruned", "dense"))
+    return pruned / dense
+
+
+@torch.inference_mode()
+def peak_memory(model, length: int) -> int:
+    """Bytes on the GPU at the peak of one forward pass, all that lies there included."""
+    torch.cuda.reset_peak_memory_stats(model.device)
+    model(torch.zeros(1, length, dtype=torch.long, device=model.device), logits_to_keep=1)
+    return torch.cuda.max_memory_allocated(model.device)
 
 
 def reduction(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:

@@ -16,8 +16,9 @@ MODELS = ROOT / "models"
 RESULTS = ROOT / "results"
 
 log = logging.getLogger("compression")
-# It advises a package that this project does without, as soon as it is imported.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# They advise packages and ways of use that this project does without.
+for _library in ("bitsandbytes", "lm_eval"):
+    logging.getLogger(_library).setLevel(logging.ERROR)
 
 
 class UserError(Exception):

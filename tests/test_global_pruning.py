@@ -8,11 +8,15 @@ import sys
 import pytest
 import torch
 from conftest import tiny_decoder
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compression.calibration import removal_perplexities, score_structures
-from compression.checkpoint import save_checkpoint
+from compression.checkpoint import load_language_model, save_checkpoint
 from compression.evaluation.perplexity import perplexity
+from compression.flops import encoder_macs_formula
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields, masked
 from compression.runtime import ROOT, UserError
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
@@ -180,8 +184,14 @@ WORDS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer):
+def base(tmp_path_factory):
+    """A language model whose words are letters, and a text of them."""
     folder = tmp_path_factory.mktemp("base") / "model"
+    vocabulary = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     model = tiny_decoder(max_position_embeddings=128)
     save_checkpoint(folder, model, tokenizer, {"stage": "dense"})
     draw = torch.randint(0, 26, (30_000,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -234,6 +244,39 @@ def test_the_same_seed_gives_the_same_model(base, tmp_path):
     assert weights[0] == weights[1]
 
 
+@torch.no_grad()
+def test_all_evaluations_on_a_pruned_model(base, tmp_path):
+    data = tmp_path / "data"
+    task = data / "zeroshot" / "piqa" / "validation.jsonl"
+    task.parent.mkdir(parents=True)
+    rows = [{"goal": f"a {WORDS[place]}", "sol1": "b c", "sol2": "d", "label": place % 2} for place in range(6)]
+    task.write_text("\n".join(map(json.dumps, rows)))
+    run(
+        base, tmp_path, "--output_name", "all", "--run_evaluation", "all", "--data_dir", data,
+        "--eval_zeroshot_tasks", "piqa", "--eval_zeroshot_limit", "5", "--pruning_ratio", "0.4",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "all" / "evaluation" / "evaluation_results.json").read_text())
+    model, tokenizer = load_language_model(tmp_path / "all" / "models")
+    chosen = []
+    for row in rows[:5]:
+        sums = []
+        for answer in (row["sol1"], row["sol2"]):
+            context = tokenizer(f"Question: {row['goal']}\nAnswer:", add_special_tokens=False)["input_ids"]
+            whole = torch.tensor([context + tokenizer(answer, add_special_tokens=False)["input_ids"]])
+            logs = model(whole).logits.log_softmax(-1)[0, :-1].gather(1, whole[0, 1:, None])
+            sums.append(logs[len(context) - 1 :].sum().item())
+        chosen.append(sums.index(max(sums)) == row["label"])
+    assert found["pruned"]["zeroshot"]["piqa"]["n"] == 5
+    assert found["pruned"]["zeroshot"]["piqa"]["acc"] == pytest.approx(sum(chosen) / 5)
+
+    for name in ("dense", "pruned"):
+        speed = found["efficiency"][name]
+        assert speed["prefill"]["median_tokens_per_second"] > 0 < speed["decode"]["median_tokens_per_second"]
+    macs = encoder_macs_formula(layers_of(model), 32)
+    assert found["efficiency"]["pruned"]["macs"]["encoder"] == macs
+    assert found["efficiency"]["ratios"]["macs"] < 0.8
+
+
 def test_uniform_checkpoint_needs_no_code(base, tmp_path):
     run(base, tmp_path, "--output_name", "same", "--pruning_ratio", "0.3", "--uniform", "--run_evaluation", "none")
     config = json.loads((tmp_path / "same" / "models" / "config.json").read_text())
@@ -246,6 +289,10 @@ def test_uniform_checkpoint_needs_no_code(base, tmp_path):
     [
         (["--output_name", "a/b"], "--output_name 'a/b': allowed is a plain folder name"),
         (["--base_model", "./nowhere"], "base_model ./nowhere: no such folder"),
+        (["--run_evaluation", "ppl,speed"], "unknown speed; allowed are ppl, zeroshot, efficiency"),
+        (["--run_evaluation", "zeroshot"], "give a folder with zeroshot/piqa/validation.jsonl: --data_dir"),
+        (["--run_evaluation", "all", "--data_dir", "docs"], "--data_dir docs: has no zeroshot/piqa/validation.jsonl"),
+        (["--run_evaluation", "all", "--eval_zeroshot_tasks", "none"], "'none': lm-evaluation-harness has none"),
         (["--dataset", "wiki"], "text 'wiki': no such file; allowed is a text file or one of wikitext2, ptb, c4"),
         (["--temperature", "1", "--analysis_samples", "0"], "--analysis_samples 0: allowed is at least 1"),
     ],

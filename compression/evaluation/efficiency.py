@@ -96,6 +96,50 @@ def measure_latency(
     }
 
 
+@torch.inference_mode()
+def measure_generation(
+    models: Mapping[str, nn.Module],
+    device: torch.device,
+    prompt_length: int,
+    new_tokens: int,
+    repeats: int,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Prefill and decode speed of language models at batch 1.
+
+    Prefill: one forward pass over a random prompt, logits of its last token alone. Decode: so many tokens one after
+    the other with the key-value cache of that prompt.
+
+    Returns:
+        By name: {"prefill": median, p10, p90 in tokens per second; "decode": the same}, with lengths and repeats.
+    """
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    ids = torch.randint(vocabulary, (1, prompt_length), generator=torch.Generator().manual_seed(seed)).to(device)
+    caches = {name: model(ids, use_cache=True, logits_to_keep=1).past_key_values for name, model in models.items()}
+
+    def prefill(model: nn.Module) -> None:
+        model(ids, use_cache=True, logits_to_keep=1)
+
+    def decode(model: nn.Module, cache: Any) -> None:
+        for place in range(new_tokens):
+            model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+        cache.crop(-new_tokens)
+
+    prefills = {name: lambda model=model: prefill(model) for name, model in models.items()}
+    decodes = {name: lambda model=model, name=name: decode(model, caches[name]) for name, model in models.items()}
+    first = interleaved_times(prefills, repeats, device)
+    then = interleaved_times(decodes, repeats, device)
+    return {
+        name: {
+            "prefill": _spread(prompt_length / np.array(first[name]), "tokens_per_second")
+            | {"prompt_length": prompt_length},
+            "decode": _spread(new_tokens / np.array(then[name]), "tokens_per_second")
+            | {"prompt_length": prompt_length, "new_tokens": new_tokens},
+        }
+        for name in models
+    }
+
+
 def _forwards(models: Mapping[str, nn.Module], ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
     mask = torch.ones_like(ids)
     return {name: lambda model=model: model(input_ids=ids, attention_mask=mask) for name, model in models.items()}
