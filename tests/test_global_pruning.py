@@ -292,7 +292,7 @@ def test_uniform_checkpoint_needs_no_code(base, tmp_path):
         (["--run_evaluation", "ppl,speed"], "unknown speed; allowed are ppl, zeroshot, efficiency"),
         (["--run_evaluation", "zeroshot"], "give a folder with zeroshot/piqa/validation.jsonl: --data_dir"),
         (["--run_evaluation", "all", "--data_dir", "docs"], "--data_dir docs: has no zeroshot/piqa/validation.jsonl"),
-        (["--run_evaluation", "all", "--eval_zeroshot_tasks", "none"], "'none': lm-evaluation-harness has none"),
+        (["--run_evaluation", "zeroshot", "--eval_zeroshot_tasks", "no"], "'no': lm-evaluation-harness has none"),
         (["--dataset", "wiki"], "text 'wiki': no such file; allowed is a text file or one of wikitext2, ptb, c4"),
         (["--temperature", "1", "--analysis_samples", "0"], "--analysis_samples 0: allowed is at least 1"),
     ],

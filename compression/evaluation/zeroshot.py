@@ -5,6 +5,7 @@ task reads (HellaSwag pre-processed: `query`, `choices`, `gold`). Nothing else o
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,21 +18,26 @@ from compression.runtime import UserError
 PREPROCESSED = {"hellaswag": {"process_docs": None, "doc_to_target": "gold"}}
 
 
+@cache
+def _manager() -> Any:
+    from lm_eval.tasks import TaskManager  # takes seconds, and many runs need none
+
+    return TaskManager()
+
+
 def check_tasks(tasks: list[str], data_dir: str | None) -> None:
     """Raise UserError for an unknown task, or one whose data cannot be had; fetches data from the hub."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager()
-    unknown = set(tasks) - set(manager.all_subtasks)
-    if unknown:
-        raise UserError(f"zero-shot task {min(unknown)!r}: lm-evaluation-harness has none of that name")
-    for task in tasks:
-        if data_dir is None:
-            _fetch(task, manager)
-        elif not _local_data(task, data_dir).is_file():
+    for task in tasks if data_dir is not None else ():
+        if not _local_data(task, data_dir).is_file():
             raise UserError(
                 f"--data_dir {data_dir}: has no zeroshot/{task}/validation.jsonl; leave it out to ask the hub"
             )
+    manager = _manager()
+    unknown = set(tasks) - set(manager.all_subtasks)
+    if unknown:
+        raise UserError(f"zero-shot task {min(unknown)!r}: lm-evaluation-harness has none of that name")
+    for task in tasks if data_dir is None else ():
+        _fetch(task, manager)
 
 
 def _fetch(task: str, manager: Any) -> None:
@@ -72,10 +78,9 @@ def zero_shot(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     check_tasks(tasks, data_dir)
-    manager = TaskManager()
+    manager = _manager()
     with TemporaryDirectory() as folder:
         specs = tasks
         if data_dir is not None:
