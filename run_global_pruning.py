@@ -8,6 +8,8 @@ The method's fields are documented in compression/global_pruning.py; `--preset p
 """
 
 import csv
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,6 +19,7 @@ import torch
 from compression.assets import LLM, LLM_FOLDER, describe_source, ensure_llm
 from compression.calibration import removal_perplexities
 from compression.checkpoint import (
+    SavedParts,
     describe_stage,
     identify,
     load_language_model,
@@ -38,6 +41,7 @@ from compression.surgery import to_stock
 
 EVALUATIONS = ("ppl", "zeroshot", "efficiency")
 NEW_TOKENS = 32
+NOT_RESULT = ("resume", "output_name", "results_dir", "models_dir", "base_model", "save_bin")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -89,6 +93,8 @@ class GlobalPruningConfig(PruningFields):
     """The first so many questions of each task only; 0: all of them."""
     efficiency_repeats: int = 10
     """Timed prefills and decodes of each model."""
+    resume: bool = False
+    """Go on behind what a killed run with the same settings had finished."""
     seed: int = 42
     """Fixes which windows calibration takes."""
 
@@ -140,15 +146,20 @@ def main(config: GlobalPruningConfig) -> None:
     family_of(model, DECODERS)  # refuses an unsupported architecture at once
     corpora, text, analysis_windows = calibration_text(config, tokenizer)
     tests = evaluation_windows(config, tokenizer)
+    saved = SavedParts(
+        config.results_dir / f".{config.output_name}_{fingerprint_of(config, base)}.resume", config.resume
+    )
 
     # What the dense model is: perplexities, and what removing each part of it would cost.
-    dense = measure(model, tokenizer, tests, config)
+    dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config))
     removal = None
     if len(analysis_windows):
-        removal = removal_perplexities(model, analysis_windows, config.gradient_batch_size)
+        removal = saved.json(
+            "removal", lambda: removal_perplexities(model, analysis_windows, config.gradient_batch_size)
+        )
 
     # The budget, over all layers at once.
-    pruning = GlobalPruning(model, config, text, removal)
+    pruning = GlobalPruning(model, config, text, removal, saved.tensors)
     small = pruning.prune()
     if config.uniform:
         small = to_stock(small)
@@ -160,6 +171,14 @@ def main(config: GlobalPruningConfig) -> None:
     say(results)
 
     write(config, base, small, tokenizer, pruning, removal, corpora, results)
+    saved.remove()
+
+
+def fingerprint_of(config: GlobalPruningConfig, base: Path) -> str:
+    """A hash of what the result depends on."""
+    settings = {name: value for name, value in config.as_dict().items() if name not in NOT_RESULT}
+    identity = json.dumps([settings, identify(base)["sha256"]], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -311,6 +311,39 @@ def load_language_model(
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded as a language model: {str(error).splitlines()[0]}") from None
     return model.eval(), tokenizer
+
+
+class SavedParts:
+    """Finished parts of a long run, so that a run that was killed goes on behind them.
+
+    Args:
+        folder: where they are kept; its name must tell runs with other settings or inputs apart.
+        resume: take what is there; otherwise the folder is emptied first.
+    """
+
+    def __init__(self, folder: Path, resume: bool):
+        self.folder = Path(folder)
+        if not resume:
+            self.remove()
+
+    def json(self, name: str, make: Callable[[], Any]) -> Any:
+        """JSON values by name; made and kept where they are not there yet."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            write_json(path, make())
+        return read_json(path)
+
+    def tensors(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Named tensors, on the CPU; made and kept where they are not there yet."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            with new_file(path) as temporary:
+                save_tensors(temporary, make())
+        return load_tensors(path)
+
+    def remove(self) -> None:
+        """Once the run's result is saved."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -4,7 +4,7 @@ Every GQA group (a key-value head with its query heads) and every MLP channel ge
 compete for one parameter budget, and layers of which too little would be left go altogether.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,6 +91,7 @@ class GlobalPruning:
     Args:
         model: used up; `prune` returns the smaller one.
         removal: what `removal_perplexities` gave for the dense model; needed where temperature is above 0.
+        remember: given a name and a function that makes named tensors, gives these or what an earlier run made.
 
     Raises:
         UserError: the ratio cannot be reached with the protected layers left alone.
@@ -102,8 +103,9 @@ class GlobalPruning:
         config: PruningFields,
         text: CalibrationText,
         removal: dict[str, Any] | None = None,
+        remember: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
     ):
-        self.model, self.config, self.text, self.removal = model, config, text, removal
+        self.model, self.config, self.text, self.removal, self.remember = model, config, text, removal, remember
         layers = layers_of(model)
         # Of each layer and structure that is left: its place in the dense model.
         self.origin = list(range(len(layers)))
@@ -124,7 +126,11 @@ class GlobalPruning:
         """Remove structures until the budget is met."""
         steps = self.config.iterative_steps
         for step in range(1, steps + 1):
-            kept = self._choose(step, self.config.pruning_ratio * step / steps)
+            ratio = self.config.pruning_ratio * step / steps
+            scores, densities, kept = self._unpack(
+                self.remember(f"step_{step}_of_{steps}", lambda step=step, ratio=ratio: self._choose(step, ratio))
+            )
+            self._note(scores, densities)
             if self.config.compensation == "lstsq":
                 repair(self.model, kept, self.text.repair, self.text.batch_size)
             self._follow(kept, step)
@@ -135,13 +141,29 @@ class GlobalPruning:
         ends = layer < self.config.protect_first or layer >= self.depth - self.config.protect_last
         return ends and not self.config.uniform
 
-    def _choose(self, step: int, ratio: float) -> Kept:
+    def _choose(self, step: int, ratio: float) -> dict[str, Tensor]:
+        """Scores, densities and what stays after a step, by names such as kept.heads.3."""
         scores = score_structures(
             self.model, self.text.scores, self.config.importance_method, self.text.batch_size,
             self.text.gradient_checkpointing,
         )  # fmt: skip
         densities = self._densities(scores)
-        self._note(scores, densities, step)
+        kept = self._best_choice(densities, step, ratio)
+        named = {"scores": scores, "densities": densities, "kept": kept}
+        return {
+            f"{name}.{kind}.{index}": value
+            for name, values in named.items()
+            for kind in KINDS
+            for index, value in enumerate(values[kind])
+        }
+
+    def _unpack(self, tensors: dict[str, Tensor]) -> list[Kept]:
+        return [
+            {kind: [tensors[f"{name}.{kind}.{index}"] for index in range(len(self.origin))] for kind in KINDS}
+            for name in ("scores", "densities", "kept")
+        ]
+
+    def _best_choice(self, densities: Kept, step: int, ratio: float) -> Kept:
         if self.config.uniform:
             choices = self._same_sizes(densities, ratio)
         else:
@@ -212,7 +234,7 @@ class GlobalPruning:
 
     # The table of all structures.
 
-    def _note(self, scores: Kept, densities: Kept, step: int) -> None:
+    def _note(self, scores: Kept, densities: Kept) -> None:
         for kind in KINDS:
             for index, layer in enumerate(self.origin):
                 columns = self.places[kind][index], scores[kind][index], densities[kind][index]

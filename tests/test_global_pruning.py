@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_masked_model_is_the_smaller_one(text):
     model = tiny_decoder("qwen3")
     settings = config(pruning_ratio=0.5, attention_factors=(1.0,))
     pruning = GlobalPruning(model, settings, text)
-    kept = pruning._choose(1, 0.5)
+    *_, kept = pruning._unpack(pruning._choose(1, 0.5))
     with masked(model, kept):
         expected = perplexity(model, text.held_out)
     assert expected != pytest.approx(perplexity(model, text.held_out)), "the mask came off"
@@ -118,7 +119,7 @@ def test_factor_of_least_perplexity_is_taken(text, monkeypatch):
     pruning = GlobalPruning(model, config(attention_factors=(0.001, 1.0, 1000.0)), text)
     answers = iter([30.0, 20.0, 10.0])
     monkeypatch.setattr("compression.global_pruning.perplexity", lambda *_: next(answers))
-    kept = pruning._choose(1, 0.4)
+    *_, kept = pruning._unpack(pruning._choose(1, 0.4))
     assert all(mask.all() for mask in kept[HEADS]), "with the largest factor no attention goes"
 
 
@@ -199,14 +200,19 @@ def base(tmp_path_factory):
     return folder
 
 
-def run(base, output, *flags, expect=0):
+def run_command(base, output, *flags):
     text = base.parent / "text.txt"
     command = [
         sys.executable, "run_global_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
         "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
         "32", "--protect_first", "0", "--protect_last", "0", *flags,
     ]  # fmt: skip
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return list(map(str, command))
+
+
+def run(base, output, *flags, expect=0):
+    command = run_command(base, output, *flags)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == expect, result.stdout + result.stderr
     return result
 
@@ -275,6 +281,29 @@ def test_all_evaluations_on_a_pruned_model(base, tmp_path):
     macs = encoder_macs_formula(layers_of(model), 32)
     assert found["efficiency"]["pruned"]["macs"]["encoder"] == macs
     assert found["efficiency"]["ratios"]["macs"] < 0.8
+
+
+def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
+    """Killed after the first of two steps: what was finished is not done again."""
+    flags = ["--pruning_ratio", "0.5", "--iterative_steps", "2", "--compensation", "lstsq"]
+    run(base, tmp_path / "whole", "--output_name", "one", *flags)
+    command = run_command(base, tmp_path / "killed", "--output_name", "one", *flags, "--resume")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "killed").glob(".one_*.resume/step_1_of_2.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed" / "one" / "models").exists()
+    saved = {part.name for part in (tmp_path / "killed").glob(".one_*.resume/*")}
+    assert {"dense.json", "removal.json", "step_1_of_2.safetensors"} <= saved
+    result = run(base, tmp_path / "killed", "--output_name", "one", *flags, "--resume")
+    assert "Step 1," not in result.stdout and "Step 2," in result.stdout
+    names = ("models/model.safetensors", "analysis/global_group_table.csv", "models/config.json")
+    for name in names:
+        assert (tmp_path / "killed" / "one" / name).read_bytes() == (tmp_path / "whole" / "one" / name).read_bytes()
+    assert not list((tmp_path / "killed").glob(".*")), "what was kept to resume from is gone"
 
 
 def test_uniform_checkpoint_needs_no_code(base, tmp_path):
