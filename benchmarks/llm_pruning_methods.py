@@ -84,7 +84,7 @@ class MethodsConfig(StageConfig):
 
 def whole_layers(model, ratio: float, removal: dict[str, Any]):
     """Take out the layers whose removal costs least, one at a time's cost, until the budget is met."""
-    sizes = [sum(p.count(kind) * p.structure_parameters(kind) for kind in KINDS) for p in layers_of(model)]
+    sizes = [parts.parameters for parts in layers_of(model)]
     order = torch.tensor(removal["layer"]).argsort().tolist()
     gone, removed = set(), 0
     while removed < ratio * sum(sizes):

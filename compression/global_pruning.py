@@ -19,7 +19,7 @@ from compression.compensation import repair
 from compression.config import StageConfig
 from compression.evaluation.perplexity import perplexity
 from compression.runtime import UserError, log
-from compression.structures import HEADS, KINDS, NEURONS, LayerParts, layers_of
+from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder
 
 Kept = dict[str, list[Tensor]]
@@ -111,10 +111,10 @@ class GlobalPruning:
         self.origin = list(range(len(layers)))
         self.places = {kind: [torch.arange(parts.count(kind)) for parts in layers] for kind in KINDS}
         self.parameters = {kind: [parts.structure_parameters(kind) for parts in layers] for kind in KINDS}
-        self.total = sum(_layer_parameters(parts) for parts in layers)
+        self.total = sum(parts.parameters for parts in layers)
         self.depth = len(layers)
         self.table: dict[tuple[int, str, int], dict[str, Any]] = {}
-        protected = sum(_layer_parameters(parts) for index, parts in enumerate(layers) if self._is_protected(index))
+        protected = sum(parts.parameters for index, parts in enumerate(layers) if self._is_protected(index))
         if config.pruning_ratio * self.total > self.total - protected:
             raise UserError(
                 f"--pruning_ratio {config.pruning_ratio}: with {config.protect_first} and {config.protect_last} "
@@ -263,11 +263,6 @@ def _best(scores: Tensor, count: int) -> Tensor:
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[scores.argsort(descending=True, stable=True)[:count]] = True
     return mask
-
-
-def _layer_parameters(parts: LayerParts) -> int:
-    """Parameters of a layer's structures (norms are not counted: they belong to none)."""
-    return sum(parts.count(kind) * parts.structure_parameters(kind) for kind in KINDS)
 
 
 @contextmanager

@@ -112,6 +112,11 @@ class LayerParts:
         rows = sum(linear.out_features * (linear.in_features + (linear.bias is not None)) for linear in inner)
         return (rows + outer.weight.numel()) // self.count(kind)
 
+    @property
+    def parameters(self) -> int:
+        """Parameters of all structures of the layer (norms are not counted: they belong to none)."""
+        return sum(self.count(kind) * self.structure_parameters(kind) for kind in KINDS)
+
     def split(self, kind: str) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
         """The layers that hold a kind's rows, and the one that holds its columns."""
         if kind == HEADS:
