@@ -20,6 +20,7 @@ from compression.assets import LLM, LLM_FOLDER, describe_source, ensure_llm
 from compression.calibration import removal_perplexities
 from compression.checkpoint import (
     SavedParts,
+    contents,
     describe_stage,
     identify,
     load_language_model,
@@ -36,7 +37,7 @@ from compression.flops import count_macs, count_parameters
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
 from compression.plots import plot_removal, plot_retained, save_figure
 from compression.runtime import RESULTS, UserError, log, pick_device, seed_everything
-from compression.structures import DECODERS, KINDS, family_of, layers_of
+from compression.structures import DECODERS, family_of, layers_of
 from compression.surgery import to_stock
 
 EVALUATIONS = ("ppl", "zeroshot", "efficiency")
@@ -140,6 +141,7 @@ def main(config: GlobalPruningConfig) -> None:
     base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
     if config.evaluates("zeroshot"):
         check_tasks(config.eval_zeroshot_tasks.split(","), config.data_dir)
+    inputs = {"parent": identify(base)}
     seed_everything(config.seed)
     device = pick_device()
     model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, device))
@@ -147,7 +149,7 @@ def main(config: GlobalPruningConfig) -> None:
     corpora, text, analysis_windows = calibration_text(config, tokenizer)
     tests = evaluation_windows(config, tokenizer)
     saved = SavedParts(
-        config.results_dir / f".{config.output_name}_{fingerprint_of(config, base)}.resume", config.resume
+        config.results_dir / f".{config.output_name}_{fingerprint_of(config, inputs)}.resume", config.resume
     )
 
     # What the dense model is: perplexities, and what removing each part of it would cost.
@@ -170,14 +172,14 @@ def main(config: GlobalPruningConfig) -> None:
         results["efficiency"] = efficiency({"dense": again, "pruned": small}, device, config)
     say(results)
 
-    write(config, base, small, tokenizer, pruning, removal, corpora, results)
+    write(config, base, inputs, small, tokenizer, pruning, removal, corpora, results)
     saved.remove()
 
 
-def fingerprint_of(config: GlobalPruningConfig, base: Path) -> str:
+def fingerprint_of(config: GlobalPruningConfig, inputs: dict[str, Any]) -> str:
     """A hash of what the result depends on."""
     settings = {name: value for name, value in config.as_dict().items() if name not in NOT_RESULT}
-    identity = json.dumps([settings, identify(base)["sha256"]], sort_keys=True)
+    identity = json.dumps([settings, contents(inputs)], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
 
 
@@ -190,8 +192,9 @@ def calibration_text(config: GlobalPruningConfig, tokenizer) -> tuple[list[Corpu
     """Windows for scores and repair (of the train part), for choices and for the analysis (of the validation part)."""
     train, held_out = (load_corpus(config.dataset, part, config.data_dir) for part in ("train", "validation"))
     length, seed = config.sequence_length, config.seed
-    scores = sample_windows(tokenize(tokenizer, train), length, config.num_samples, seed)
-    repair = sample_windows(tokenize(tokenizer, train), length, config.repair_samples, seed + 1)
+    ids = tokenize(tokenizer, train)
+    scores = sample_windows(ids, length, config.num_samples, seed)
+    repair = sample_windows(ids, length, config.repair_samples, seed + 1)
     validation = tokenize(tokenizer, held_out)
     choices = sample_windows(validation, length, config.held_out_samples, seed)
     analysis = sample_windows(validation, config.analysis_length, config.analysis_samples, seed + 1)
@@ -216,12 +219,7 @@ def measure(model, tokenizer, tests: dict[str, torch.Tensor], config: GlobalPrun
     """Parameters, sizes of the layers, perplexity on each text, zero-shot accuracy where it is asked for."""
     layers = layers_of(model)
     found = {
-        "parameters": count_parameters(model)
-        | {
-            "structures": sum(
-                parts.count(kind) * parts.structure_parameters(kind) for parts in layers for kind in KINDS
-            )
-        },
+        "parameters": count_parameters(model) | {"structures": sum(parts.parameters for parts in layers)},
         "layers": [
             {"query_heads": parts.query_heads, "key_value_heads": parts.heads, "intermediate_size": parts.neurons}
             for parts in layers
@@ -285,11 +283,10 @@ def say(results: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-def write(config, base, model, tokenizer, pruning, removal, corpora, results) -> None:
+def write(config, base, inputs, model, tokenizer, pruning, removal, corpora, results) -> None:
     """Checkpoint, analysis, evaluation and plots; each file is replaced whole."""
     folder = config.results_dir / config.output_name
     data = {"calibration": [corpus.describe() for corpus in corpora]}
-    inputs = {"parent": identify(base)}
     log.info("Base model: %s (%s)", base, describe_source(base))
     stage = describe_stage("global_pruning", config.as_dict(), inputs, results, data)
     save_checkpoint(folder / "models", model, tokenizer, stage)

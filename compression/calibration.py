@@ -234,7 +234,7 @@ def removal_perplexities(
     return {"dense": torch.tensor(dense / tokens).exp().item()} | means
 
 
-class _Done(Exception):
+class Seen(Exception):
     """What was wanted of the model has been seen."""
 
 
@@ -254,14 +254,14 @@ def layer_inputs(
         states.append(inputs[0])
         options.update(keywords)
         if stop_at_first:
-            raise _Done
+            raise Seen
 
     layers = model.model.layers
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     handles.append(model.model.norm.register_forward_pre_hook(note, with_kwargs=True))
     try:
         model.model(input_ids=ids, use_cache=False)
-    except _Done:
+    except Seen:
         pass
     finally:
         for handle in handles:

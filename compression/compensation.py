@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compression.calibration import layer_inputs
+from compression.calibration import Seen, layer_inputs
 from compression.structures import HEADS, KINDS, layers_of
 
 RIDGE = 1e-3
@@ -40,10 +40,6 @@ def repair(model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tenso
         states = [layer(state, **option) for state, option in zip(states, options, strict=True)]
 
 
-class _Done(Exception):
-    """What was wanted of a layer has been seen."""
-
-
 def _gram(outer: nn.Linear, inputs, attention: bool) -> Tensor:
     """X^T X [columns, columns] in fp32 of what goes into an output projection."""
     gram = torch.zeros(outer.in_features, outer.in_features, device=outer.weight.device)
@@ -52,14 +48,14 @@ def _gram(outer: nn.Linear, inputs, attention: bool) -> Tensor:
         rows = given[0].float().flatten(0, -2)
         gram.addmm_(rows.T, rows)
         if attention:
-            raise _Done  # the MLP behind it is of no interest yet
+            raise Seen  # the MLP behind it is of no interest yet
 
     handle = outer.register_forward_pre_hook(add)
     try:
         for layer, state, option in inputs:
             try:
                 layer(state, **option)
-            except _Done:
+            except Seen:
                 pass
     finally:
         handle.remove()
