@@ -14,8 +14,8 @@ from pathlib import Path
 from compression.checkpoint import find_all, find_unquantized, load_classifier, require
 from compression.config import run_script
 from compression.qat import QuantizationAwareConfig, QuantizationAwareDistillation
-from compression.quantization import bytes_by_part, check_exact, pack, pick_compute_dtype
-from compression.runtime import UserError, log
+from compression.quantization import bytes_by_part, check_exact, pack
+from compression.runtime import UserError, log, pick_dtype
 from compression.task import Stage
 
 
@@ -58,7 +58,7 @@ def main(config: QATKDConfig) -> None:
     # The same fp32 weights are packed once; every layer must have the values it was trained with.
     trained_logits = task.predict(model, task.validation)
     values = recipe.finish()
-    packed = pack(model, config.storage(), pick_compute_dtype(config.compute_dtype))
+    packed = pack(model, config.storage(), pick_dtype(config.compute_dtype, "Compute dtype"))
     check_exact(packed, values)
     metrics["logit_difference"] = (task.predict(packed, task.validation) - trained_logits).abs().max().item()
     metrics["bytes_after"] = bytes_by_part(packed)

@@ -23,8 +23,8 @@ from compression.checkpoint import (
     save_checkpoint,
 )
 from compression.config import StageConfig, run_script
-from compression.quantization import StorageFields, bytes_by_part, pack, pick_compute_dtype
-from compression.runtime import UserError, log, pick_device
+from compression.quantization import StorageFields, bytes_by_part, pack
+from compression.runtime import UserError, log, pick_device, pick_dtype
 
 # Fields that do not change the result; the path of the input is among them because the input itself is compared.
 NOT_RESULT = ("models_dir", "output_dir", "pruned_model_path", "skip_existing")
@@ -83,7 +83,9 @@ def main(config: QuantizationConfig) -> None:
     make_folder(output.parent, "--output_dir")
 
     model, tokenizer = load_classifier(folder, pick_device())
-    packed = pack(model, config.storage(bits=8 if config.load_in_8bit else 4), pick_compute_dtype(config.compute_dtype))
+    packed = pack(
+        model, config.storage(bits=8 if config.load_in_8bit else 4), pick_dtype(config.compute_dtype, "Compute dtype")
+    )
 
     sizes = {"bytes_before": bytes_by_part(model), "bytes_after": bytes_by_part(packed)}
     save_checkpoint(output, packed, tokenizer, describe(folder, inputs, config, sizes))

@@ -36,14 +36,13 @@ from compression.evaluation.zeroshot import check_tasks, zero_shot
 from compression.flops import count_macs, count_parameters
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
 from compression.plots import plot_removal, plot_retained, save_figure
-from compression.runtime import RESULTS, UserError, log, pick_device, seed_everything
+from compression.runtime import RESULTS, UserError, log, pick_device, pick_dtype, seed_everything
 from compression.structures import DECODERS, family_of, layers_of
 from compression.surgery import to_stock
 
 EVALUATIONS = ("ppl", "zeroshot", "efficiency")
 NEW_TOKENS = 32
 NOT_RESULT = ("resume", "output_name", "results_dir", "models_dir", "base_model", "save_bin")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -60,11 +59,11 @@ class GlobalPruningConfig(PruningFields):
     """Calibration text: wikitext2, c4, ptb, or a text file."""
     data_dir: str | None = None
     """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
-    num_samples: int = 8
+    num_samples: int = 32
     """Windows of calibration text that scores are computed on."""
     sequence_length: int = 1024
     """Tokens per window."""
-    repair_samples: int = 96
+    repair_samples: int = 64
     """Windows that least-squares repairs are fitted to."""
     held_out_samples: int = 4
     """Windows of the validation part that choices are made by."""
@@ -77,7 +76,7 @@ class GlobalPruningConfig(PruningFields):
     use_gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; auto: bfloat16 on CUDA, float32 on the CPU. Scores are float32 always."""
+    """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32. Scores are float32 always."""
     save_bin: bool = False
     """Also write pruned_model.bin, a plain state dict."""
     run_evaluation: str = "ppl"
@@ -144,7 +143,7 @@ def main(config: GlobalPruningConfig) -> None:
     inputs = {"parent": identify(base)}
     seed_everything(config.seed)
     device = pick_device()
-    model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, device))
+    model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
     family_of(model, DECODERS)  # refuses an unsupported architecture at once
     corpora, text, analysis_windows = calibration_text(config, tokenizer)
     tests = evaluation_windows(config, tokenizer)
@@ -181,11 +180,6 @@ def fingerprint_of(config: GlobalPruningConfig, inputs: dict[str, Any]) -> str:
     settings = {name: value for name, value in config.as_dict().items() if name not in NOT_RESULT}
     identity = json.dumps([settings, contents(inputs)], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:12]
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The weights' type, by name or for the device."""
-    return DTYPES[("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name]
 
 
 def calibration_text(config: GlobalPruningConfig, tokenizer) -> tuple[list[Corpus], CalibrationText, torch.Tensor]:

@@ -18,7 +18,7 @@ from compression import importance
 from compression.evaluation.perplexity import token_losses
 from compression.structures import KINDS, LayerParts, layers_of
 
-Method = Literal["taylor", "taylor_2nd", "wanda", "fisher", "magnitude"]
+Method = Literal["obs", "fisher", "taylor", "taylor_2nd", "wanda", "magnitude"]
 Scores = dict[str, list[Tensor]]
 
 
@@ -27,6 +27,9 @@ def score_structures(
 ) -> Scores:
     """Importance of every structure of a language model.
 
+    - obs: what a structure's removal adds to the loss when the output projection is fitted anew and all cheaper ones
+      of its layer and kind are gone (`importance.removal_costs`). It compares across layers as it is, and is meant to
+      go with least-squares repair. Holds two matrices per output projection: inputs squared, hidden size squared.
     - taylor: sum over the structure's weights of |w * dL/dw|, L the mean loss of a batch, averaged over batches
       (first order; LLM-Pruner, Ma et al. 2023).
     - taylor_2nd: with the diagonal second-order term, |w * dL/dw| + 1/2 * w^2 * (dL/dw)^2.
@@ -49,6 +52,8 @@ def score_structures(
         _add_weighted(scores, layers, None)
     elif method == "wanda":
         _score_by_activations(model, windows, batch_size, scores)
+    elif method == "obs":
+        _score_by_curvature(model, windows, batch_size, gradient_checkpointing, scores)
     else:
         observe = _observe_gates if method == "fisher" else partial(_observe_weights, second_order=method != "taylor")
         with observe(model, scores), _checkpointing(model, gradient_checkpointing):
@@ -122,6 +127,21 @@ def _observe_weights(model: PreTrainedModel, scores: Scores, second_order: bool)
 
 
 @contextmanager
+def _backward_through(model: PreTrainedModel) -> Iterator[None]:
+    """A backward pass reaches every layer's activations though no weight takes a gradient."""
+
+    def start(_, __, output: Tensor) -> Tensor:
+        return output.requires_grad_()
+
+    with _only_trainable(model, []):
+        handle = model.get_input_embeddings().register_forward_hook(start)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
 def _observe_gates(model: PreTrainedModel, scores: Scores) -> Iterator[None]:
     """Fold the squared derivative of the loss by each structure's gate, token by token, into the scores.
 
@@ -135,11 +155,8 @@ def _observe_gates(model: PreTrainedModel, scores: Scores) -> Iterator[None]:
     def watch(score: Tensor, _, inputs: tuple[Tensor]) -> None:
         inputs[0].register_hook(partial(fold, score, inputs[0].detach()))
 
-    def start(_, __, output: Tensor) -> Tensor:
-        return output.requires_grad_()
-
-    with _only_trainable(model, []):
-        handles = [model.get_input_embeddings().register_forward_hook(start)]
+    with _backward_through(model):
+        handles = []
         for score, by_rows, linear in _matrices(layers_of(model), scores):
             if not by_rows:
                 handles.append(linear.register_forward_pre_hook(partial(watch, score)))
@@ -148,6 +165,50 @@ def _observe_gates(model: PreTrainedModel, scores: Scores) -> Iterator[None]:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def _observe_curvature(model: PreTrainedModel, curvature: dict[nn.Linear, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Add up x x^T and g g^T over tokens, x what goes into a Linear layer and g the loss's derivative by its output."""
+
+    def fold(linear: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
+        rows, slopes = inputs.flatten(0, -2), gradient.flatten(0, -2).float()
+        inner, outer = curvature[linear]
+        inner += rows.T @ rows
+        outer.addmm_(slopes.T, slopes)
+
+    def watch(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        output.register_hook(partial(fold, linear, inputs[0].detach()))
+
+    with _backward_through(model):
+        handles = [linear.register_forward_hook(watch) for linear in curvature]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _score_by_curvature(
+    model: PreTrainedModel, windows: Tensor, batch_size: int, gradient_checkpointing: bool, scores: Scores
+) -> None:
+    outer = [
+        (score, parts.split(kind)[1])
+        for kind in KINDS
+        for parts, score in zip(layers_of(model), scores[kind], strict=True)
+        if len(score)
+    ]
+    curvature = {
+        linear: tuple(
+            torch.zeros(size, size, device=model.device) for size in (linear.in_features, linear.out_features)
+        )
+        for _, linear in outer
+    }
+    with _observe_curvature(model, curvature), _checkpointing(model, gradient_checkpointing):
+        _backward(model, windows, batch_size, mean=False)
+    for score, linear in tqdm(outer, desc="removal costs", leave=False, disable=None):
+        inputs, gradients = (total / windows.numel() for total in curvature.pop(linear))
+        score += importance.removal_costs(linear.weight.detach(), inputs, gradients, len(score))
 
 
 @torch.no_grad()

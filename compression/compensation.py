@@ -45,8 +45,8 @@ def _gram(outer: nn.Linear, inputs, attention: bool) -> Tensor:
     gram = torch.zeros(outer.in_features, outer.in_features, device=outer.weight.device)
 
     def add(_, given: tuple[Tensor]) -> None:
-        rows = given[0].float().flatten(0, -2)
-        gram.addmm_(rows.T, rows)
+        rows = given[0].flatten(0, -2)
+        gram.add_(rows.T @ rows)
         if attention:
             raise Seen  # the MLP behind it is of no interest yet
 

@@ -7,6 +7,7 @@ compete for one parameter budget, and layers of which too little would be left g
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,8 +32,8 @@ class PruningFields(StageConfig):
 
     pruning_ratio: float = 0.5
     """Share of the decoder layers' parameters to remove."""
-    importance_method: Method = "fisher"
-    """How structures are scored: fisher, taylor, taylor_2nd, wanda or magnitude."""
+    importance_method: Method = "obs"
+    """How structures are scored: obs, fisher, taylor, taylor_2nd, wanda or magnitude."""
     temperature: float = 0.0
     """Exponent T of the correction by removal perplexities, score * ln(1 + ppl)^T; 0 leaves it out."""
     tau: float | None = None
@@ -41,26 +42,22 @@ class PruningFields(StageConfig):
     """A layer that would keep less than this share of its parameters is removed whole."""
     normalize: Literal["none", "layer"] = "none"
     """layer: scores are relative to their mean in each layer and kind, so that layers share the budget evenly."""
-    protect_first: int = 2
+    protect_first: int = 0
     """So many layers at the start are left alone."""
-    protect_last: int = 2
+    protect_last: int = 0
     """So many layers at the end are left alone."""
-    attention_factors: tuple[float, ...] = (1.0, 4.0, 16.0)
+    attention_factors: tuple[float, ...] = (1.0,)
     """Factors on the scores of attention groups; the one with the least perplexity on held-out text is taken."""
     iterative_steps: int = 1
     """The budget is reached in so many steps, with new scores at each."""
-    compensation: Literal["none", "lstsq"] = "none"
+    compensation: Literal["none", "lstsq"] = "lstsq"
     """lstsq: solve the output projections anew so that what stays makes up for what goes."""
     uniform: bool = False
     """Every layer gets the same sizes, so that the stock model class loads the result; no layer is protected then."""
     round_to: int = 8
     """With uniform: MLP widths are multiples of this."""
 
-    presets = {
-        "paper": dict(
-            importance_method="taylor", temperature=1.0, protect_first=0, protect_last=0, attention_factors=(1.0,)
-        )
-    }
+    presets = {"paper": dict(importance_method="taylor", temperature=1.0, compensation="none")}
 
     def check(self) -> None:
         self.check_range("pruning_ratio", 0, 0.95)
@@ -126,10 +123,11 @@ class GlobalPruning:
         """Remove structures until the budget is met."""
         steps = self.config.iterative_steps
         for step in range(1, steps + 1):
+            scores = self._remembered(f"scores_{step}_of_{steps}", self._score)
+            densities = self._densities(scores)
             ratio = self.config.pruning_ratio * step / steps
-            scores, densities, kept = self._unpack(
-                self.remember(f"step_{step}_of_{steps}", lambda step=step, ratio=ratio: self._choose(step, ratio))
-            )
+            choose = partial(self._best_choice, densities, step, ratio)
+            kept = self._remembered(f"kept_{step}_of_{steps}", choose)
             self._note(scores, densities)
             if self.config.compensation == "lstsq":
                 repair(self.model, kept, self.text.repair, self.text.batch_size)
@@ -141,27 +139,21 @@ class GlobalPruning:
         ends = layer < self.config.protect_first or layer >= self.depth - self.config.protect_last
         return ends and not self.config.uniform
 
-    def _choose(self, step: int, ratio: float) -> dict[str, Tensor]:
-        """Scores, densities and what stays after a step, by names such as kept.heads.3."""
-        scores = score_structures(
+    def _score(self) -> Kept:
+        return score_structures(
             self.model, self.text.scores, self.config.importance_method, self.text.batch_size,
             self.text.gradient_checkpointing,
         )  # fmt: skip
-        densities = self._densities(scores)
-        kept = self._best_choice(densities, step, ratio)
-        named = {"scores": scores, "densities": densities, "kept": kept}
-        return {
-            f"{name}.{kind}.{index}": value
-            for name, values in named.items()
-            for kind in KINDS
-            for index, value in enumerate(values[kind])
-        }
 
-    def _unpack(self, tensors: dict[str, Tensor]) -> list[Kept]:
-        return [
-            {kind: [tensors[f"{name}.{kind}.{index}"] for index in range(len(self.origin))] for kind in KINDS}
-            for name in ("scores", "densities", "kept")
-        ]
+    def _remembered(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What `make` gives, or gave in an earlier run; its tensors are kept by names such as heads.3."""
+
+        def named() -> dict[str, Tensor]:
+            made = make()
+            return {f"{kind}.{index}": value for kind in KINDS for index, value in enumerate(made[kind])}
+
+        tensors = self.remember(name, named)
+        return {kind: [tensors[f"{kind}.{index}"] for index in range(len(self.origin))] for kind in KINDS}
 
     def _best_choice(self, densities: Kept, step: int, ratio: float) -> Kept:
         if self.config.uniform:

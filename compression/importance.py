@@ -7,6 +7,8 @@ makes kinds of different size comparable.
 import torch
 from torch import Tensor
 
+CURVATURE_RIDGE = 1e-2
+
 
 def sum_rows(values: Tensor, count: int) -> Tensor:
     """Sum a [count * rows of one structure, in] matrix over the rows of each structure -> [count]."""
@@ -48,6 +50,66 @@ def mask_gradient(weight: Tensor, gradient: Tensor, count: int) -> Tensor:
     (Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers").
     """
     return sum_columns(weight * gradient, count)
+
+
+def removal_costs(
+    weight: Tensor, inputs: Tensor, gradients: Tensor, count: int, ridge: float = CURVATURE_RIDGE
+) -> Tensor:
+    """Loss that the removal of each structure adds when those that stay are fitted anew, along the cheapest path.
+
+    The loss is taken to second order with the Kronecker-factored curvature of the output projection, E[g g^T] for its
+    rows and E[x x^T] for its columns. Removing the columns S and choosing the others best then costs
+    1/2 * sum(E[g g^T] * W_S (E[x x^T]^-1)_SS^-1 W_S^T) (optimal brain surgeon, Hassibi and Stork 1993; for structures
+    Kurtic et al. 2023, "ZipLM", and van der Ouderaa et al. 2024, "The LLM Surgeon"). The cheapest structure goes first,
+    what stays is updated, and so on to the last: a structure's score says what it costs once all cheaper ones are gone,
+    so two that can stand in for each other do not both look dispensable.
+
+    Args:
+        weight: the output projection [out, count * columns of one structure].
+        inputs: E[x x^T] [columns, columns] of what goes into it; gradients: E[g g^T] [out, out] of the derivative of
+            the loss by what comes out, both over tokens.
+        count: number of structures.
+        ridge: share of the mean diagonal that is added to the diagonal of E[x x^T].
+
+    Returns:
+        [count], in units of the loss per token, on the device of the inputs. Each is at least that of what went before.
+    """
+    values, vectors = torch.linalg.eigh(gradients.double())
+    felt = (vectors * values.clamp_min(0).sqrt()).T.float() @ weight.float()  # its squares are felt by the loss
+    damped = inputs.double()
+    damped.diagonal().add_(ridge * damped.diagonal().mean())
+    inverse = torch.linalg.inv(damped).float()
+    size, left = weight.shape[1] // count, list(range(count))
+    costs, cost = torch.zeros(count), 0.0
+    while left:
+        # What is left lies in front: a structure that goes changes places with the last of these.
+        columns = len(left) * size
+        felt, inverse = felt[:, :columns], inverse[:columns, :columns]
+        now = _single_costs(felt, inverse, len(left))
+        place = int(now.argmin())
+        cost = max(cost, now[place].item() / 2)
+        costs[left[place]] = cost
+        block = slice(place * size, (place + 1) * size)
+        share = torch.linalg.solve(inverse[block, block], inverse[block])
+        felt.addmm_(felt[:, block].clone(), share, alpha=-1)
+        inverse.addmm_(inverse[:, block].clone(), share, alpha=-1)
+        last = slice(columns - size, columns)
+        felt[:, block] = felt[:, last]
+        inverse[block] = inverse[last].clone()
+        inverse[:, block] = inverse[:, last].clone()
+        left[place] = left[-1]
+        left.pop()
+    return costs.to(inputs.device)
+
+
+def _single_costs(felt: Tensor, inverse: Tensor, count: int) -> Tensor:
+    """Twice the loss that each structure's removal adds on its own, [count]."""
+    size = felt.shape[1] // count
+    if size == 1:
+        return felt.square().sum(0) / inverse.diagonal()
+    blocks = inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = felt.view(-1, count, size).permute(1, 2, 0)  # [count, size, out]
+    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
 
 
 def complete_pruned(inner: Tensor, outer: Tensor, kept: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from typing import Literal
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit, get_4bit_type, has_avx512bf16, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from compression.flops import part_of
-from compression.runtime import UserError, log
+from compression.runtime import UserError
 from compression.structures import KINDS, layers_of
 from compression.surgery import shrink
 
@@ -402,16 +402,6 @@ def check_exact(packed: PreTrainedModel, trained: dict[str, Tensor]) -> None:
     for name, values in trained.items():
         if not torch.equal(dequantized_weight(packed.get_submodule(name)), values):
             raise RuntimeError(f"{name}: the packed weight differs from the one that was trained; nothing was saved")
-
-
-def pick_compute_dtype(name: str) -> torch.dtype:
-    """The data type that 4-bit layers compute in; `auto` is bfloat16 where the hardware multiplies it, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else has_avx512bf16()
-    dtype = torch.bfloat16 if fast else torch.float32
-    log.info("Compute dtype: %s (this machine %s bf16 instructions)", str(dtype)[6:], "has" if fast else "has no")
-    return dtype
 
 
 def bytes_by_part(model: PreTrainedModel) -> dict[str, int]:

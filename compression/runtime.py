@@ -56,6 +56,22 @@ def pick_device() -> torch.device:
     return device
 
 
+def pick_dtype(name: str, use: str) -> torch.dtype:
+    """A data type by name; `auto` is bfloat16 where the hardware multiplies it, else float32, and is logged.
+
+    Args:
+        use: what it is for, as the log calls it.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    from bitsandbytes.functional import has_avx512bf16  # its import takes seconds
+
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else has_avx512bf16()
+    dtype = torch.bfloat16 if fast else torch.float32
+    log.info("%s: %s (this machine %s bf16 instructions)", use, str(dtype)[6:], "has" if fast else "has no")
+    return dtype
+
+
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Seed dropout for one training step.
 

@@ -1,13 +1,15 @@
 """Importance of a language model's structures and removal analysis, against the plain way of computing them."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
 from conftest import DECODERS, tiny_decoder
 
-from compression.calibration import removal_perplexities, score_structures
+from compression.calibration import Method, removal_perplexities, score_structures
 from compression.evaluation.perplexity import perplexity
+from compression.importance import removal_costs
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder
 
@@ -90,6 +92,28 @@ def test_fisher_scores_are_squared_derivatives_of_gates(model, windows, checkpoi
         torch.testing.assert_close(scores[kind][index], expected, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_obs_scores_come_from_inputs_and_output_gradients(model, windows, checkpointing):
+    scores = score_structures(model, windows, "obs", batch_size=2, gradient_checkpointing=checkpointing)
+    seen, handles = {}, []
+    for kind in KINDS:
+        for index, parts in enumerate(layers_of(model)):
+
+            def note(_, x, y, key=(kind, index)):
+                y.retain_grad()
+                seen[key] = x[0].detach().flatten(0, 1), y
+
+            handles.append(parts.split(kind)[1].register_forward_hook(note))
+    (plain_loss(model, windows) * windows[:, 1:].numel()).backward()
+    for handle in handles:
+        handle.remove()
+    for (kind, index), (x, y) in seen.items():
+        g, parts = y.grad.flatten(0, 1), layers_of(model)[index]
+        weight = parts.split(kind)[1].weight.detach()
+        expected = removal_costs(weight, x.T @ x / windows.numel(), g.T @ g / windows.numel(), parts.count(kind))
+        torch.testing.assert_close(scores[kind][index], expected, rtol=1e-2, atol=1e-8)
+
+
 def test_wanda_scores_weigh_with_input_norms(model, windows):
     inputs = {}
 
@@ -110,7 +134,7 @@ def test_wanda_scores_weigh_with_input_norms(model, windows):
         torch.testing.assert_close(scores[kind][2][index], expected)
 
 
-@pytest.mark.parametrize("method", ["taylor", "fisher", "wanda"])
+@pytest.mark.parametrize("method", ["taylor", "fisher", "obs", "wanda"])
 def test_scoring_leaves_the_model_as_it_was(windows, method):
     model = tiny_decoder()
     before = copy.deepcopy(model)
@@ -157,7 +181,7 @@ def test_a_pruned_model_can_be_scored_again(windows):
             NEURONS: [torch.ones(48).bool(), torch.arange(48) < 8, torch.zeros(48).bool(), torch.ones(48).bool()],
         },
     )
-    for method in ("taylor", "fisher", "wanda", "magnitude"):
+    for method in get_args(Method):
         scores = score_structures(model, windows, method)
         assert [len(score) for score in scores[HEADS]] == [3, 0, 4, 1]
         assert [len(score) for score in scores[NEURONS]] == [48, 8, 0, 48]

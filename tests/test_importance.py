@@ -57,3 +57,51 @@ def test_one_scale_has_mean_one_and_keeps_ratios():
     assert scaled[0][1] / scaled[0][0] == pytest.approx(3)
     tiny = importance.on_one_scale([score * 1e-6 for score in scores], [5, 20])
     torch.testing.assert_close(tiny[0], scaled[0])
+
+
+@pytest.fixture
+def tokens():
+    """An output projection, what goes into it, and the loss's derivatives by what comes out, for 200 tokens."""
+    torch.manual_seed(0)
+    mixed = torch.randn(200, 12) @ torch.randn(12, 12)
+    return torch.randn(5, 12), mixed, torch.randn(200, 5)
+
+
+def second_order_loss(weight, changed, inputs, gradients):
+    """1/2 * E[(g^T dW x)^2] with g and x taken as independent."""
+    change = torch.linalg.cholesky(gradients.T @ gradients / len(gradients)).T @ (changed - weight)
+    return 0.5 * (change @ (inputs.T @ inputs / len(inputs)) * change).sum().item()
+
+
+def fitted_without(weight, inputs, gone):
+    """The projection that gives most nearly the same from the other columns, by an ordinary least-squares solver."""
+    changed = torch.zeros_like(weight)
+    others = [column for column in range(weight.shape[1]) if column not in gone]
+    changed[:, others] = torch.linalg.lstsq(inputs[:, others], inputs @ weight.T).solution.T
+    return changed
+
+
+@pytest.mark.parametrize("count", [12, 4])
+def test_removal_costs_are_those_of_a_refitted_projection(tokens, count):
+    weight, inputs, gradients = tokens
+    curvature = inputs.T @ inputs / 200, gradients.T @ gradients / 200
+    before = [matrix.clone() for matrix in (weight, *curvature)]
+    costs = importance.removal_costs(weight, *curvature, count, ridge=1e-7)
+    assert all(torch.equal(one, other) for one, other in zip(before, (weight, *curvature), strict=True))
+    size = 12 // count
+    columns = [list(range(place * size, (place + 1) * size)) for place in range(count)]
+    alone = [second_order_loss(weight, fitted_without(weight, inputs, gone), inputs, gradients) for gone in columns]
+    order = costs.argsort().tolist()
+    assert order[0] == torch.tensor(alone).argmin() and costs.min().item() == pytest.approx(min(alone), rel=1e-2)
+    for number in (1, 2, 3):
+        gone = [column for place in order[:number] for column in columns[place]]
+        joint = second_order_loss(weight, fitted_without(weight, inputs, gone), inputs, gradients)
+        assert costs[order[:number]].sum().item() == pytest.approx(joint, rel=1e-2), number
+
+
+def test_of_two_alike_structures_one_is_free_and_the_other_is_not(tokens):
+    weight, inputs, gradients = tokens
+    inputs[:, 7] = inputs[:, 3]
+    costs = importance.removal_costs(weight, inputs.T @ inputs / 200, gradients.T @ gradients / 200, 12, ridge=1e-6)
+    free, other = sorted((costs[3].item(), costs[7].item()))
+    assert free < 1e-3 * costs.median() and other > 10 * free

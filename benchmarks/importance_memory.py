@@ -1,0 +1,100 @@
+"""Peak memory of scoring a language model, against the way that keeps all gradients.
+
+    python benchmarks/importance_memory.py [--base_model DIR] [--length 1024]
+
+Each way runs in a process of its own: on the CPU its figure is the peak of the process's resident memory less what it
+was with the model loaded, on a GPU the peak of allocated memory less the same. Writes results/importance_memory.json.
+"""
+
+import multiprocessing
+import resource
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from compression.assets import LLM, LLM_FOLDER, ensure_llm
+from compression.calibration import Method, score_structures
+from compression.checkpoint import load_language_model, write_json
+from compression.config import StageConfig, run_script
+from compression.evaluation.perplexity import perplexity, token_losses
+from compression.runtime import RESULTS, fingerprint, log, pick_device, pick_dtype
+
+FORWARD, KEPT = "forward pass only", "Taylor, all gradients kept"
+CHECKPOINTING = " with gradient checkpointing"
+
+
+@dataclass
+class MemoryConfig(StageConfig):
+    base_model: str = LLM
+    """Model to score: a folder, or a name on the hub."""
+    length: int = 1024
+    """Tokens per window; two windows are scored, one at a time."""
+    dtype: str = "auto"
+    """Of the weights: auto, float32 or bfloat16."""
+
+    presets: ClassVar = {"fast": dict(length=128)}
+
+
+def keep_all_gradients(model, ids) -> None:
+    """The plain way: one backward pass, then |weight * gradient| of every matrix from the gradients that it left."""
+    for window in ids.split(1):
+        hidden = model.model(input_ids=window, use_cache=False).last_hidden_state
+        token_losses(model.lm_head, hidden, window).mean().backward()
+    scores = [(weight * weight.grad).abs().sum() for weight in model.parameters() if weight.dim() > 1]
+    assert all(score.isfinite() for score in scores)
+
+
+def ways() -> dict:
+    """Name -> function of a model and token ids."""
+    found = {FORWARD: perplexity, KEPT: keep_all_gradients}
+    for method in get_args(Method):
+        score = partial(score_structures, method=method)
+        found[method] = score
+        if method not in ("wanda", "magnitude"):
+            found[method + CHECKPOINTING] = partial(score, gradient_checkpointing=True)
+    return found
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(name: str, config: MemoryConfig, base: Path, answers) -> None:
+    device = pick_device()
+    model, _ = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
+    ids = torch.randint(model.config.vocab_size, (2, config.length), device=device)
+    perplexity(model, ids[:1, :16])  # kernels and their buffers are there
+    loaded = peak_bytes(device)
+    ways()[name](model, ids)
+    answers.put((peak_bytes(device) - loaded, sum(weight.nbytes for weight in model.parameters())))
+
+
+def main(config: MemoryConfig) -> None:
+    base = ensure_llm(config.base_model, LLM_FOLDER)
+    processes, found = multiprocessing.get_context("spawn"), {}
+    for name in ways():
+        answers = processes.SimpleQueue()
+        process = processes.Process(target=measure, args=(name, config, base, answers))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"{name}: the process that measures it ended with {process.exitcode}")
+        extra, weights = answers.get()
+        found[name] = {"bytes_above_the_loaded_model": extra, "in_units_of_the_weights": extra / weights}
+        log.info("%s: %.2f GB above the model's %.2f GB", name, extra / 1e9, weights / 1e9)
+    path = RESULTS / "importance_memory.json"
+    write_json(path, {"config": config.as_dict(), "environment": fingerprint(), "ways": found})
+    log.info("-> %s", path)
+
+
+if __name__ == "__main__":
+    run_script(MemoryConfig, main)
