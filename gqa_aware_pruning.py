@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.assets import LLM_FOLDER, describe_source, ensure_llm
@@ -90,13 +91,7 @@ def main(config: GQAAwarePruningConfig) -> None:
     name = f".{config.output_name}_{config.fingerprint(inputs)}.resume"
     saved = SavedParts(config.results_dir / name, config.resume)
 
-    # What the dense model is, and what removing each layer of it would cost.
-    dense = saved.json("dense", partial(evaluation.measure, model))
-    removal = None
-    if len(analysis_windows):
-        analyse = partial(removal_perplexities, model, analysis_windows, text.batch_size, parts=("layer",))
-        removal = saved.json("removal", analyse)
-        del analyse
+    dense, removal = measure_dense(model, evaluation, analysis_windows, saved)
     del model  # every trial starts from a dense model of its own
 
     # Layer by layer; where a perplexity is wanted, at the largest ratio that stays under it.
@@ -128,6 +123,19 @@ def main(config: GQAAwarePruningConfig) -> None:
     )
     saved.remove()
     log.info("-> %s", folder)
+
+
+def measure_dense(
+    model: PreTrainedModel, evaluation: Evaluation, analysis_windows: Tensor, saved: SavedParts
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What the dense model is, and what removing each layer of it would cost (None without text for that)."""
+    dense = saved.json("dense", lambda: evaluation.measure(model))
+    if not len(analysis_windows):
+        return dense, None
+    batch_size = evaluation.config.gradient_batch_size
+    return dense, saved.json(
+        "removal", lambda: removal_perplexities(model, analysis_windows, batch_size, parts=("layer",))
+    )
 
 
 class Trials:
