@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -344,6 +345,22 @@ def test_rounds_prune_a_bit_at_a_time(text):
     assert pruning.removed() == pytest.approx(0.4, abs=0.02)
 
 
+def test_a_pruned_model_can_be_pruned_again(text):
+    """Layer 0 has no attention and layer 2 no MLP: what these cannot give is made up for behind them."""
+    kept = {
+        HEADS: [torch.tensor(row).bool() for row in ([0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1])],
+        NEURONS: [torch.ones(48).bool(), torch.arange(48) < 30, torch.zeros(48).bool(), torch.ones(48).bool()],
+    }
+    model = shrink_decoder(tiny_decoder(), kept)
+    before, channel = total(model), layers_of(model)[0].structure_parameters(NEURONS)
+    config = fields(compensation="lstsq", iterative_rounds=2)
+    rates = layer_rates(config, layers_of(model), 0.3, None, 0)
+    small = LayerwisePruning(model, rates, config, text).prune()
+    assert 0 <= before - total(small) - 0.3 * before < channel
+    sizes = [(parts.heads, parts.neurons) for parts in layers_of(small)]
+    assert sizes[0][0] == 0 == sizes[2][1] and sizes[0][1] < 48 and sizes[2][0] < 4
+
+
 # The search.
 
 
@@ -405,6 +422,15 @@ def test_bad_values_are_refused(values, message):
 
 # The command line.
 
+
+def test_recipe_passes_its_flags_on(tmp_path):
+    shutil.copy(ROOT / "run_gqa_aware_pruning.sh", tmp_path)
+    (tmp_path / "setup_env.sh").write_text('python() { echo "$@"; }\n')
+    command = ["bash", tmp_path / "run_gqa_aware_pruning.sh", "--fast", "--output_name", "a b"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["gqa_aware_pruning.py --resume --fast --output_name a b"]
+
+
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -440,7 +466,8 @@ def run(base, output, *flags, expect=0):
 
 
 def test_command_writes_a_checkpoint_that_a_new_process_loads(base, tmp_path):
-    result = run(base, tmp_path, "--output_name", "some", "--pruning_ratio", "0.4", "--max_rate", "0.6")
+    flags = ("--pruning_ratio", "0.4", "--max_rate", "0.6", "--run_evaluation", "ppl,efficiency")
+    result = run(base, tmp_path, "--output_name", "some", *flags)
     folder = tmp_path / "some"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {
@@ -452,6 +479,7 @@ def test_command_writes_a_checkpoint_that_a_new_process_loads(base, tmp_path):
     assert not list(tmp_path.glob(".*"))
     found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
     assert found["reduction"]["structures"] == pytest.approx(0.4, abs=0.01)
+    assert found["efficiency"]["ratios"]["macs"] < 0.7 and "zeroshot" not in found["pruned"]
     gone = 1 - found["pruned"]["parameters"]["total"] / found["dense"]["parameters"]["total"]
     assert f"{100 * gone:.1f} % of the whole model's" in result.stdout
     with (folder / "analysis" / "layer_rates.csv").open(newline="") as file:
