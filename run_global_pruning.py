@@ -29,15 +29,15 @@ from compression.checkpoint import (
     write_json,
 )
 from compression.config import run_script
-from compression.corpus import Corpus, load_corpus, sample_windows, tokenize, windows
+from compression.corpus import Corpus, load_corpus, sample_windows, tokenize
 from compression.evaluation.efficiency import measure_generation
-from compression.evaluation.perplexity import perplexity
-from compression.evaluation.zeroshot import check_tasks, zero_shot
-from compression.flops import count_macs, count_parameters
+from compression.evaluation.language_model import evaluation_windows, measure
+from compression.evaluation.zeroshot import check_tasks
+from compression.flops import count_macs
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
 from compression.plots import plot_removal, plot_retained, save_figure
 from compression.runtime import RESULTS, UserError, log, pick_device, pick_dtype, seed_everything
-from compression.structures import DECODERS, family_of, layers_of
+from compression.structures import DECODERS, family_of
 from compression.surgery import to_stock
 
 EVALUATIONS = ("ppl", "zeroshot", "efficiency")
@@ -146,13 +146,22 @@ def main(config: GlobalPruningConfig) -> None:
     model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
     family_of(model, DECODERS)  # refuses an unsupported architecture at once
     corpora, text, analysis_windows = calibration_text(config, tokenizer)
-    tests = evaluation_windows(config, tokenizer)
+    tests = {}
+    if config.evaluates("ppl"):
+        names = config.eval_ppl_datasets.split(",")
+        tests = evaluation_windows(tokenizer, names, config.eval_length, config.eval_samples, config.data_dir)
+    tasks = config.eval_zeroshot_tasks.split(",") if config.evaluates("zeroshot") else []
+
+    def measured(which) -> dict[str, Any]:
+        limit = config.eval_zeroshot_limit or None
+        return measure(which, tokenizer, tests, config.gradient_batch_size, tasks, config.data_dir, limit)
+
     saved = SavedParts(
         config.results_dir / f".{config.output_name}_{fingerprint_of(config, inputs)}.resume", config.resume
     )
 
     # What the dense model is: perplexities, and what removing each part of it would cost.
-    dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config))
+    dense = saved.json("dense", lambda: measured(model))
     removal = None
     if len(analysis_windows):
         removal = saved.json(
@@ -164,7 +173,7 @@ def main(config: GlobalPruningConfig) -> None:
     small = pruning.prune()
     if config.uniform:
         small = to_stock(small)
-    pruned = measure(small, tokenizer, tests, config)
+    pruned = measured(small)
     results = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned)}
     if config.evaluates("efficiency"):
         again, _ = load_language_model(base, device, small.dtype)
@@ -195,41 +204,6 @@ def calibration_text(config: GlobalPruningConfig, tokenizer) -> tuple[list[Corpu
     log.info("Calibration: %s (%s), %d windows of %d tokens", train.name, train.source, len(scores), length)
     text = CalibrationText(scores, repair, choices, config.gradient_batch_size, config.use_gradient_checkpointing)
     return [train, held_out], text, analysis
-
-
-def evaluation_windows(config: GlobalPruningConfig, tokenizer) -> dict[str, torch.Tensor]:
-    """Windows of the test part of each text that perplexity is measured on, by name."""
-    if not config.evaluates("ppl"):
-        return {}
-    found = {}
-    for name in config.eval_ppl_datasets.split(","):
-        corpus = load_corpus(name, "test", config.data_dir)
-        every = windows(tokenize(tokenizer, corpus), config.eval_length)
-        found[corpus.name] = every[: config.eval_samples or None]
-    return found
-
-
-def measure(model, tokenizer, tests: dict[str, torch.Tensor], config: GlobalPruningConfig) -> dict[str, Any]:
-    """Parameters, sizes of the layers, perplexity on each text, zero-shot accuracy where it is asked for."""
-    layers = layers_of(model)
-    found = {
-        "parameters": count_parameters(model) | {"structures": sum(parts.parameters for parts in layers)},
-        "layers": [
-            {"query_heads": parts.query_heads, "key_value_heads": parts.heads, "intermediate_size": parts.neurons}
-            for parts in layers
-        ],
-        "perplexity": {name: perplexity(model, ids, config.gradient_batch_size) for name, ids in tests.items()},
-        "perplexity_windows": {name: list(ids.shape) for name, ids in tests.items()},
-    }
-    for name, value in found["perplexity"].items():
-        log.info("Perplexity on %s (%d windows of %d tokens): %.2f", name, *tests[name].shape, value)
-    if config.evaluates("zeroshot"):
-        tasks = config.eval_zeroshot_tasks.split(",")
-        found["zeroshot"] = zero_shot(model, tokenizer, tasks, config.data_dir, config.eval_zeroshot_limit or None)
-        for task, figures in found["zeroshot"].items():
-            accuracy, error = figures["acc"], figures["acc_standard_error"]
-            log.info("%s: %.1f ± %.1f %% of %d", task, 100 * accuracy, 100 * error, figures["n"])
-    return found
 
 
 def efficiency(models: dict[str, Any], device: torch.device, config: GlobalPruningConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Scores and a budget -> which structures stay."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,3 +130,85 @@ def _all_but(order: Tensor, removed: int) -> Tensor:
     mask = torch.ones(len(order), dtype=torch.bool, device=order.device)
     mask[order[:removed]] = False
     return mask
+
+
+# Rates of layers that are pruned one by one.
+
+
+def spread_rates(preference: Tensor, weights: Tensor, target: float, low: Tensor, high: Tensor) -> Tensor:
+    """Rates in proportion to a preference, cut to bounds, whose weighted mean is the target.
+
+    The rates are clip(s * preference, low, high); their mean grows with s, piecewise linearly with a bend where a rate
+    meets a bound, so the s that meets the target lies between two bends and is found exactly.
+
+    Args:
+        preference: [layers], above 0; for the inverse strategy 1 / importance.
+        weights: [layers], parameters of each layer.
+        target: weighted mean of the rates.
+        low, high: [layers], bounds of each rate.
+
+    Returns:
+        [layers] float64.
+
+    Raises:
+        ValueError: the target lies outside the weighted means of the bounds.
+    """
+    preference, weights, low, high = (values.double() for values in (preference, weights, low, high))
+    bends = torch.cat([low / preference, high / preference]).sort().values
+    rates = (bends[:, None] * preference).clamp(low, high)
+    means = (rates * weights).sum(1) / weights.sum()
+    if not means[0] - 1e-8 <= target <= means[-1] + 1e-8:
+        raise ValueError(f"a mean rate of {target} is out of reach: the bounds allow {means[0]:.4f} to {means[-1]:.4f}")
+    after = int(torch.searchsorted(means, target).clamp(1, len(means) - 1))
+    step = means[after] - means[after - 1]
+    share = ((target - means[after - 1]) / step).clamp(0, 1) if step > 0 else 1.0
+    return rates[after - 1] + share * (rates[after] - rates[after - 1])
+
+
+def split_budget(
+    budget: float, groups: int, group_parameters: int, neurons: int, neuron_parameters: int, groups_wanted: int
+) -> tuple[int, int]:
+    """How many attention groups and MLP channels of one layer go to remove a number of parameters.
+
+    A group is coarse, so the MLP takes what the groups leave of the budget: it is met by less than one channel too
+    much. Fewer groups than wanted go where they alone would exceed the budget, more where the channels do not suffice.
+    One group and one channel stay, where there are any.
+
+    Args:
+        budget: parameters to remove.
+        groups, neurons: structures that the layer has. group_parameters, neuron_parameters: of one of them.
+        groups_wanted: groups that would go by their share of the budget.
+    """
+    spare_groups, spare_neurons = max(groups - 1, 0), max(neurons - 1, 0)
+    if budget <= 0:
+        return 0, 0
+    least = most = 0
+    if spare_groups:
+        least = _at_least(budget - spare_neurons * neuron_parameters, group_parameters)
+        most = int(budget / group_parameters)
+    removed = max(min(groups_wanted, most), least)
+    removed = max(0, min(removed, spare_groups))
+    rest = budget - removed * group_parameters
+    return removed, min(max(_at_least(rest, neuron_parameters), 0), spare_neurons) if spare_neurons else 0
+
+
+def _at_least(budget: float, one: int) -> int:
+    """The least number of structures that reach a budget; the slack is for rounding, as in `keep`."""
+    return -int(-(budget * (1 - 1e-9)) // one)
+
+
+def largest_ratio(passes: Callable[[float], bool], low: float, high: float, steps: int) -> float | None:
+    """The largest ratio in a range that passes, by bisection; None where none that was tried does.
+
+    Args:
+        passes: whether a ratio is good; taken to be so for all ratios below a good one.
+        steps: trials; the answer is exact to (high - low) / 2^steps.
+    """
+    best = None
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if passes(middle):
+            best = low = middle
+        else:
+            high = middle
+    return best

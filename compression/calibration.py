@@ -20,6 +20,9 @@ from compression.structures import KINDS, LayerParts, layers_of
 
 Method = Literal["obs", "fisher", "taylor", "taylor_2nd", "wanda", "magnitude"]
 Scores = dict[str, list[Tensor]]
+# Token ids [windows, length] and last hidden states [windows, length, hidden] of each batch, computed when it is asked
+# for.
+Passes = Iterator[tuple[Tensor, Tensor]]
 
 
 def score_structures(
@@ -46,31 +49,74 @@ def score_structures(
     Returns:
         For heads and for neurons a list over layers of fp32 scores [structures] on the model's device.
     """
-    layers = layers_of(model)
+    passes = _whole_passes(model, windows, batch_size)
+    return _score(model, layers_of(model), passes, method, gradient_checkpointing)
+
+
+def score_layer(
+    model: PreTrainedModel, index: int, entering: "Entering", method: Method, gradient_checkpointing: bool = False
+) -> dict[str, Tensor]:
+    """As `score_structures`, of one layer alone, on text that stands before that layer.
+
+    The layers before it are not run, and nothing but this layer's weights gets a gradient: the backward pass goes
+    from the loss down to this layer and no further.
+
+    Args:
+        index: of the layer that `entering` stands before.
+
+    Returns:
+        For heads and for neurons the fp32 scores [structures] on the model's device.
+    """
+    # Activations need no loss, so for them the pass ends behind the layer.
+    last = index + 1 if method == "wanda" else None
+    passes = _passes_from(model, model.model.layers[index:last], entering, needs_gradient=method in ("obs", "fisher"))
+    scores = _score(model, [layers_of(model)[index]], passes, method, gradient_checkpointing)
+    return {kind: score for kind, (score,) in scores.items()}
+
+
+def _score(
+    model: PreTrainedModel, layers: list[LayerParts], passes: Passes, method: Method, gradient_checkpointing: bool
+) -> Scores:
+    """Scores of these layers' structures; `passes` is not begun where no text is needed."""
     scores = {kind: [torch.zeros(parts.count(kind), device=model.device) for parts in layers] for kind in KINDS}
     if method == "magnitude":
         _add_weighted(scores, layers, None)
     elif method == "wanda":
-        _score_by_activations(model, windows, batch_size, scores)
+        _score_by_activations(layers, passes, scores)
     elif method == "obs":
-        _score_by_curvature(model, windows, batch_size, gradient_checkpointing, scores)
+        _score_by_curvature(model, layers, passes, gradient_checkpointing, scores)
     else:
         observe = _observe_gates if method == "fisher" else partial(_observe_weights, second_order=method != "taylor")
-        with observe(model, scores), _checkpointing(model, gradient_checkpointing):
-            _backward(model, windows, batch_size, mean=method != "fisher")
-        batches = windows.numel() if method == "fisher" else -(-len(windows) // batch_size)
+        with observe(model, layers, scores), _checkpointing(model, gradient_checkpointing):
+            batches, tokens = _backward(model, passes, mean=method != "fisher")
         for kind in KINDS:
             for score in scores[kind]:
-                score /= batches
+                score /= tokens if method == "fisher" else batches
     return scores
 
 
-def _backward(model: PreTrainedModel, windows: Tensor, batch_size: int, mean: bool) -> None:
-    for ids in tqdm(windows.split(batch_size), desc="gradients", leave=False, disable=None):
+def _whole_passes(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Passes:
+    for ids in tqdm(windows.split(batch_size), desc="calibration", leave=False, disable=None):
         ids = ids.to(model.device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        yield ids, model.model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _passes_from(model: PreTrainedModel, layers: nn.ModuleList, entering: "Entering", needs_gradient: bool) -> Passes:
+    for ids, state, options in entering:
+        state = state.detach().requires_grad_(needs_gradient)
+        for layer in layers:
+            state = layer(state, **options)
+        yield ids, model.model.norm(state)
+
+
+def _backward(model: PreTrainedModel, passes: Passes, mean: bool) -> tuple[int, int]:
+    """Backward passes of all batches; the number of batches and of tokens."""
+    batches = tokens = 0
+    for ids, hidden in passes:
         losses = token_losses(model.lm_head, hidden, ids)
         (losses.mean() if mean else losses.sum()).backward()
+        batches, tokens = batches + 1, tokens + ids.numel()
+    return batches, tokens
 
 
 @contextmanager
@@ -103,7 +149,9 @@ def _checkpointing(model: PreTrainedModel, enable: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _observe_weights(model: PreTrainedModel, scores: Scores, second_order: bool) -> Iterator[None]:
+def _observe_weights(
+    model: PreTrainedModel, layers: list[LayerParts], scores: Scores, second_order: bool
+) -> Iterator[None]:
     """Fold |weight * gradient| of every matrix into the scores as soon as its gradient is there."""
 
     def fold(score: Tensor, by_rows: bool, weight: nn.Parameter) -> None:
@@ -115,7 +163,7 @@ def _observe_weights(model: PreTrainedModel, scores: Scores, second_order: bool)
         score += add(product, len(score)).to(score.device)
 
     hooks = []
-    for score, by_rows, linear in _matrices(layers_of(model), scores):
+    for score, by_rows, linear in _matrices(layers, scores):
         hooks.append((linear.weight, partial(fold, score, by_rows)))
     with _only_trainable(model, [weight for weight, _ in hooks]):
         handles = [weight.register_post_accumulate_grad_hook(hook) for weight, hook in hooks]
@@ -142,7 +190,7 @@ def _backward_through(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _observe_gates(model: PreTrainedModel, scores: Scores) -> Iterator[None]:
+def _observe_gates(model: PreTrainedModel, layers: list[LayerParts], scores: Scores) -> Iterator[None]:
     """Fold the squared derivative of the loss by each structure's gate, token by token, into the scores.
 
     A gate scales the structure's output, so its derivative is the sum over that output of value * gradient.
@@ -157,7 +205,7 @@ def _observe_gates(model: PreTrainedModel, scores: Scores) -> Iterator[None]:
 
     with _backward_through(model):
         handles = []
-        for score, by_rows, linear in _matrices(layers_of(model), scores):
+        for score, by_rows, linear in _matrices(layers, scores):
             if not by_rows:
                 handles.append(linear.register_forward_pre_hook(partial(watch, score)))
         try:
@@ -190,29 +238,24 @@ def _observe_curvature(model: PreTrainedModel, curvature: dict[nn.Linear, tuple[
 
 
 def _score_by_curvature(
-    model: PreTrainedModel, windows: Tensor, batch_size: int, gradient_checkpointing: bool, scores: Scores
+    model: PreTrainedModel, layers: list[LayerParts], passes: Passes, gradient_checkpointing: bool, scores: Scores
 ) -> None:
-    outer = [
-        (score, parts.split(kind)[1])
-        for kind in KINDS
-        for parts, score in zip(layers_of(model), scores[kind], strict=True)
-        if len(score)
-    ]
+    outer = [(score, linear) for score, by_rows, linear in _matrices(layers, scores) if not by_rows]
     curvature = {
         linear: tuple(
-            torch.zeros(size, size, device=model.device) for size in (linear.in_features, linear.out_features)
+            torch.zeros(size, size, device=linear.weight.device) for size in (linear.in_features, linear.out_features)
         )
         for _, linear in outer
     }
     with _observe_curvature(model, curvature), _checkpointing(model, gradient_checkpointing):
-        _backward(model, windows, batch_size, mean=False)
+        _, tokens = _backward(model, passes, mean=False)
     for score, linear in tqdm(outer, desc="removal costs", leave=False, disable=None):
-        inputs, gradients = (total / windows.numel() for total in curvature.pop(linear))
-        score += importance.removal_costs(linear.weight.detach(), inputs, gradients, len(score))
+        inputs, gradients = (total / tokens for total in curvature.pop(linear))
+        score += importance.removal_costs(linear.weight.detach(), inputs, gradients, len(score)).to(score.device)
 
 
 @torch.no_grad()
-def _score_by_activations(model: PreTrainedModel, windows: Tensor, batch_size: int, scores: Scores) -> None:
+def _score_by_activations(layers: list[LayerParts], passes: Passes, scores: Scores) -> None:
     """Wanda: input norms of every matrix over the text, then |weight| times them."""
     squares: dict[nn.Linear, Tensor] = {}
 
@@ -220,11 +263,10 @@ def _score_by_activations(model: PreTrainedModel, windows: Tensor, batch_size: i
         total = inputs[0].float().square().flatten(0, -2).sum(0)
         squares[linear] = squares.get(linear, 0) + total
 
-    layers = layers_of(model)
     handles = [linear.register_forward_pre_hook(watch) for parts in layers for linear in parts.linears()]
     try:
-        for ids in tqdm(windows.split(batch_size), desc="activations", leave=False, disable=None):
-            model.model(input_ids=ids.to(model.device), use_cache=False)
+        for _ in passes:
+            pass
     finally:
         for handle in handles:
             handle.remove()
@@ -256,7 +298,10 @@ def _matrices(layers: list[LayerParts], scores: Scores) -> Iterator[tuple[Tensor
 
 @torch.no_grad()
 def removal_perplexities(
-    model: PreTrainedModel, windows: Tensor, batch_size: int = 1
+    model: PreTrainedModel,
+    windows: Tensor,
+    batch_size: int = 1,
+    parts: tuple[str, ...] = ("layer", "attention", "mlp"),
 ) -> dict[str, float | list[float]]:
     """Perplexity with one layer, one attention or one MLP removed, for all of them.
 
@@ -265,12 +310,12 @@ def removal_perplexities(
 
     Args:
         windows: token ids [count, length].
+        parts: which of layer, attention and mlp are looked at.
 
     Returns:
-        dense: of the model as it is; layer, attention, mlp: lists over layers.
+        dense: of the model as it is; and each of the parts: a list over layers.
     """
     layers = model.model.layers
-    parts = ("layer", "attention", "mlp")
     totals = {name: torch.zeros(len(layers), dtype=torch.double) for name in parts}
     dense, tokens = 0.0, 0
     for ids in tqdm(windows.split(batch_size), desc="removal analysis", leave=False, disable=None):
@@ -285,14 +330,19 @@ def removal_perplexities(
         dense += loss(states[-1], len(layers))
         tokens += len(ids) * (ids.shape[1] - 1)
         for index, layer in enumerate(layers):
-            attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(states[index]), **options)
-            without_mlp = states[index] + attended
-            without_attention = states[index] + layer.mlp(layer.post_attention_layernorm(states[index]))
-            totals["layer"][index] += loss(states[index], index + 1)
-            totals["attention"][index] += loss(without_attention, index + 1)
-            totals["mlp"][index] += loss(without_mlp, index + 1)
+            for part in parts:
+                totals[part][index] += loss(_without(part, layer, states[index], options), index + 1)
     means = {name: (total / tokens).exp().tolist() for name, total in totals.items()}
     return {"dense": torch.tensor(dense / tokens).exp().item()} | means
+
+
+def _without(part: str, layer: nn.Module, state: Tensor, options: dict[str, Any]) -> Tensor:
+    """What leaves a layer that lacks the part."""
+    if part == "attention":
+        return state + layer.mlp(layer.post_attention_layernorm(state))
+    if part == "mlp":
+        return state + layer.self_attn(hidden_states=layer.input_layernorm(state), **options)[0]
+    return state
 
 
 class Seen(Exception):
@@ -328,3 +378,32 @@ def layer_inputs(
         for handle in handles:
             handle.remove()
     return (states[0] if stop_at_first else states), options
+
+
+class Entering:
+    """Text on its way through a model's layers: the states that enter one layer, batch by batch, without gradients.
+
+    A pruner that goes from the first layer to the last runs each layer once for what is behind it.
+
+    Args:
+        windows: token ids [count, length]. The states of all of them are held.
+        layer: which layer the text stands before at first.
+
+    Iterating gives (token ids [windows, length], states [windows, length, hidden], the layers' options) of each batch.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Tensor, batch_size: int = 1, layer: int = 0):
+        self.batches = []
+        with torch.no_grad():
+            for ids in windows.to(model.device).split(batch_size):
+                self.batches.append((ids, *layer_inputs(model, ids, stop_at_first=True)))
+        for before in model.model.layers[:layer]:
+            self.advance(before)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+        return iter(self.batches)
+
+    @torch.no_grad()
+    def advance(self, layer: nn.Module) -> None:
+        """Go through the layer that the text stands before."""
+        self.batches = [(ids, layer(state, **options), options) for ids, state, options in self.batches]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compression.calibration import Seen, layer_inputs
+from compression.calibration import Entering, Seen
 from compression.structures import HEADS, KINDS, layers_of
 
 RIDGE = 1e-3
@@ -27,17 +27,27 @@ def repair(model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tenso
         kept: for heads and neurons one bool tensor [structures] per layer, True where the structure stays.
         windows: token ids [count, length].
     """
-    layers, batches = layers_of(model), windows.split(batch_size)
-    first = [layer_inputs(model, ids.to(model.device), stop_at_first=True) for ids in batches]
-    states, options = [state for state, _ in first], [option for _, option in first]
+    entering = Entering(model, windows, batch_size)
     for index, layer in enumerate(tqdm(model.model.layers, desc="repair", leave=False, disable=None)):
-        for kind in KINDS:
-            mask, outer = kept[kind][index], layers[index].split(kind)[1] if layers[index].count(kind) else None
-            if outer is not None and not mask.all():
-                columns = mask.repeat_interleave(outer.in_features // len(mask)).to(outer.weight.device)
-                inputs = ((layer, state, option) for state, option in zip(states, options, strict=True))
-                outer.weight.copy_(_solve(outer.weight, _gram(outer, inputs, attention=kind == HEADS), columns))
-        states = [layer(state, **option) for state, option in zip(states, options, strict=True)]
+        repair_layer(model, index, {kind: kept[kind][index] for kind in KINDS}, entering)
+        entering.advance(layer)
+
+
+@torch.no_grad()
+def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], entering: Entering) -> None:
+    """As `repair`, of one layer.
+
+    Args:
+        kept: for heads and neurons a bool tensor [structures], True where the structure stays.
+        entering: the text, standing before that layer.
+    """
+    layer, parts = model.model.layers[index], layers_of(model)[index]
+    for kind in KINDS:
+        mask, outer = kept[kind], parts.split(kind)[1] if parts.count(kind) else None
+        if outer is not None and not mask.all():
+            columns = mask.repeat_interleave(outer.in_features // len(mask)).to(outer.weight.device)
+            inputs = ((layer, state, options) for _, state, options in entering)
+            outer.weight.copy_(_solve(outer.weight, _gram(outer, inputs, attention=kind == HEADS), columns))
 
 
 def _gram(outer: nn.Linear, inputs, attention: bool) -> Tensor:

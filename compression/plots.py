@@ -228,6 +228,33 @@ def plot_removal(removal: dict[str, Any]) -> Figure:
     return figure
 
 
+def plot_rates(rows: list[dict[str, Any]]) -> Figure:
+    """What each layer loses, as bars, and the perplexity without that layer on a logarithmic axis beside them.
+
+    Args:
+        rows: one per layer: `removed`, the share of its parameters that went; `removal_perplexity`, or None.
+    """
+    figure = Figure(figsize=(max(6, 0.32 * len(rows)), 3.2), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    bars, line = COLOURS[:2]
+    axes.bar([row["layer"] for row in rows], [100 * row["removed"] for row in rows], color=to_rgba(bars, 0.45),
+             edgecolor=bars, label="removed")  # fmt: skip
+    axes.set_xlabel("Layer")
+    axes.set_ylabel("Removed (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    known = [row for row in rows if row["removal_perplexity"] is not None]
+    if known:
+        other = axes.twinx()
+        other.plot([row["layer"] for row in known], [row["removal_perplexity"] for row in known], color=line,
+                   marker="s", markersize=4, linewidth=1, label="perplexity without the layer")  # fmt: skip
+        other.set_yscale("log")
+        other.set_ylabel("Perplexity without the layer")
+        other.spines["top"].set_visible(False)
+    figure.legend(ncols=2, loc="outside upper center", frameon=False, fontsize=8)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure whole or not at all."""
     with new_file(path) as temporary:

@@ -35,7 +35,7 @@ def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedM
     """
     small = copy.deepcopy(model)
     for index, parts in enumerate(layers_of(small)):
-        _shrink_layer(parts, {kind: kept[kind][index] for kind in KINDS})
+        shrink_layer(parts, {kind: kept[kind][index] for kind in KINDS})
     config_class, model_class = pruned_classes(model.config.model_type, AutoModelForSequenceClassification)
     layers = layers_of(small)
     config = config_class(
@@ -73,13 +73,24 @@ def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> Pre
     layers = attrgetter(family.layers)(model)
     for index, parts in enumerate(layers_of(model)):
         here = {kind: kept[kind][index] for kind in KINDS}
-        _shrink_layer(parts, here)
+        shrink_layer(parts, here)
         if not here[HEADS].any():
             layers[index].input_layernorm, layers[index].self_attn = nn.Identity(), NoAttention()
         if not here[NEURONS].any():
             layers[index].post_attention_layernorm, layers[index].mlp = nn.Identity(), NoMLP()
     stay = [index for index, parts in enumerate(layers_of(model)) if parts.heads or parts.neurons]
     model.model.layers = nn.ModuleList(layers[index] for index in stay)
+    return to_pruned(model, stay)
+
+
+def to_pruned(model: PreTrainedModel, stay: list[int] | range | None = None) -> PreTrainedModel:
+    """A language model whose layers were cut down in place, of the pruned class of its family.
+
+    Args:
+        model: used up, its weights become the result's.
+        stay: which of the layers that the config describes are left; None: all of them.
+    """
+    stay = range(len(model.model.layers)) if stay is None else stay
     config_class, model_class = pruned_classes(model.config.model_type, AutoModelForCausalLM)
     values = _decoder_values(model, stay) | {
         "auto_map": auto_map(config_class),
@@ -148,7 +159,12 @@ def _plain_values(config: PretrainedConfig) -> dict:
     return values
 
 
-def _shrink_layer(parts: LayerParts, kept: dict[str, Tensor]) -> None:
+def shrink_layer(parts: LayerParts, kept: dict[str, Tensor]) -> None:
+    """Cut one layer down in place: its attention computes on, in the stock class too, with fewer heads of one ratio.
+
+    Args:
+        kept: for some or all kinds a bool tensor [structures], True where the structure stays.
+    """
     for kind, mask in kept.items():
         if not parts.count(kind):
             continue

@@ -1,0 +1,199 @@
+"""GQA-aware pruning: prune a LLaMA-class language model layer by layer, each at a rate of its own.
+
+    python gqa_aware_pruning.py --base_model models/llm-local --output_name NAME [--pruning_ratio 0.2] [--fast]
+    python gqa_aware_pruning.py --output_name middle --layers 10-14 --pruning_ratio 0.25
+    python gqa_aware_pruning.py --output_name search --target_perplexity 25
+
+Reads the model (fetched if it is not there) and calibration text; writes results/NAME: models/ (the smaller model, an
+ordinary checkpoint), analysis/ (rates of the layers, perplexity without each, the search's trials), evaluation/.
+The three steps for a layer can be imported from here: compute_gqa_group_importance, select_gqa_groups_to_prune,
+prune_attention_by_gqa_groups. The method's fields are documented in compression/gqa_pruning.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compression.assets import LLM_FOLDER, describe_source, ensure_llm
+from compression.calibration import removal_perplexities
+from compression.checkpoint import (
+    SavedParts,
+    describe_stage,
+    identify,
+    load_language_model,
+    save_checkpoint,
+    write_json,
+)
+from compression.config import run_script
+from compression.evaluation.perplexity import perplexity
+from compression.global_pruning import CalibrationText
+from compression.gqa_pruning import (
+    GQAPruningFields,
+    LayerwisePruning,
+    check_ratio,
+    compute_gqa_group_importance,
+    layer_rates,
+    prune_attention_by_gqa_groups,
+    ratio_range,
+    search_ratio,
+    select_gqa_groups_to_prune,
+)
+from compression.plots import plot_rates, save_figure
+from compression.pruning_run import (
+    FAST,
+    Evaluation,
+    RunFields,
+    calibration_text,
+    reduction,
+    say_reduction,
+    write_table,
+)
+from compression.runtime import UserError, log, pick_device, pick_dtype, seed_everything
+from compression.structures import DECODERS, family_of, layers_of
+
+__all__ = ["compute_gqa_group_importance", "prune_attention_by_gqa_groups", "select_gqa_groups_to_prune"]
+
+
+@dataclass
+class GQAAwarePruningConfig(GQAPruningFields, RunFields):
+    output_name: str = "gqa"
+    """Results go to results/NAME."""
+
+    presets: ClassVar = {"fast": FAST | dict(search_steps=3)}
+
+    def check(self) -> None:
+        super().check()
+        if self.strategy == "inverse" and not self.analysis_samples:
+            raise UserError("--analysis_samples 0: allowed is at least 1 with --strategy inverse; or choose uniform")
+
+
+def main(config: GQAAwarePruningConfig) -> None:
+    base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
+    inputs = {"parent": identify(base)}
+    seed_everything(config.seed)
+    device = pick_device()
+    load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
+    model, tokenizer = load()
+    family_of(model, DECODERS)  # refuses an unsupported architecture at once
+    corpora, text, analysis_windows = calibration_text(config, tokenizer)
+    evaluation = Evaluation(config, tokenizer)
+    limits = ratio_range(config, layers_of(model))
+    if config.target_perplexity is None:
+        check_ratio(config, layers_of(model), config.pruning_ratio)
+    else:
+        check_target(config.target_perplexity, perplexity(model, text.held_out, text.batch_size))
+    name = f".{config.output_name}_{config.fingerprint(inputs)}.resume"
+    saved = SavedParts(config.results_dir / name, config.resume)
+
+    dense, removal = measure_dense(model, evaluation, analysis_windows, saved)
+    del model  # every trial starts from a dense model of its own
+
+    # Layer by layer; where a perplexity is wanted, at the largest ratio that stays under it.
+    trials = Trials(config, lambda: load()[0], text, removal, saved)
+    ratio = config.pruning_ratio
+    if config.target_perplexity is not None:
+        try:
+            ratio = search_ratio(trials.perplexity, config.target_perplexity, *limits, config.search_steps)
+        except UserError:
+            saved.remove()
+            raise
+    pruning = trials.prune(ratio)
+    pruned = evaluation.measure(pruning.model)
+    results = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned), "ratio": ratio}
+    if config.evaluates("efficiency"):
+        results["efficiency"] = evaluation.efficiency({"dense": load()[0], "pruned": pruning.model})
+    say_reduction(results)
+    selected = results["reduction"]["selected_layers"] = pruning.removed()
+    log.info("Of the parameters of --layers %s %.2f %% are gone", config.layers, 100 * selected)
+
+    log.info("Base model: %s (%s)", base, describe_source(base))
+    data = {"calibration": [corpus.describe() for corpus in corpora]}
+    stage = describe_stage("gqa_pruning", config.as_dict(), inputs, results, data)
+    folder = config.results_dir / config.output_name
+    save_checkpoint(folder / "models", pruning.model, tokenizer, stage)
+    write_analysis(folder / "analysis", pruning, removal, trials.perplexities)
+    write_json(
+        folder / "evaluation" / "evaluation_results.json", results | {"data": data, "stage": stage["environment"]}
+    )
+    saved.remove()
+    log.info("-> %s", folder)
+
+
+def measure_dense(
+    model: PreTrainedModel, evaluation: Evaluation, analysis_windows: Tensor, saved: SavedParts
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What the dense model is, and what removing each layer of it would cost (None without text for that)."""
+    dense = saved.json("dense", lambda: evaluation.measure(model))
+    if not len(analysis_windows):
+        return dense, None
+    batch_size = evaluation.config.gradient_batch_size
+    return dense, saved.json(
+        "removal", lambda: removal_perplexities(model, analysis_windows, batch_size, parts=("layer",))
+    )
+
+
+class Trials:
+    """Models pruned from the dense one, each from its beginning.
+
+    Args:
+        load: gives a dense model.
+        saved: keeps the scores of each layer and the perplexity of each trial, in case the run is killed.
+    """
+
+    def __init__(
+        self,
+        config: GQAAwarePruningConfig,
+        load: Callable[[], PreTrainedModel],
+        text: CalibrationText,
+        removal: dict[str, Any] | None,
+        saved: SavedParts,
+    ):
+        self.config, self.load, self.text, self.removal, self.saved = config, load, text, removal, saved
+        self.perplexities: dict[float, float] = {}
+
+    def prune(self, ratio: float) -> LayerwisePruning:
+        """Prune by a ratio."""
+        model = self.load()
+        rates = layer_rates(self.config, layers_of(model), ratio, self.removal, self.config.seed)
+        pruning = LayerwisePruning(
+            model, rates, self.config, self.text, lambda name, make: self.saved.tensors(f"{ratio!r}_{name}", make)
+        )
+        pruning.prune()
+        return pruning
+
+    def perplexity(self, ratio: float) -> float:
+        """Perplexity on held-out text when pruned by a ratio."""
+        text = self.text
+        self.perplexities[ratio] = self.saved.json(
+            f"{ratio!r}_perplexity", lambda: perplexity(self.prune(ratio).model, text.held_out, text.batch_size)
+        )
+        return self.perplexities[ratio]
+
+
+def check_target(target: float, dense: float) -> None:
+    """Raise UserError where the dense model is not under the wanted perplexity on held-out text."""
+    if dense >= target:
+        raise UserError(
+            f"--target_perplexity {target:g}: the dense model has {dense:.2f} on held-out text; allowed is more"
+        )
+
+
+def write_analysis(folder: Path, pruning: LayerwisePruning, removal: dict[str, Any] | None, trials: dict) -> None:
+    """Rates and sizes of the layers with the perplexity without each of them, a plot of both, the search's trials."""
+    without = removal["layer"] if removal else [None] * len(pruning.rates)
+    rows = [row | {"removal_perplexity": value} for row, value in zip(pruning.table(), without, strict=True)]
+    write_table(folder / "layer_rates.csv", rows)
+    write_json(folder / "layer_rates.json", {"dense_perplexity": removal and removal["dense"], "layers": rows})
+    save_figure(plot_rates(rows), folder / "layer_rates.png")
+    if trials:
+        found = [{"ratio": ratio, "held_out_perplexity": value} for ratio, value in trials.items()]
+        write_json(folder / "rate_search.json", found)
+
+
+if __name__ == "__main__":
+    run_script(GQAAwarePruningConfig, main)

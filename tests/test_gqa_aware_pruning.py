@@ -1,0 +1,578 @@
+"""GQA-aware pruning: importance of groups, rates, the budget, the sweep's gradients, the search, the command line."""
+
+import copy
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DECODERS, tiny_decoder
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+import compression.calibration as calibration
+from compression.allocation import largest_ratio, split_budget, spread_rates
+from compression.calibration import Entering, score_layer, score_structures
+from compression.checkpoint import save_checkpoint
+from compression.compensation import repair
+from compression.config import run_script
+from compression.evaluation.perplexity import perplexity
+from compression.global_pruning import CalibrationText
+from compression.gqa_pruning import (
+    GQAPruningFields,
+    LayerwisePruning,
+    layer_rates,
+    prunable_layers,
+    prune_mlp_channels,
+    ratio_range,
+    search_ratio,
+)
+from compression.runtime import ROOT, UserError
+from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.surgery import shrink_decoder, to_pruned
+from gqa_aware_pruning import (
+    GQAAwarePruningConfig,
+    compute_gqa_group_importance,
+    main,
+    prune_attention_by_gqa_groups,
+    select_gqa_groups_to_prune,
+)
+
+HEAD_COUNTS = {"MHA": (8, 8), "GQA": (8, 2), "MQA": (8, 1)}
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, 120, (12, 16), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def text(ids):
+    return CalibrationText(scores=ids[:4], repair=ids, held_out=ids[4:8], batch_size=2)
+
+
+def fields(**values):
+    return GQAPruningFields(**dict(protect_first=0, protect_last=0, pruning_ratio=0.4, strategy="uniform") | values)
+
+
+def total(model):
+    return sum(parts.parameters for parts in layers_of(model))
+
+
+# One layer.
+
+
+@pytest.mark.parametrize("heads", HEAD_COUNTS.values(), ids=HEAD_COUNTS)
+def test_importance_of_a_group_is_the_sum_over_all_that_belongs_to_it(ids, heads):
+    query_heads, groups = heads
+    model = tiny_decoder(num_attention_heads=query_heads, num_key_value_heads=groups, head_dim=8)
+    found = compute_gqa_group_importance(model, 1, ids[:3], batch_size=2)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    expected, channels = torch.zeros(groups), torch.zeros(48)
+    for batch in ids[:3].split(2):
+        model.zero_grad()
+        logits = model(batch).logits[:, :-1]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        with torch.no_grad():
+            q, k, v, o = (
+                (linear.weight * linear.weight.grad).abs()
+                for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+            )
+            for query in range(query_heads):  # as repeat_kv: consecutive query heads share a key-value head
+                group = query * groups // query_heads
+                expected[group] += (q[8 * query : 8 * query + 8].sum() + o[:, 8 * query : 8 * query + 8].sum()) / 2
+            for group in range(groups):
+                expected[group] += (k[8 * group : 8 * group + 8].sum() + v[8 * group : 8 * group + 8].sum()) / 2
+            for linear, axis in ((mlp.gate_proj, 1), (mlp.up_proj, 1), (mlp.down_proj, 0)):
+                channels += (linear.weight * linear.weight.grad).abs().sum(axis) / 2
+    torch.testing.assert_close(found[HEADS], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[NEURONS], channels, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["taylor", "taylor_2nd", "fisher", "wanda", "magnitude"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpointing):
+    model = tiny_decoder("qwen3")
+    every = score_structures(model, ids[:3], method, batch_size=2)
+    one = score_layer(model, 2, Entering(model, ids[:3], 2, layer=2), method, checkpointing)
+    for kind in KINDS:
+        torch.testing.assert_close(one[kind], every[kind][2], rtol=1e-4, atol=1e-8)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["taylor", "fisher"])
+def test_only_the_current_layer_takes_gradients(ids, method, monkeypatch):
+    """While layer 2 is scored, the layers before it are not run, and no weight of another layer gets a gradient."""
+    model = tiny_decoder()
+    entering = Entering(model, ids[:4], 2, layer=2)
+    assert not any(state.requires_grad for _, state, _ in entering)
+    runs, trainable, gradients = [0] * 4, set(), set()
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda _, name=name: gradients.add(name))
+    losses = calibration.token_losses
+
+    def note(*arguments):
+        trainable.update(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        return losses(*arguments)
+
+    monkeypatch.setattr(calibration, "token_losses", note)
+    score_layer(model, 2, entering, method)
+    assert runs == [0, 0, 2, 2]
+    matrices = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    expected = {f"model.layers.2.{name}.weight" for name in matrices} if method == "taylor" else set()
+    assert trainable == gradients == expected
+
+
+def test_selection_takes_the_least_important():
+    importance = torch.tensor([3.0, 1.0, 2.0, 1.0])
+    assert select_gqa_groups_to_prune(importance, 0).tolist() == [False] * 4
+    assert select_gqa_groups_to_prune(importance, 1).tolist() == [False, True, False, False]
+    assert select_gqa_groups_to_prune(importance, 3).tolist() == [False, True, True, True]
+    for count in (-1, 4):
+        with pytest.raises(ValueError, match="of 4 groups cannot go"):
+            select_gqa_groups_to_prune(importance, count)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("heads", HEAD_COUNTS.values(), ids=HEAD_COUNTS)
+@pytest.mark.parametrize("family", sorted(DECODERS))
+def test_pruned_layers_compute_what_masked_ones_do(ids, heads, family):
+    query_heads, groups = heads
+    model = tiny_decoder(family, num_attention_heads=query_heads, num_key_value_heads=groups, head_dim=8)
+    gone = torch.arange(groups) % 2 == 1  # of one group none
+    channels = torch.arange(48) % 3 == 0
+    masked, dense = copy.deepcopy(model), model(ids[:2]).logits
+    parts = layers_of(masked)[1]
+    parts.o.weight[:, gone.repeat_interleave(8 * query_heads // groups)] = 0
+    parts.down.weight[:, channels] = 0
+    expected = masked(ids[:2]).logits
+    assert (expected - dense).abs().max() > 1e-3
+    prune_attention_by_gqa_groups(model, 1, gone)
+    prune_mlp_channels(model, 1, channels)
+    parts = layers_of(model)[1]
+    assert parts.heads == groups - int(gone.sum()) and parts.query_heads * groups == parts.heads * query_heads
+    assert parts.q.weight.shape == (8 * parts.query_heads, 32) and parts.o.weight.shape == (32, 8 * parts.query_heads)
+    assert parts.k.weight.shape == parts.v.weight.shape == (8 * parts.heads, 32) and parts.neurons == 32
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        torch.testing.assert_close(model(ids[:2]).logits, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(to_pruned(model)(ids[:2]).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_pruned_is_refused():
+    model = tiny_decoder()
+    with pytest.raises(ValueError, match="layer 1 has 4 heads, not 3"):
+        prune_attention_by_gqa_groups(model, 1, torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="at least one of its heads has to stay"):
+        prune_attention_by_gqa_groups(model, 1, torch.ones(4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="at least one of its neurons has to stay"):
+        prune_mlp_channels(model, 1, torch.ones(48, dtype=torch.bool))
+
+
+# Rates.
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rates_meet_the_mean_within_their_bounds(seed):
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.rand(7, generator=generator).double() ** 4 + 1e-3
+    weights = torch.randint(1, 100, (7,), generator=generator)
+    low, high = torch.full((7,), 0.1), torch.full((7,), 0.7)
+    target = 0.1 + 0.6 * torch.rand(1, generator=generator).item()
+    rates = spread_rates(1 / importance, weights, target, low, high)
+    assert float((rates * weights).sum() / weights.sum()) == pytest.approx(target, abs=1e-9)
+    assert rates.min() >= 0.1 - 1e-7 and rates.max() <= 0.7 + 1e-7
+    ordered = rates[importance.argsort()]
+    assert (ordered[1:] <= ordered[:-1] + 1e-12).all(), "more important layers lose no more"
+    free = (rates > 0.1 + 1e-6) & (rates < 0.7 - 1e-6)
+    products = (rates * importance)[free]
+    torch.testing.assert_close(products, products[:1].expand_as(products))
+
+
+def test_rates_at_and_beyond_the_bounds():
+    preference, weights = torch.tensor([1.0, 5.0]), torch.tensor([1, 3])
+    low, high = torch.tensor([0.1, 0.2]), torch.tensor([0.5, 0.6])
+    for target, bound in ((0.175, low), (0.575, high)):
+        torch.testing.assert_close(spread_rates(preference, weights, target, low, high), bound.double())
+    for target in (0.17, 0.58):
+        with pytest.raises(ValueError, match="out of reach: the bounds allow 0.1750 to 0.5750"):
+            spread_rates(preference, weights, target, low, high)
+
+
+def test_inverse_rates_follow_the_loss_that_removal_adds():
+    layers = layers_of(tiny_decoder())
+    removal = {"dense": 10.0, "layer": [40.0, 20.0, 80.0, 10.0]}  # adds ln 4, ln 2, ln 8, nothing
+    rates = layer_rates(fields(strategy="inverse", max_rate=0.8), layers, 0.3, removal, seed=0)
+    assert rates[3] == pytest.approx(0.8) and sum(rates) / 4 == pytest.approx(0.3)
+    assert rates[1] == pytest.approx(2 * rates[0]) == pytest.approx(3 * rates[2])
+
+
+def test_uniform_and_random_rates():
+    layers = layers_of(tiny_decoder())
+    assert layer_rates(fields(), layers, 0.3, None, seed=0) == pytest.approx([0.3] * 4)
+    drawn = [layer_rates(fields(strategy="random"), layers, 0.3, None, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(sum(rates) / 4 == pytest.approx(0.3) and len(set(rates)) == 4 for rates in drawn)
+
+
+def test_layers_that_are_left_alone():
+    layers = layers_of(tiny_decoder())
+    assert layer_rates(fields(protect_first=1, protect_last=1), layers, 0.3, None, 0) == pytest.approx([0, 0.6, 0.6, 0])
+    assert layer_rates(fields(layers="2"), layers, 0.3, None, 0) == pytest.approx([0, 0, 0.3, 0])
+    assert layer_rates(fields(layers="1-2"), layers, 0.3, None, 0) == pytest.approx([0, 0.3, 0.3, 0])
+    assert layer_rates(fields(layers="0-1", protect_first=1), layers, 0.3, None, 0) == pytest.approx([0, 0.6, 0, 0])
+    with pytest.raises(UserError, match="--layers 0-1: all of them are protected by --protect_first 2"):
+        prunable_layers(fields(layers="0-1", protect_first=2), layers)
+    with pytest.raises(UserError, match="--layers 3-4: the model has 4 layers; allowed are 0 to 3"):
+        prunable_layers(fields(layers="3-4"), layers)
+    message = "--pruning_ratio 0.5: with --min_rate 0, --max_rate 0.8 and 2 of 4 .* allowed is 0.000 to 0.400"
+    with pytest.raises(UserError, match=message):
+        layer_rates(fields(protect_first=1, protect_last=1), layers, 0.5, None, 0)
+
+
+# The budget.
+
+
+def test_attention_gets_whole_groups_and_the_mlp_the_rest():
+    assert split_budget(100, 3, 30, 50, 4, groups_wanted=1) == (1, 18)  # 70 more: 18 channels of 4
+    assert split_budget(100, 3, 30, 50, 4, groups_wanted=0) == (0, 25)
+    assert split_budget(100, 4, 40, 50, 4, groups_wanted=3) == (2, 5), "three would be too much"
+    assert split_budget(100, 3, 30, 11, 4, groups_wanted=0) == (2, 10), "the channels alone do not suffice"
+    assert split_budget(100, 3, 30, 0, 0, groups_wanted=0) == (2, 0), "there is no MLP"
+    assert split_budget(100, 0, 0, 50, 4, groups_wanted=2) == (0, 25), "there is no attention"
+    assert split_budget(0, 3, 30, 50, 4, groups_wanted=2) == split_budget(-5, 3, 30, 50, 4, 2) == (0, 0)
+    assert split_budget(1e6, 3, 30, 50, 4, groups_wanted=2) == (2, 49), "one of each stays"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_budget_is_met_to_within_one_channel(text, seed):
+    draw = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
+    model = tiny_decoder(sorted(DECODERS)[seed % 4])
+    before, channel = total(model), layers_of(model)[0].structure_parameters(NEURONS)
+    config = fields(
+        strategy="random", attention_ratio=2 * draw[0], iterative_rounds=1 + seed % 3, layers=("all", "1-3")[seed % 2],
+        importance_method=("taylor", "fisher", "wanda", "magnitude")[seed // 2], max_rate=0.9,
+        compensation=("none", "lstsq")[seed % 2],
+    )  # fmt: skip
+    ratio = 0.1 + 0.7 * draw[1]
+    rates = layer_rates(config, layers_of(model), ratio, None, seed)
+    pruning = LayerwisePruning(model, rates, config, text)
+    small = pruning.prune()
+    chosen = before if config.layers == "all" else 3 * before // 4
+    assert 0 <= before - total(small) - ratio * chosen < channel
+    assert 0 <= pruning.removed() - ratio < channel / chosen
+    for parts, rate, row in zip(layers_of(small), rates, pruning.table(), strict=True):
+        assert parts.query_heads == 2 * parts.heads
+        gone = row["parameters_before"] - row["parameters_after"]
+        assert abs(gone - rate * row["parameters_before"]) < channel, "each layer for itself too"
+        assert row["removed"] == pytest.approx(gone / row["parameters_before"])
+
+
+def test_attention_ratio_decides_what_attention_loses(text):
+    heads = []
+    for attention_ratio in (0.0, 1.0, 2.0):
+        model, config = tiny_decoder(), fields(attention_ratio=attention_ratio)
+        small = LayerwisePruning(model, [0.25] * 4, config, text).prune()
+        heads.append([parts.heads for parts in layers_of(small)])
+    assert heads == [[4] * 4, [3] * 4, [2] * 4]
+
+
+def test_nothing_to_remove_leaves_the_model_as_it_is(text, ids):
+    model = tiny_decoder()
+    expected = perplexity(model, ids)
+    small = LayerwisePruning(model, [0.0] * 4, fields(), text).prune()
+    assert perplexity(small, ids) == pytest.approx(expected, rel=1e-6)
+
+
+# The sweep.
+
+
+def test_each_layer_is_scored_on_the_model_as_pruned_so_far(text):
+    """The same as doing it by hand, with scores of the whole model at each layer."""
+    config, rates = fields(iterative_rounds=1), [0.5, 0.0, 0.3, 0.4]
+    small = LayerwisePruning(tiny_decoder(), rates, config, text).prune()
+    model = tiny_decoder()
+    for index in (0, 2, 3):
+        scores = score_structures(model, text.scores, "taylor", text.batch_size)
+        kept = {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in KINDS}
+        for kind in KINDS:
+            left = layers_of(small)[index].count(kind)
+            kept[kind][index] = torch.zeros(len(scores[kind][index])).bool()
+            kept[kind][index][scores[kind][index].topk(left).indices] = True
+        model = shrink_decoder(model, kept)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, small.state_dict()[name]), name
+
+
+def test_repair_is_that_of_the_whole_model(text):
+    """With scores that gradients do not enter, one sweep with repair is one call of `repair` and one cut."""
+    config = fields(importance_method="magnitude", compensation="lstsq")
+    small = LayerwisePruning(tiny_decoder(), [0.4] * 4, config, text).prune()
+    model = tiny_decoder()
+    scores, kept = score_structures(model, text.scores, "magnitude"), {kind: [] for kind in KINDS}
+    for index, parts in enumerate(layers_of(small)):
+        for kind in KINDS:
+            mask = torch.zeros(len(scores[kind][index])).bool()
+            mask[scores[kind][index].topk(parts.count(kind)).indices] = True
+            kept[kind].append(mask)
+    repair(model, kept, text.repair, text.batch_size)
+    model = shrink_decoder(model, kept)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, small.state_dict()[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_rounds_prune_a_bit_at_a_time(text):
+    model, sizes = tiny_decoder(), []
+    names = []
+
+    def remember(name, make):
+        sizes.append([parts.parameters for parts in layers_of(model)])
+        names.append(name)
+        return make()
+
+    before = total(model)
+    pruning = LayerwisePruning(model, [0.4] * 4, fields(iterative_rounds=2), text, remember)
+    pruning.prune()
+    assert names == [f"round_{round_}_layer_{index}" for round_ in (1, 2) for index in range(4)]
+    assert 1 - sum(sizes[4]) / before == pytest.approx(0.2, abs=0.02), "half of it after the first round"
+    assert pruning.removed() == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_pruned_model_can_be_pruned_again(text):
+    """Layer 0 has no attention and layer 2 no MLP: what these cannot give is made up for behind them."""
+    kept = {
+        HEADS: [torch.tensor(row).bool() for row in ([0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1])],
+        NEURONS: [torch.ones(48).bool(), torch.arange(48) < 30, torch.zeros(48).bool(), torch.ones(48).bool()],
+    }
+    model = shrink_decoder(tiny_decoder(), kept)
+    before, channel = total(model), layers_of(model)[0].structure_parameters(NEURONS)
+    config = fields(compensation="lstsq", iterative_rounds=2)
+    rates = layer_rates(config, layers_of(model), 0.3, None, 0)
+    small = LayerwisePruning(model, rates, config, text).prune()
+    assert 0 <= before - total(small) - 0.3 * before < channel
+    sizes = [(parts.heads, parts.neurons) for parts in layers_of(small)]
+    assert sizes[0][0] == 0 == sizes[2][1] and sizes[0][1] < 48 and sizes[2][0] < 4
+
+
+# The search.
+
+
+def test_bisection_finds_the_largest_ratio_that_passes():
+    tried = []
+    assert largest_ratio(lambda ratio: tried.append(ratio) or ratio < 0.33, 0.0, 0.8, 8) == pytest.approx(
+        0.33, abs=0.8 / 2**8
+    )
+    assert len(tried) == 8
+    assert largest_ratio(lambda ratio: False, 0.0, 0.8, 4) is None
+    assert largest_ratio(lambda ratio: True, 0.1, 0.8, 10) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_search_stays_under_the_target(text):
+    def perplexity_at(ratio):
+        model, config = tiny_decoder(), fields()
+        rates = layer_rates(config, layers_of(model), ratio, None, 0)
+        return perplexity(LayerwisePruning(model, rates, config, text).prune(), text.held_out)
+
+    limits = ratio_range(fields(), layers_of(tiny_decoder()))
+    assert limits == pytest.approx((0, 0.8), abs=1e-9)
+    tried = [perplexity_at(0.8 * step / 16) for step in range(17)]
+    assert tried[0] != tried[16]
+    # Between what the smallest trials give and more than any gives: a higher target never gives a lower ratio.
+    targets = sorted([max(tried[1:3]) + 1e-6, max(tried[1:6]) + 1e-6, max(tried[1:9]) + 1e-6, 2 * max(tried)])
+    ratios = [search_ratio(perplexity_at, target, *limits, steps=4) for target in targets]
+    for target, ratio in zip(targets, ratios, strict=True):
+        assert perplexity_at(ratio) < target
+    assert ratios == sorted(ratios) and ratios[-1] == pytest.approx(0.8 * 15 / 16)
+    with pytest.raises(UserError, match="--target_perplexity 5: the least ratio tried, 0.0500, gives 9.00 on held-out"):
+        search_ratio(lambda ratio: 9.0, 5.0, 0.0, 0.8, steps=4)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pruning_ratio": 1.2}, "--pruning_ratio 1.2: allowed is 0 to 0.95"),
+        ({"max_rate": 0.2, "min_rate": 0.3}, "--max_rate 0.2: allowed is 0.3 to 0.95"),
+        ({"min_rate": -1}, "--min_rate -1: allowed is 0 to 0.95"),
+        ({"attention_ratio": -1}, "--attention_ratio -1: allowed is 0 to 10"),
+        ({"iterative_rounds": 0}, "--iterative_rounds 0: allowed is at least 1"),
+        ({"search_steps": 0}, "--search_steps 0: allowed is at least 1"),
+        ({"target_perplexity": 0.5}, "--target_perplexity 0.5: allowed is at least 1"),
+        ({"protect_last": -1}, "--protect_last -1: allowed is at least 0"),
+        ({"layers": "14-10"}, "--layers 14-10: allowed is all, one layer such as 12, or a range"),
+        ({"layers": "3-"}, "--layers 3-: allowed is all"),
+        ({"layers": "first"}, "--layers first: allowed is all"),
+        ({"num_samples": 0}, "--num_samples 0: allowed is at least 1"),
+        ({"analysis_samples": 0}, "--analysis_samples 0: allowed is at least 1 with --strategy inverse"),
+    ],
+)
+def test_bad_values_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        GQAAwarePruningConfig(**values)
+
+
+# The command line.
+
+
+def test_recipe_passes_its_flags_on(tmp_path):
+    shutil.copy(ROOT / "run_gqa_aware_pruning.sh", tmp_path)
+    (tmp_path / "setup_env.sh").write_text('python() { echo "$@"; }\n')
+    command = ["bash", tmp_path / "run_gqa_aware_pruning.sh", "--fast", "--output_name", "a b"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout.splitlines() == ["gqa_aware_pruning.py --resume --fast --output_name a b"]
+
+
+WORDS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A language model whose words are letters, and a text of them."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    vocabulary = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    save_checkpoint(folder, tiny_decoder(max_position_embeddings=128), tokenizer, {"stage": "dense"})
+    draw = torch.randint(0, 26, (30_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    (folder.parent / "text.txt").write_text(" ".join(WORDS[letter] for letter in draw))
+    return folder
+
+
+def command_of(base, output, *flags):
+    text = base.parent / "text.txt"
+    command = [
+        sys.executable, "gqa_aware_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
+        "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
+        "32", "--protect_first", "0", "--protect_last", "0", *flags,
+    ]  # fmt: skip
+    return list(map(str, command))
+
+
+def run(base, output, *flags, expect=0):
+    result = subprocess.run(command_of(base, output, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result
+
+
+def test_command_writes_a_checkpoint_that_a_new_process_loads(base, tmp_path):
+    flags = ("--pruning_ratio", "0.4", "--max_rate", "0.6", "--run_evaluation", "ppl,efficiency")
+    result = run(base, tmp_path, "--output_name", "some", *flags)
+    folder = tmp_path / "some"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "models/config.json", "models/generation_config.json", "models/model.safetensors", "models/pruned_decoder.py",
+        "models/stage.json", "models/tokenizer.json", "models/tokenizer_config.json",
+        "analysis/layer_rates.csv", "analysis/layer_rates.json", "analysis/layer_rates.png",
+        "evaluation/evaluation_results.json",
+    }  # fmt: skip
+    assert not list(tmp_path.glob(".*"))
+    found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
+    assert found["reduction"]["structures"] == pytest.approx(0.4, abs=0.01)
+    assert found["efficiency"]["ratios"]["macs"] < 0.7 and "zeroshot" not in found["pruned"]
+    gone = 1 - found["pruned"]["parameters"]["total"] / found["dense"]["parameters"]["total"]
+    assert f"{100 * gone:.1f} % of the whole model's" in result.stdout
+    with (folder / "analysis" / "layer_rates.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, layer in zip(rows, found["pruned"]["layers"], strict=True):
+        assert int(row["groups_after"]) == layer["key_value_heads"] == layer["query_heads"] / 2
+        assert int(row["channels_after"]) == layer["intermediate_size"]
+    ordered = sorted(rows, key=lambda row: float(row["removal_perplexity"]))
+    rates = [float(row["rate"]) for row in ordered]
+    assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1], "important layers lose less"
+    program = (
+        "import sys\n"
+        "from compression.checkpoint import load_language_model\n"
+        "from compression.evaluation.language_model import evaluation_windows\n"
+        "from compression.evaluation.perplexity import perplexity\n"
+        "model, tokenizer = load_language_model(sys.argv[1])\n"
+        "windows, = evaluation_windows(tokenizer, [sys.argv[2]], 32, 4).values()\n"
+        "print(perplexity(model, windows))\n"
+    )
+    arguments = [sys.executable, "-c", program, folder / "models", base.parent / "text.txt"]
+    again = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert float(again.stdout.split()[-1]) == pytest.approx(found["pruned"]["perplexity"]["text.txt"], rel=1e-6)
+
+
+def test_search_on_the_command_line(base, tmp_path):
+    """Of a random model, perplexity hardly depends on the ratio: a generous target gives the largest tried."""
+    run(base, tmp_path, "--output_name", "found", "--target_perplexity", "1e9", "--run_evaluation", "none")
+    trials = json.loads((tmp_path / "found" / "analysis" / "rate_search.json").read_text())
+    found = json.loads((tmp_path / "found" / "evaluation" / "evaluation_results.json").read_text())
+    assert len(trials) == 3 and found["ratio"] == pytest.approx(0.8 * 7 / 8)
+    assert found["reduction"]["structures"] == pytest.approx(0.7, abs=0.01)
+
+
+# Runs the script, counts the layers that are scored, and kills itself before one of them.
+KILLED = """
+import os, signal, sys
+import compression.gqa_pruning as gqa_pruning
+import gqa_aware_pruning
+from compression.config import run_script
+
+score, calls, last = gqa_pruning.compute_gqa_group_importance, [], int(sys.argv.pop(1))
+
+def counted(*arguments, **options):
+    calls.append(arguments)
+    if len(calls) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return score(*arguments, **options)
+
+gqa_pruning.compute_gqa_group_importance = counted
+run_script(gqa_aware_pruning.GQAAwarePruningConfig, gqa_aware_pruning.main)
+print("scored", len(calls))
+"""
+
+
+def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
+    """Killed before the sixth of eight cuts: what was scored is not scored again."""
+    flags = ["--output_name", "one", "--iterative_rounds", "2", "--compensation", "lstsq", "--strategy", "uniform"]
+
+    def run_killed(output, last):
+        command = command_of(base, tmp_path / output, *flags, "--resume")
+        command[1:2] = ["-c", KILLED, str(last)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    assert "scored 8\n" in run_killed("whole", 0).stdout
+    assert run_killed("killed", 6).returncode == -9
+    assert not (tmp_path / "killed" / "one").exists()
+    (folder,) = (tmp_path / "killed").glob(".one_*.resume")
+    assert {"dense.json", "removal.json"} < {path.name for path in folder.iterdir()}
+    assert "scored 3\n" in run_killed("killed", 0).stdout
+    for name in ("models/model.safetensors", "models/config.json", "analysis/layer_rates.csv"):
+        assert (tmp_path / "killed" / "one" / name).read_bytes() == (tmp_path / "whole" / "one" / name).read_bytes()
+    assert not folder.exists(), "what was kept to resume from is gone"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output_name", "a/b"], "--output_name 'a/b': allowed is a plain folder name"),
+        (["--base_model", "./nowhere"], "base_model ./nowhere: no such folder"),
+        (["--pruning_ratio", "0.9"], "--pruning_ratio 0.9: with --min_rate 0, --max_rate 0.8 and 0 of 4 layers"),
+        (["--layers", "9"], "--layers 9: the model has 4 layers; allowed are 0 to 3"),
+        (["--protect_first", "4"], "all of them are protected by --protect_first 4"),
+        (["--target_perplexity", "2"], "--target_perplexity 2: the dense model has"),
+        (["--run_evaluation", "speed"], "unknown speed; allowed are ppl, zeroshot, efficiency"),
+        (["--sequence_length", "100000"], "less than one window of 100000; use a shorter window"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(base, tmp_path, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr("compression.config.setup_logging", lambda: None)  # it is the whole process's
+    monkeypatch.setattr("sys.argv", command_of(base, tmp_path / "results", *flags)[1:])
+    with pytest.raises(SystemExit) as ended:
+        run_script(GQAAwarePruningConfig, main)
+    assert ended.value.code == 2
+    found = capsys.readouterr().err.strip().splitlines()
+    assert message in found[-1] and [line.startswith("error: ") for line in found] == [True]
+    assert not (tmp_path / "results").exists()
