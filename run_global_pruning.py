@@ -8,11 +8,9 @@ The method's fields are documented in compression/global_pruning.py; `--preset p
 """
 
 import csv
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,28 +24,29 @@ from compression.checkpoint import (
     load_language_model,
     new_file,
     save_checkpoint,
+    short_hash,
     write_json,
 )
 from compression.config import run_script
-from compression.corpus import Corpus, load_corpus, sample_windows, tokenize, windows
-from compression.evaluation.efficiency import measure_generation
-from compression.evaluation.perplexity import perplexity
-from compression.evaluation.zeroshot import check_tasks, zero_shot
-from compression.flops import count_macs, count_parameters
+from compression.corpus import Corpus, load_corpus, sample_windows, tokenize
+from compression.evaluation.language_model import (
+    EvaluationFields,
+    efficiency_ratios,
+    evaluation_windows,
+    measure,
+    measure_efficiency,
+)
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
 from compression.plots import plot_removal, plot_retained, save_figure
-from compression.runtime import RESULTS, UserError, log, pick_device, seed_everything
-from compression.structures import DECODERS, family_of, layers_of
+from compression.runtime import RESULTS, Dtype, UserError, log, pick_device, pick_dtype, seed_everything
+from compression.structures import DECODERS, family_of
 from compression.surgery import to_stock
 
-EVALUATIONS = ("ppl", "zeroshot", "efficiency")
-NEW_TOKENS = 32
 NOT_RESULT = ("resume", "output_name", "results_dir", "models_dir", "base_model", "save_bin")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
-class GlobalPruningConfig(PruningFields):
+class GlobalPruningConfig(PruningFields, EvaluationFields):
     base_model: str = LLM
     """Model to prune: a folder, or a name on the hub."""
     output_name: str = "hgsp"
@@ -58,8 +57,6 @@ class GlobalPruningConfig(PruningFields):
     """Where a fetched model goes."""
     dataset: str = "wikitext2"
     """Calibration text: wikitext2, c4, ptb, or a text file."""
-    data_dir: str | None = None
-    """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
     num_samples: int = 8
     """Windows of calibration text that scores are computed on."""
     sequence_length: int = 1024
@@ -76,24 +73,10 @@ class GlobalPruningConfig(PruningFields):
     """Windows per forward and backward pass."""
     use_gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the weights; auto: bfloat16 on CUDA, float32 on the CPU. Scores are float32 always."""
     save_bin: bool = False
     """Also write pruned_model.bin, a plain state dict."""
-    run_evaluation: str = "ppl"
-    """What is measured of the dense and the pruned model: some of ppl,zeroshot,efficiency, or all, or none."""
-    eval_ppl_datasets: str = "wikitext2,ptb"
-    """Texts for perplexity, separated by commas."""
-    eval_length: int = 1024
-    """Tokens per window there."""
-    eval_samples: int = 0
-    """So many windows only; 0: the whole test part."""
-    eval_zeroshot_tasks: str = "piqa,hellaswag,winogrande,arc_easy"
-    """Tasks of lm-evaluation-harness, separated by commas."""
-    eval_zeroshot_limit: int = 0
-    """The first so many questions of each task only; 0: all of them."""
-    efficiency_repeats: int = 10
-    """Timed prefills and decodes of each model."""
     resume: bool = False
     """Go on behind what a killed run with the same settings had finished."""
     seed: int = 42
@@ -105,42 +88,26 @@ class GlobalPruningConfig(PruningFields):
             repair_samples=8,
             held_out_samples=1,
             analysis_samples=1,
-            eval_samples=4,
-            eval_zeroshot_limit=20,
-            efficiency_repeats=3,
-        ),
+        )
+        | EvaluationFields.fast_evaluation,
     }
 
     def check(self) -> None:
         super().check()
         for name in ("num_samples", "repair_samples", "held_out_samples", "gradient_batch_size"):
             self.check_range(name, 1)
-        for name in ("sequence_length", "analysis_length", "eval_length"):
+        for name in ("sequence_length", "analysis_length"):
             self.check_range(name, 2)
-        for name in ("analysis_samples", "eval_samples"):
-            self.check_range(name, 0)
-        self.check_range("eval_zeroshot_limit", 0)
-        self.check_range("efficiency_repeats", 1)
-        unknown = set(self.run_evaluation.split(",")) - {*EVALUATIONS, "all", "none"}
-        if unknown:
-            raise UserError(
-                f"--run_evaluation {self.run_evaluation}: unknown {', '.join(sorted(unknown))}; allowed are "
-                f"{', '.join(EVALUATIONS)}, separated by commas, or all, or none"
-            )
+        self.check_range("analysis_samples", 0)
         if self.temperature and not self.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
         if not self.output_name or Path(self.output_name).name != self.output_name:
             raise UserError(f"--output_name {self.output_name!r}: allowed is a plain folder name")
 
-    def evaluates(self, what: str) -> bool:
-        """Whether a kind of evaluation is asked for."""
-        return what in self.run_evaluation.split(",") or self.run_evaluation == "all"
-
 
 def main(config: GlobalPruningConfig) -> None:
     base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
-    if config.evaluates("zeroshot"):
-        check_tasks(config.eval_zeroshot_tasks.split(","), config.data_dir)
+    config.check_zero_shot()
     inputs = {"parent": identify(base)}
     seed_everything(config.seed)
     device = pick_device()
@@ -153,7 +120,7 @@ def main(config: GlobalPruningConfig) -> None:
     )
 
     # What the dense model is: perplexities, and what removing each part of it would cost.
-    dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config))
+    dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
     removal = None
     if len(analysis_windows):
         removal = saved.json(
@@ -165,11 +132,14 @@ def main(config: GlobalPruningConfig) -> None:
     small = pruning.prune()
     if config.uniform:
         small = to_stock(small)
-    pruned = measure(small, tokenizer, tests, config)
+    pruned = measure(small, tokenizer, tests, config, config.gradient_batch_size)
     results = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned)}
     if config.evaluates("efficiency"):
         again, _ = load_language_model(base, device, small.dtype)
-        results["efficiency"] = efficiency({"dense": again, "pruned": small}, device, config)
+        found = measure_efficiency({"dense": again, "pruned": small}, device, config)
+        ratios = efficiency_ratios(found["pruned"], found["dense"])
+        log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
+        results["efficiency"] = found | {"ratios": ratios}
     say(results)
 
     write(config, base, inputs, small, tokenizer, pruning, removal, corpora, results)
@@ -179,13 +149,7 @@ def main(config: GlobalPruningConfig) -> None:
 def fingerprint_of(config: GlobalPruningConfig, inputs: dict[str, Any]) -> str:
     """A hash of what the result depends on."""
     settings = {name: value for name, value in config.as_dict().items() if name not in NOT_RESULT}
-    identity = json.dumps([settings, contents(inputs)], sort_keys=True)
-    return hashlib.sha256(identity.encode()).hexdigest()[:12]
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The weights' type, by name or for the device."""
-    return DTYPES[("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name]
+    return short_hash(settings, contents(inputs))
 
 
 def calibration_text(config: GlobalPruningConfig, tokenizer) -> tuple[list[Corpus], CalibrationText, torch.Tensor]:
@@ -201,71 +165,6 @@ def calibration_text(config: GlobalPruningConfig, tokenizer) -> tuple[list[Corpu
     log.info("Calibration: %s (%s), %d windows of %d tokens", train.name, train.source, len(scores), length)
     text = CalibrationText(scores, repair, choices, config.gradient_batch_size, config.use_gradient_checkpointing)
     return [train, held_out], text, analysis
-
-
-def evaluation_windows(config: GlobalPruningConfig, tokenizer) -> dict[str, torch.Tensor]:
-    """Windows of the test part of each text that perplexity is measured on, by name."""
-    if not config.evaluates("ppl"):
-        return {}
-    found = {}
-    for name in config.eval_ppl_datasets.split(","):
-        corpus = load_corpus(name, "test", config.data_dir)
-        every = windows(tokenize(tokenizer, corpus), config.eval_length)
-        found[corpus.name] = every[: config.eval_samples or None]
-    return found
-
-
-def measure(model, tokenizer, tests: dict[str, torch.Tensor], config: GlobalPruningConfig) -> dict[str, Any]:
-    """Parameters, sizes of the layers, perplexity on each text, zero-shot accuracy where it is asked for."""
-    layers = layers_of(model)
-    found = {
-        "parameters": count_parameters(model) | {"structures": sum(parts.parameters for parts in layers)},
-        "layers": [
-            {"query_heads": parts.query_heads, "key_value_heads": parts.heads, "intermediate_size": parts.neurons}
-            for parts in layers
-        ],
-        "perplexity": {name: perplexity(model, ids, config.gradient_batch_size) for name, ids in tests.items()},
-        "perplexity_windows": {name: list(ids.shape) for name, ids in tests.items()},
-    }
-    for name, value in found["perplexity"].items():
-        log.info("Perplexity on %s (%d windows of %d tokens): %.2f", name, *tests[name].shape, value)
-    if config.evaluates("zeroshot"):
-        tasks = config.eval_zeroshot_tasks.split(",")
-        found["zeroshot"] = zero_shot(model, tokenizer, tasks, config.data_dir, config.eval_zeroshot_limit or None)
-        for task, figures in found["zeroshot"].items():
-            accuracy, error = figures["acc"], figures["acc_standard_error"]
-            log.info("%s: %.1f ± %.1f %% of %d", task, 100 * accuracy, 100 * error, figures["n"])
-    return found
-
-
-def efficiency(models: dict[str, Any], device: torch.device, config: GlobalPruningConfig) -> dict[str, Any]:
-    """MACs, prefill and decode speed, interleaved; peak memory of a prefill where there is a GPU."""
-    length = config.eval_length
-    found = measure_generation(models, device, length, NEW_TOKENS, config.efficiency_repeats)
-    for name, model in models.items():
-        found[name]["macs"] = count_macs(model, length).as_dict()
-        if device.type == "cuda":
-            found[name]["peak_memory_bytes"] = peak_memory(model, length)
-    ratios = {
-        "macs": found["pruned"]["macs"]["encoder"] / found["dense"]["macs"]["encoder"],
-        "prefill": _speed(found, "prefill"),
-        "decode": _speed(found, "decode"),
-    }
-    log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
-    return found | {"ratios": ratios}
-
-
-def _speed(found: dict[str, Any], phase: str) -> float:
-    pruned, dense = (found[name][phase]["median_tokens_per_second"] for name in ("pruned", "dense"))
-    return pruned / dense
-
-
-@torch.inference_mode()
-def peak_memory(model, length: int) -> int:
-    """Bytes on the GPU at the peak of one forward pass, all that lies there included."""
-    torch.cuda.reset_peak_memory_stats(model.device)
-    model(torch.zeros(1, length, dtype=torch.long, device=model.device), logits_to_keep=1)
-    return torch.cuda.max_memory_allocated(model.device)
 
 
 def reduction(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:

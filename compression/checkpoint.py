@@ -192,6 +192,11 @@ def contents(inputs: dict[str, dict[str, str]]) -> dict[str, str]:
     return {role: entry["sha256"] for role, entry in inputs.items()}
 
 
+def short_hash(*identity: Any) -> str:
+    """A hash of JSON values: what tells a run's states to resume from apart from those of others."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def is_made_from(folder: Path, config: dict[str, Any], inputs: dict[str, Any]) -> bool:
     """Whether a checkpoint exists that was made with these settings from these inputs."""
     stage = read_stage(folder)

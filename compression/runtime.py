@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -14,6 +15,8 @@ from accelerate import PartialState
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 RESULTS = ROOT / "results"
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 log = logging.getLogger("compression")
 # They advise packages and ways of use that this project does without.
@@ -54,6 +57,13 @@ def pick_device() -> torch.device:
     else:
         log.info("Device: cpu (%d threads; torch %s, no GPU in use)", torch.get_num_threads(), torch.__version__)
     return device
+
+
+def pick_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """The type of a language model's weights; auto: bfloat16 on CUDA, float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
