@@ -8,14 +8,11 @@ import time
 
 import pytest
 import torch
-from conftest import tiny_decoder
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from conftest import WORDS, letters, save_decoder, tiny_decoder
+from transformers import AutoModelForCausalLM
 
 from compression.calibration import removal_perplexities, score_structures
-from compression.checkpoint import load_language_model, save_checkpoint
+from compression.checkpoint import load_language_model
 from compression.evaluation.perplexity import perplexity
 from compression.flops import encoder_macs_formula
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields, masked
@@ -181,22 +178,12 @@ def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
 
 # The command line.
 
-WORDS = "abcdefghijklmnopqrstuvwxyz"
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A language model whose words are letters, and a text of them."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    vocabulary = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    model = tiny_decoder(max_position_embeddings=128)
-    save_checkpoint(folder, model, tokenizer, {"stage": "dense"})
-    draw = torch.randint(0, 26, (30_000,), generator=torch.Generator().manual_seed(0)).tolist()
-    (folder.parent / "text.txt").write_text(" ".join(WORDS[letter] for letter in draw))
+    folder = save_decoder(tmp_path_factory.mktemp("base") / "model", tiny_decoder(max_position_embeddings=128))
+    (folder.parent / "text.txt").write_text(letters(30_000))
     return folder
 
 
