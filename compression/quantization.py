@@ -328,6 +328,16 @@ def pack(model: PreTrainedModel, storage: Format, compute_dtype: torch.dtype) ->
     return packed.eval()
 
 
+def nf4_base() -> BitsAndBytesConfig:
+    """How the weights under an adapter are loaded in 4 bits: NF4, with quantized scales (Dettmers et al. 2023)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=pick_compute_dtype("auto"),
+    )
+
+
 def _linear_4bit(linear: nn.Linear, storage: Format, compute_dtype: torch.dtype) -> bnb.nn.Linear4bit:
     layer = bnb.nn.Linear4bit(
         linear.in_features, linear.out_features, linear.bias is not None, compute_dtype, storage.double_quant,
