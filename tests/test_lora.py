@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import KEPT, tiny_decoder
+from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
 from compression.checkpoint import load_tensors
@@ -19,7 +20,7 @@ def pruned(family="llama"):
     """Four layers: one whole, one narrow, one without attention, one without MLP."""
     heads = [*KEPT[HEADS][:2], torch.zeros(4).bool(), torch.ones(4).bool()]
     neurons = [*KEPT[NEURONS][:2], torch.ones(48).bool(), torch.zeros(48).bool()]
-    return shrink_decoder(tiny_decoder(family), {HEADS: heads, NEURONS: neurons})
+    return shrink_decoder(tiny_decoder(family, max_position_embeddings=128), {HEADS: heads, NEURONS: neurons})
 
 
 def with_adapter(model, r=4, seed=0):
@@ -122,8 +123,6 @@ def test_adapter_of_another_model(adapter, other):
 
 
 def test_adapter_that_lacks_a_layer_is_refused_and_not_filled_up(adapter):
-    from safetensors.torch import save_file
-
     weights = load_tensors(adapter / "adapter_model.safetensors")
     name = min(weights)
     del weights[name]

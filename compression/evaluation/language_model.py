@@ -45,7 +45,6 @@ class EvaluationFields(StageConfig):
 
     def check(self) -> None:
         super().check()
-        self.check_range("eval_length", 2)
         self.check_range("eval_samples", 0)
         self.check_range("eval_zeroshot_limit", 0)
         self.check_range("efficiency_repeats", 1)
@@ -55,6 +54,8 @@ class EvaluationFields(StageConfig):
                 f"--run_evaluation {self.run_evaluation}: unknown {', '.join(sorted(unknown))}; allowed are "
                 f"{', '.join(self.evaluations)}, separated by commas, or all, or none"
             )
+        # What is decoded goes on behind a prompt of that length, with the prompt's own tokens.
+        self.check_range("eval_length", NEW_TOKENS if self.evaluates("efficiency") else 2)
 
     def evaluates(self, what: str) -> bool:
         """Whether a kind of evaluation is asked for."""
