@@ -8,9 +8,9 @@ The method's fields are documented in compression/global_pruning.py; `--preset p
 """
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ from compression.checkpoint import (
     identify,
     load_language_model,
     new_file,
+    read_json,
     save_checkpoint,
     short_hash,
     write_json,
@@ -38,11 +39,13 @@ from compression.evaluation.language_model import (
 )
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
 from compression.plots import plot_removal, plot_retained, save_figure
+from compression.recovery import RecoveryFields, recover
 from compression.runtime import RESULTS, Dtype, UserError, log, pick_device, pick_dtype, seed_everything
 from compression.structures import DECODERS, family_of
 from compression.surgery import to_stock
 
-NOT_RESULT = ("resume", "output_name", "results_dir", "models_dir", "base_model", "save_bin")
+FINETUNE = ("finetune", "finetune_method", "finetune_samples", "lora_r")
+NOT_RESULT = ("resume", "output_name", "results_dir", "models_dir", "base_model", "save_bin", *FINETUNE)
 
 
 @dataclass
@@ -77,6 +80,14 @@ class GlobalPruningConfig(PruningFields, EvaluationFields):
     """Of the weights; auto: bfloat16 on CUDA, float32 on the CPU. Scores are float32 always."""
     save_bin: bool = False
     """Also write pruned_model.bin, a plain state dict."""
+    finetune: bool = False
+    """Train the pruned model on, as post_training.py does, and measure it again."""
+    finetune_method: Literal["lora", "full"] = "lora"
+    """Train adapters beside the frozen weights, or all weights."""
+    finetune_samples: int = 500
+    """Windows of the train part of --dataset that are trained on."""
+    lora_r: int = 8
+    """Rank of the adapters."""
     resume: bool = False
     """Go on behind what a killed run with the same settings had finished."""
     seed: int = 42
@@ -88,6 +99,7 @@ class GlobalPruningConfig(PruningFields, EvaluationFields):
             repair_samples=8,
             held_out_samples=1,
             analysis_samples=1,
+            finetune_samples=64,
         )
         | EvaluationFields.fast_evaluation,
     }
@@ -103,6 +115,20 @@ class GlobalPruningConfig(PruningFields, EvaluationFields):
             raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
         if not self.output_name or Path(self.output_name).name != self.output_name:
             raise UserError(f"--output_name {self.output_name!r}: allowed is a plain folder name")
+        if self.finetune:
+            self.recovery()
+
+    def recovery(self) -> RecoveryFields:
+        """How the pruned model is trained on."""
+        evaluations = [what for what in RecoveryFields.evaluations if self.evaluates(what)]
+        shared = ("finetune_method", "finetune_samples", "lora_r", "dataset", "data_dir", "resume", "seed")
+        evaluation = [field.name for field in fields(EvaluationFields) if field.name != "run_evaluation"]
+        return RecoveryFields(
+            **{name: getattr(self, name) for name in {*shared, *evaluation}},
+            run_evaluation=",".join(evaluations) or "none",
+            max_length=min(RecoveryFields.max_length, self.sequence_length),
+            dtype=self.dtype if self.finetune_method == "lora" else "auto",
+        )
 
 
 def main(config: GlobalPruningConfig) -> None:
@@ -143,6 +169,8 @@ def main(config: GlobalPruningConfig) -> None:
     say(results)
 
     write(config, base, inputs, small, tokenizer, pruning, removal, corpora, results)
+    if config.finetune:
+        finetune(config)
     saved.remove()
 
 
@@ -209,6 +237,14 @@ def write(config, base, inputs, model, tokenizer, pruning, removal, corpora, res
         folder / "evaluation" / "evaluation_results.json", results | {"data": data, "stage": stage["environment"]}
     )
     log.info("-> %s", folder)
+
+
+def finetune(config: GlobalPruningConfig) -> None:
+    """Train the written model on, into a folder beside it, and add what it is then to the evaluation."""
+    folder = config.results_dir / config.output_name
+    found = recover(config.recovery(), folder / "models", folder / "finetuned")
+    path = folder / "evaluation" / "evaluation_results.json"
+    write_json(path, read_json(path) | {"finetuned": found["after"]})
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
