@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.assets import LLM_FOLDER, describe_source, ensure_llm
@@ -30,6 +29,7 @@ from compression.checkpoint import (
     write_json,
 )
 from compression.config import run_script
+from compression.evaluation.language_model import evaluation_windows, measure
 from compression.evaluation.perplexity import perplexity
 from compression.global_pruning import CalibrationText
 from compression.gqa_pruning import (
@@ -44,15 +44,7 @@ from compression.gqa_pruning import (
     select_gqa_groups_to_prune,
 )
 from compression.plots import plot_rates, save_figure
-from compression.pruning_run import (
-    FAST,
-    Evaluation,
-    RunFields,
-    calibration_text,
-    reduction,
-    say_reduction,
-    write_table,
-)
+from compression.pruning_run import FAST, RunFields, calibration_text, compare, write_table
 from compression.runtime import UserError, log, pick_device, pick_dtype, seed_everything
 from compression.structures import DECODERS, family_of, layers_of
 
@@ -74,6 +66,7 @@ class GQAAwarePruningConfig(GQAPruningFields, RunFields):
 
 def main(config: GQAAwarePruningConfig) -> None:
     base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
+    config.check_zero_shot()
     inputs = {"parent": identify(base)}
     seed_everything(config.seed)
     device = pick_device()
@@ -81,17 +74,20 @@ def main(config: GQAAwarePruningConfig) -> None:
     model, tokenizer = load()
     family_of(model, DECODERS)  # refuses an unsupported architecture at once
     corpora, text, analysis_windows = calibration_text(config, tokenizer)
-    evaluation = Evaluation(config, tokenizer)
+    tests = evaluation_windows(config, tokenizer)
     limits = ratio_range(config, layers_of(model))
     if config.target_perplexity is None:
         check_ratio(config, layers_of(model), config.pruning_ratio)
     else:
         check_target(config.target_perplexity, perplexity(model, text.held_out, text.batch_size))
-    name = f".{config.output_name}_{config.fingerprint(inputs)}.resume"
-    saved = SavedParts(config.results_dir / name, config.resume)
+    saved = config.saved_parts(inputs)
 
-    dense, removal = measure_dense(model, evaluation, analysis_windows, saved)
-    del model  # every trial starts from a dense model of its own
+    # What the dense model is, and what removing each layer of it would cost.
+    dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
+    removal = None
+    if len(analysis_windows):
+        analyse = partial(removal_perplexities, model, analysis_windows, config.gradient_batch_size, ("layer",))
+        removal = saved.json("removal", analyse)
 
     # Layer by layer; where a perplexity is wanted, at the largest ratio that stays under it.
     trials = Trials(config, lambda: load()[0], text, removal, saved)
@@ -103,18 +99,14 @@ def main(config: GQAAwarePruningConfig) -> None:
             saved.remove()
             raise
     pruning = trials.prune(ratio)
-    pruned = evaluation.measure(pruning.model)
-    results = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned), "ratio": ratio}
-    if config.evaluates("efficiency"):
-        results["efficiency"] = evaluation.efficiency({"dense": load()[0], "pruned": pruning.model})
-    say_reduction(results)
+    results = compare(base, dense, pruning.model, tokenizer, tests, config) | {"ratio": ratio}
     selected = results["reduction"]["selected_layers"] = pruning.removed()
     log.info("Of the parameters of --layers %s %.2f %% are gone", config.layers, 100 * selected)
 
     log.info("Base model: %s (%s)", base, describe_source(base))
     data = {"calibration": [corpus.describe() for corpus in corpora]}
     stage = describe_stage("gqa_pruning", config.as_dict(), inputs, results, data)
-    folder = config.results_dir / config.output_name
+    folder = config.folder
     save_checkpoint(folder / "models", pruning.model, tokenizer, stage)
     write_analysis(folder / "analysis", pruning, removal, trials.perplexities)
     write_json(
@@ -122,19 +114,6 @@ def main(config: GQAAwarePruningConfig) -> None:
     )
     saved.remove()
     log.info("-> %s", folder)
-
-
-def measure_dense(
-    model: PreTrainedModel, evaluation: Evaluation, analysis_windows: Tensor, saved: SavedParts
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """What the dense model is, and what removing each layer of it would cost (None without text for that)."""
-    dense = saved.json("dense", lambda: evaluation.measure(model))
-    if not len(analysis_windows):
-        return dense, None
-    batch_size = evaluation.config.gradient_batch_size
-    return dense, saved.json(
-        "removal", lambda: removal_perplexities(model, analysis_windows, batch_size, parts=("layer",))
-    )
 
 
 class Trials:

@@ -7,161 +7,84 @@ ordinary checkpoint), analysis/ (what removing each part costs, every structure'
 The method's fields are documented in compression/global_pruning.py; `--preset paper` is the formula as published.
 """
 
-import csv
-import hashlib
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 import torch
 
-from compression.assets import LLM, LLM_FOLDER, describe_source, ensure_llm
+from compression.assets import LLM_FOLDER, describe_source, ensure_llm
 from compression.calibration import removal_perplexities
 from compression.checkpoint import (
-    SavedParts,
-    contents,
     describe_stage,
     identify,
     load_language_model,
     new_file,
+    read_json,
     save_checkpoint,
     write_json,
 )
 from compression.config import run_script
-from compression.corpus import Corpus, load_corpus, sample_windows, tokenize
-from compression.evaluation.efficiency import measure_generation
-from compression.evaluation.language_model import evaluation_windows, measure
-from compression.evaluation.zeroshot import check_tasks
-from compression.flops import count_macs
-from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
+from compression.evaluation.language_model import EvaluationFields, evaluation_windows, measure
+from compression.global_pruning import GlobalPruning, PruningFields
 from compression.plots import plot_removal, plot_retained, save_figure
-from compression.runtime import RESULTS, UserError, log, pick_device, pick_dtype, seed_everything
+from compression.pruning_run import FAST, RunFields, calibration_text, compare, write_table
+from compression.recovery import RecoveryFields, recover
+from compression.runtime import UserError, log, pick_device, pick_dtype, seed_everything
 from compression.structures import DECODERS, family_of
 from compression.surgery import to_stock
 
-EVALUATIONS = ("ppl", "zeroshot", "efficiency")
-NEW_TOKENS = 32
-NOT_RESULT = ("resume", "output_name", "results_dir", "models_dir", "base_model", "save_bin")
-
 
 @dataclass
-class GlobalPruningConfig(PruningFields):
-    base_model: str = LLM
-    """Model to prune: a folder, or a name on the hub."""
+class GlobalPruningConfig(PruningFields, RunFields):
     output_name: str = "hgsp"
     """Results go to results/NAME."""
-    results_dir: Path = RESULTS
-    """Where results go."""
-    models_dir: Path = Path("models")
-    """Where a fetched model goes."""
-    dataset: str = "wikitext2"
-    """Calibration text: wikitext2, c4, ptb, or a text file."""
-    data_dir: str | None = None
-    """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
-    num_samples: int = 32
-    """Windows of calibration text that scores are computed on."""
-    sequence_length: int = 1024
-    """Tokens per window."""
-    repair_samples: int = 64
-    """Windows that least-squares repairs are fitted to."""
-    held_out_samples: int = 4
-    """Windows of the validation part that choices are made by."""
-    analysis_samples: int = 2
-    """Windows of the validation part that the removal analysis is done on; 0 leaves it out where it is not needed."""
-    analysis_length: int = 512
-    """Tokens per window there."""
-    gradient_batch_size: int = 1
-    """Windows per forward and backward pass."""
-    use_gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32. Scores are float32 always."""
     save_bin: bool = False
     """Also write pruned_model.bin, a plain state dict."""
-    run_evaluation: str = "ppl"
-    """What is measured of the dense and the pruned model: some of ppl,zeroshot,efficiency, or all, or none."""
-    eval_ppl_datasets: str = "wikitext2,ptb"
-    """Texts for perplexity, separated by commas."""
-    eval_length: int = 1024
-    """Tokens per window there."""
-    eval_samples: int = 0
-    """So many windows only; 0: the whole test part."""
-    eval_zeroshot_tasks: str = "piqa,hellaswag,winogrande,arc_easy"
-    """Tasks of lm-evaluation-harness, separated by commas."""
-    eval_zeroshot_limit: int = 0
-    """The first so many questions of each task only; 0: all of them."""
-    efficiency_repeats: int = 10
-    """Timed prefills and decodes of each model."""
-    resume: bool = False
-    """Go on behind what a killed run with the same settings had finished."""
-    seed: int = 42
-    """Fixes which windows calibration takes."""
+    finetune: bool = False
+    """Train the pruned model on, as post_training.py does, and measure it again."""
+    finetune_method: Literal["lora", "full"] = "lora"
+    """Train adapters beside the frozen weights, or all weights."""
+    finetune_samples: int = 500
+    """Windows of the train part of --dataset that are trained on."""
+    lora_r: int = 8
+    """Rank of the adapters."""
 
-    presets: ClassVar = PruningFields.presets | {
-        "fast": dict(
-            num_samples=2,
-            repair_samples=8,
-            held_out_samples=1,
-            analysis_samples=1,
-            eval_samples=4,
-            eval_zeroshot_limit=20,
-            efficiency_repeats=3,
-        ),
-    }
+    presets: ClassVar = PruningFields.presets | {"fast": FAST | dict(finetune_samples=64)}
 
     def check(self) -> None:
         super().check()
-        for name in ("num_samples", "repair_samples", "held_out_samples", "gradient_batch_size"):
-            self.check_range(name, 1)
-        for name in ("sequence_length", "analysis_length", "eval_length"):
-            self.check_range(name, 2)
-        for name in ("analysis_samples", "eval_samples"):
-            self.check_range(name, 0)
-        self.check_range("eval_zeroshot_limit", 0)
-        self.check_range("efficiency_repeats", 1)
-        unknown = set(self.run_evaluation.split(",")) - {*EVALUATIONS, "all", "none"}
-        if unknown:
-            raise UserError(
-                f"--run_evaluation {self.run_evaluation}: unknown {', '.join(sorted(unknown))}; allowed are "
-                f"{', '.join(EVALUATIONS)}, separated by commas, or all, or none"
-            )
         if self.temperature and not self.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
-        if not self.output_name or Path(self.output_name).name != self.output_name:
-            raise UserError(f"--output_name {self.output_name!r}: allowed is a plain folder name")
+        if self.finetune:
+            self.recovery()
 
-    def evaluates(self, what: str) -> bool:
-        """Whether a kind of evaluation is asked for."""
-        return what in self.run_evaluation.split(",") or self.run_evaluation == "all"
+    def recovery(self) -> RecoveryFields:
+        """How the pruned model is trained on."""
+        evaluations = [what for what in RecoveryFields.evaluations if self.evaluates(what)]
+        shared = ("finetune_method", "finetune_samples", "lora_r", "dataset", "data_dir", "resume", "seed")
+        evaluation = [field.name for field in fields(EvaluationFields) if field.name != "run_evaluation"]
+        return RecoveryFields(
+            **{name: getattr(self, name) for name in {*shared, *evaluation}},
+            run_evaluation=",".join(evaluations) or "none",
+            max_length=min(RecoveryFields.max_length, self.sequence_length),
+            dtype=self.dtype if self.finetune_method == "lora" else "auto",
+        )
 
 
 def main(config: GlobalPruningConfig) -> None:
     base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
-    if config.evaluates("zeroshot"):
-        check_tasks(config.eval_zeroshot_tasks.split(","), config.data_dir)
+    config.check_zero_shot()
     inputs = {"parent": identify(base)}
     seed_everything(config.seed)
     device = pick_device()
     model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
     family_of(model, DECODERS)  # refuses an unsupported architecture at once
     corpora, text, analysis_windows = calibration_text(config, tokenizer)
-    tests = {}
-    if config.evaluates("ppl"):
-        names = config.eval_ppl_datasets.split(",")
-        tests = evaluation_windows(tokenizer, names, config.eval_length, config.eval_samples, config.data_dir)
-    tasks = config.eval_zeroshot_tasks.split(",") if config.evaluates("zeroshot") else []
-
-    def measured(which) -> dict[str, Any]:
-        limit = config.eval_zeroshot_limit or None
-        return measure(which, tokenizer, tests, config.gradient_batch_size, tasks, config.data_dir, limit)
-
-    saved = SavedParts(
-        config.results_dir / f".{config.output_name}_{fingerprint_of(config, inputs)}.resume", config.resume
-    )
+    tests = evaluation_windows(config, tokenizer)
+    saved = config.saved_parts(inputs)
 
     # What the dense model is: perplexities, and what removing each part of it would cost.
-    dense = saved.json("dense", lambda: measured(model))
+    dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
     removal = None
     if len(analysis_windows):
         removal = saved.json(
@@ -173,90 +96,20 @@ def main(config: GlobalPruningConfig) -> None:
     small = pruning.prune()
     if config.uniform:
         small = to_stock(small)
-    pruned = measured(small)
-    results = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned)}
-    if config.evaluates("efficiency"):
-        again, _ = load_language_model(base, device, small.dtype)
-        results["efficiency"] = efficiency({"dense": again, "pruned": small}, device, config)
-    say(results)
+    results = compare(base, dense, small, tokenizer, tests, config)
 
-    write(config, base, inputs, small, tokenizer, pruning, removal, corpora, results)
+    log.info("Base model: %s (%s)", base, describe_source(base))
+    data = {"calibration": [corpus.describe() for corpus in corpora]}
+    stage = describe_stage("global_pruning", config.as_dict(), inputs, results, data)
+    write(config, small, tokenizer, pruning, removal, results, stage)
+    if config.finetune:
+        finetune(config)
     saved.remove()
 
 
-def fingerprint_of(config: GlobalPruningConfig, inputs: dict[str, Any]) -> str:
-    """A hash of what the result depends on."""
-    settings = {name: value for name, value in config.as_dict().items() if name not in NOT_RESULT}
-    identity = json.dumps([settings, contents(inputs)], sort_keys=True)
-    return hashlib.sha256(identity.encode()).hexdigest()[:12]
-
-
-def calibration_text(config: GlobalPruningConfig, tokenizer) -> tuple[list[Corpus], CalibrationText, torch.Tensor]:
-    """Windows for scores and repair (of the train part), for choices and for the analysis (of the validation part)."""
-    train, held_out = (load_corpus(config.dataset, part, config.data_dir) for part in ("train", "validation"))
-    length, seed = config.sequence_length, config.seed
-    ids = tokenize(tokenizer, train)
-    scores = sample_windows(ids, length, config.num_samples, seed)
-    repair = sample_windows(ids, length, config.repair_samples, seed + 1)
-    validation = tokenize(tokenizer, held_out)
-    choices = sample_windows(validation, length, config.held_out_samples, seed)
-    analysis = sample_windows(validation, config.analysis_length, config.analysis_samples, seed + 1)
-    log.info("Calibration: %s (%s), %d windows of %d tokens", train.name, train.source, len(scores), length)
-    text = CalibrationText(scores, repair, choices, config.gradient_batch_size, config.use_gradient_checkpointing)
-    return [train, held_out], text, analysis
-
-
-def efficiency(models: dict[str, Any], device: torch.device, config: GlobalPruningConfig) -> dict[str, Any]:
-    """MACs, prefill and decode speed, interleaved; peak memory of a prefill where there is a GPU."""
-    length = config.eval_length
-    found = measure_generation(models, device, length, NEW_TOKENS, config.efficiency_repeats)
-    for name, model in models.items():
-        found[name]["macs"] = count_macs(model, length).as_dict()
-        if device.type == "cuda":
-            found[name]["peak_memory_bytes"] = peak_memory(model, length)
-    ratios = {
-        "macs": found["pruned"]["macs"]["encoder"] / found["dense"]["macs"]["encoder"],
-        "prefill": _speed(found, "prefill"),
-        "decode": _speed(found, "decode"),
-    }
-    log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
-    return found | {"ratios": ratios}
-
-
-def _speed(found: dict[str, Any], phase: str) -> float:
-    pruned, dense = (found[name][phase]["median_tokens_per_second"] for name in ("pruned", "dense"))
-    return pruned / dense
-
-
-@torch.inference_mode()
-def peak_memory(model, length: int) -> int:
-    """Bytes on the GPU at the peak of one forward pass, all that lies there included."""
-    torch.cuda.reset_peak_memory_stats(model.device)
-    model(torch.zeros(1, length, dtype=torch.long, device=model.device), logits_to_keep=1)
-    return torch.cuda.max_memory_allocated(model.device)
-
-
-def reduction(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:
-    """Shares of parameters that are gone: of the decoder layers' structures, and of the whole model."""
-    return {part: 1 - pruned["parameters"][part] / dense["parameters"][part] for part in ("structures", "total")}
-
-
-def say(results: dict[str, Any]) -> None:
-    """How much smaller the model is."""
-    gone, models = results["reduction"], (results["dense"], results["pruned"])
-    log.info(
-        "Gone: %.1f %% of the layers' parameters, %.1f %% of the whole model's (%.1f -> %.1f million); %d -> %d layers",
-        100 * gone["structures"], 100 * gone["total"], *(model["parameters"]["total"] / 1e6 for model in models),
-        *(len(model["layers"]) for model in models),
-    )  # fmt: skip
-
-
-def write(config, base, inputs, model, tokenizer, pruning, removal, corpora, results) -> None:
+def write(config, model, tokenizer, pruning, removal, results, stage) -> None:
     """Checkpoint, analysis, evaluation and plots; each file is replaced whole."""
-    folder = config.results_dir / config.output_name
-    data = {"calibration": [corpus.describe() for corpus in corpora]}
-    log.info("Base model: %s (%s)", base, describe_source(base))
-    stage = describe_stage("global_pruning", config.as_dict(), inputs, results, data)
+    folder = config.folder
     save_checkpoint(folder / "models", model, tokenizer, stage)
     if config.save_bin:
         with new_file(folder / "models" / "pruned_model.bin") as temporary:
@@ -275,17 +128,18 @@ def write(config, base, inputs, model, tokenizer, pruning, removal, corpora, res
         save_figure(plot_removal(removal), folder / "analysis" / "removal_perplexity.png")
     save_figure(plot_retained(rows), folder / "analysis" / "retained.png")
     write_json(
-        folder / "evaluation" / "evaluation_results.json", results | {"data": data, "stage": stage["environment"]}
+        folder / "evaluation" / "evaluation_results.json",
+        results | {"data": stage["data"], "stage": stage["environment"]},
     )
     log.info("-> %s", folder)
 
 
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as CSV."""
-    with new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["layer"])
-        writer.writeheader()
-        writer.writerows(rows)
+def finetune(config: GlobalPruningConfig) -> None:
+    """Train the written model on, into a folder beside it, and add what it is then to the evaluation."""
+    folder = config.folder
+    found = recover(config.recovery(), folder / "models", folder / "finetuned")
+    path = folder / "evaluation" / "evaluation_results.json"
+    write_json(path, read_json(path) | {"finetuned": found["after"]})
 
 
 if __name__ == "__main__":

@@ -2,13 +2,20 @@
 
     python benchmarks/llm_pruning_methods.py --data_dir TEXTS [--ratios 0.2 0.3 0.5] [--methods fisher paper]
 
-Every method gets the same calibration windows; perplexities are on the test part of WikiText-2 and PTB. Writes
-results/llm_pruning_methods.json after each method, and goes on where it was with --resume.
+Every method gets the same calibration windows; perplexities are on the test part of WikiText-2 and PTB. Torch-Pruning
+is no part of the environment: pip install torch-pruning==1.6.1. `seconds` leaves out the scores of the dense model
+where another method or ratio has computed them. Writes results/llm_pruning_methods.json after each measurement, and
+goes on where it was with --resume.
 """
 
+import copy
+import importlib.util
+import itertools
 import sys
 import time
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,27 +30,28 @@ from compression.config import StageConfig, run_script
 from compression.corpus import load_corpus, sample_windows, tokenize, windows
 from compression.evaluation.perplexity import perplexity
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
-from compression.runtime import RESULTS, UserError, fingerprint, log, pick_device
+from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.structures import KINDS, layers_of
 from compression.surgery import shrink_decoder
 
-ALONE = dict(protect_first=0, protect_last=0, attention_factors=(1.0,))
+PLAIN = dict(compensation="none", epsilon=0.0)
 # Name -> the fields in which the method differs from the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},
+    "H-GSP, five steps": dict(iterative_steps=5),
+    "H-GSP, no repair": dict(compensation="none"),
+    "H-GSP, Fisher scores": dict(importance_method="fisher"),
+    "H-GSP, Fisher scores, no repair": dict(importance_method="fisher", compensation="none"),
     "H-GSP, paper": PruningFields.presets["paper"],
     "H-GSP, paper, T = 0": PruningFields.presets["paper"] | {"temperature": 0.0},
-    "uniform Taylor, ends protected": dict(
-        importance_method="taylor", normalize="layer", attention_factors=(1e9,), epsilon=0.0
-    ),
-    "fisher, one global ranking": dict(importance_method="fisher", epsilon=0.0) | ALONE,
-    "magnitude, per layer": dict(importance_method="magnitude", normalize="layer", epsilon=0.0) | ALONE,
-    "Wanda-sp, per layer": dict(importance_method="wanda", normalize="layer", epsilon=0.0) | ALONE,
-    "five steps": dict(iterative_steps=5),
-    "least-squares repair": dict(compensation="lstsq"),
-    "five steps, least-squares repair": dict(iterative_steps=5, compensation="lstsq"),
+    "uniform Taylor on MLP, ends protected": PLAIN
+    | dict(importance_method="taylor", normalize="layer", attention_factors=(1e9,), protect_first=2, protect_last=2),
+    "magnitude, per layer": PLAIN | dict(importance_method="magnitude", normalize="layer"),
+    "Wanda-sp, per layer": PLAIN | dict(importance_method="wanda", normalize="layer"),
 }
 WHOLE_LAYERS = "whole layers, by removal perplexity"
+TORCH_PRUNING = "Torch-Pruning 1.6.1, its LLM recipe"
+ALL_METHODS = (*METHODS, WHOLE_LAYERS, TORCH_PRUNING)
 
 
 @dataclass
@@ -52,31 +60,33 @@ class MethodsConfig(StageConfig):
     """Model to prune: a folder, or a name on the hub."""
     ratios: tuple[float, ...] = (0.2, 0.3, 0.5)
     """Shares of the decoder layers' parameters to remove."""
-    methods: tuple[str, ...] = (*METHODS, WHOLE_LAYERS)
+    methods: tuple[str, ...] = ALL_METHODS
     """Which methods, by name."""
     data_dir: str | None = None
     """Folder with wikitext2/ and ptb/."""
-    num_samples: int = 8
+    num_samples: int = 32
     """Windows that scores are computed on."""
-    repair_samples: int = 96
+    repair_samples: int = 64
     """Windows that repairs are fitted to."""
     held_out_samples: int = 4
     """Windows that choices are made by, and that layers are ranked on."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32."""
     length: int = 1024
     """Tokens per window, also of the test text."""
-    eval_samples: int = 40
+    eval_samples: int = 30
     """Windows of each test text; 0: all of it."""
     seed: int = 42
     """Fixes which windows calibration takes."""
     resume: bool = False
     """Keep what an earlier run with the same settings has measured."""
 
-    presets: ClassVar = {"fast": dict(num_samples=2, repair_samples=8, held_out_samples=1, eval_samples=4)}
+    presets: ClassVar = {"fast": dict(num_samples=4, repair_samples=16, held_out_samples=1, eval_samples=4)}
 
     def check(self) -> None:
         for name in self.methods:
-            if name not in (*METHODS, WHOLE_LAYERS):
-                raise UserError(f"--methods {name!r}: unknown; allowed are {', '.join((*METHODS, WHOLE_LAYERS))}")
+            if name not in ALL_METHODS:
+                raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join(ALL_METHODS)}")
         for ratio in self.ratios:
             if not 0 < ratio < 1:
                 raise UserError(f"--ratios {ratio}: allowed is above 0 and below 1")
@@ -97,11 +107,69 @@ def whole_layers(model, ratio: float, removal: dict[str, Any]):
     return shrink_decoder(model, kept)
 
 
+def by_torch_pruning(model, ratio: float):
+    """Torch-Pruning as its example for language models drives it: hidden size, heads and MLP, by magnitude, per layer.
+
+    Its ratio counts channels, and a matrix loses rows and columns both: the one that meets the budget of parameters is
+    looked for by trying.
+
+    Raises:
+        UserError: it is not installed, or no ratio meets the budget.
+    """
+    if importlib.util.find_spec("torch_pruning") is None:
+        raise UserError("Torch-Pruning is not installed; install it with: pip install torch-pruning==1.6.1")
+    budget = (1 - ratio) * sum(parts.parameters for parts in layers_of(model))
+    channels = 1 - (1 - ratio) ** 0.5
+    while channels < 0.95:
+        smaller = copy.deepcopy(model)
+        prune_channels(smaller, channels)
+        if sum(parts.parameters for parts in layers_of(smaller)) <= budget:
+            return smaller
+        channels += 0.02
+    raise UserError("no ratio of Torch-Pruning's meets the budget")
+
+
+def prune_channels(model, ratio: float) -> None:
+    """One step of Torch-Pruning's pruner on a language model, in place."""
+    import torch_pruning
+
+    heads = {}
+    for parts in layers_of(model):
+        heads |= {parts.q: parts.query_heads, parts.k: parts.heads, parts.v: parts.heads}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it names every norm's weight, and prunes them as it should
+        pruner = torch_pruning.pruner.BasePruner(
+            model, example_inputs=torch.zeros(1, 8, dtype=torch.long, device=model.device),
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
+            global_pruning=False, pruning_ratio=ratio, ignored_layers=[model.lm_head], num_heads=heads,
+            prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=ratio, round_to=4,
+            output_transform=lambda output: output.logits,
+        )  # fmt: skip
+        pruner.step()
+    for layer, parts in zip(model.model.layers, layers_of(model), strict=True):
+        layer.self_attn.num_key_value_groups = parts.query_heads // parts.heads
+
+
+def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText, removal, known: dict):
+    """Prune by this project's own machinery; scores of the dense model are computed once for each importance method."""
+    config = PruningFields(pruning_ratio=ratio, **fields)
+
+    def remember(name: str, make):
+        if not name.startswith("scores_1_"):
+            return make()
+        if config.importance_method not in known:
+            known[config.importance_method] = make()
+        return known[config.importance_method]
+
+    return GlobalPruning(model, config, text, removal, remember).prune()
+
+
 def main(config: MethodsConfig) -> None:
     base, device = ensure_llm(config.base_model, LLM_FOLDER), pick_device()
-    model, tokenizer = load_language_model(base, device)
+    load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
+    model, tokenizer = load()
     train, validation = (
-        tokenize(tokenizer, load_corpus("wikitext2", p, config.data_dir)) for p in ("train", "validation")
+        tokenize(tokenizer, load_corpus("wikitext2", part, config.data_dir)) for part in ("train", "validation")
     )
     text = CalibrationText(
         sample_windows(train, config.length, config.num_samples, config.seed),
@@ -123,33 +191,35 @@ def main(config: MethodsConfig) -> None:
     def measure(which) -> dict[str, float]:
         return {name: perplexity(which, ids) for name, ids in tests.items()}
 
-    if not found["dense"]:
-        found["dense"] = measure(model)
+    found["dense"] = found["dense"] or measure(model)
     log.info("dense: %s", found["dense"])
-    removal = None
-    for name in config.methods:
-        fields = METHODS.get(name, {})
+    removal, known = None, {}
+    for name, ratio in itertools.product(config.methods, config.ratios):
+        results, fields = found["methods"].setdefault(name, {}), METHODS.get(name, {})
+        if str(ratio) in results:
+            continue
+        model, _ = load()
+        total = sum(parts.parameters for parts in layers_of(model))
         if removal is None and (name == WHOLE_LAYERS or fields.get("temperature")):
             removal = removal_perplexities(model, text.held_out[:2, :512])
-        for ratio in config.ratios:
-            results = found["methods"].setdefault(name, {})
-            if str(ratio) in results:
-                continue
-            model, _ = load_language_model(base, device)
-            started = time.perf_counter()
-            try:
-                if name == WHOLE_LAYERS:
-                    small = whole_layers(model, ratio, removal)
-                else:
-                    small = GlobalPruning(model, PruningFields(pruning_ratio=ratio, **fields), text, removal).prune()
-            except UserError as error:
-                log.info("%s, %g: not possible (%s)", name, ratio, error)
-                results[str(ratio)] = {"impossible": str(error)}
-                continue
-            seconds = time.perf_counter() - started
-            results[str(ratio)] = {"perplexity": measure(small), "seconds": seconds, "layers": len(layers_of(small))}
-            log.info("%s, %g: %s", name, ratio, results[str(ratio)])
-            write_json(path, found)
+        started = time.perf_counter()
+        try:
+            if name == WHOLE_LAYERS:
+                small = whole_layers(model, ratio, removal)
+            elif name == TORCH_PRUNING:
+                small = by_torch_pruning(model, ratio)
+            else:
+                small = by_fields(model, ratio, fields, text, removal, known)
+        except UserError as error:
+            results[str(ratio)] = {"impossible": str(error)}
+        else:
+            seconds, left = time.perf_counter() - started, sum(parts.parameters for parts in layers_of(small))
+            results[str(ratio)] = {
+                "perplexity": measure(small), "seconds": seconds, "layers": len(layers_of(small)),
+                "removed": 1 - left / total,
+            }  # fmt: skip
+        log.info("%s, %g: %s", name, ratio, results[str(ratio)])
+        write_json(path, found)
     log.info("-> %s", path)
 
 

@@ -22,12 +22,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from compression.modeling import add_modeling_code
+from compression.modeling.pruned_distilbert import fix_4bit_layers
 from compression.runtime import ROOT, UserError, fingerprint, processes
+from compression.structures import DECODERS
 
 STAGE_FILE = "stage.json"
 
@@ -131,17 +134,26 @@ def save_checkpoint(
 
     Of several processes the first one writes.
     """
-    state = processes()
-    if not state.is_main_process:
-        state.wait_for_everyone()
-        return Path(folder)
-    with new_folder(folder) as temporary:
+
+    def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
         add_modeling_code(model, temporary)
         tokenizer.save_pretrained(temporary)
-        for name, value in (files or {}).items():
-            write_json(temporary / name, value)
-        write_json(temporary / STAGE_FILE, stage)
+
+    return save_folder(folder, write, stage, files)
+
+
+def save_folder(
+    folder: Path, write: Callable[[Path], None], stage: dict[str, Any], files: dict[str, Any] | None = None
+) -> Path:
+    """Write a folder with its `stage.json`: see `save_checkpoint`; `write` puts the weights into the path it gets."""
+    state = processes()
+    if state.is_main_process:
+        with new_folder(folder) as temporary:
+            write(temporary)
+            for name, value in (files or {}).items():
+                write_json(temporary / name, value)
+            write_json(temporary / STAGE_FILE, stage)
     state.wait_for_everyone()
     return Path(folder)
 
@@ -192,6 +204,11 @@ def contents(inputs: dict[str, dict[str, str]]) -> dict[str, str]:
     return {role: entry["sha256"] for role, entry in inputs.items()}
 
 
+def short_hash(*identity: Any) -> str:
+    """A hash of JSON values: what tells a run's states to resume from apart from those of others."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def is_made_from(folder: Path, config: dict[str, Any], inputs: dict[str, Any]) -> bool:
     """Whether a checkpoint exists that was made with these settings from these inputs."""
     stage = read_stage(folder)
@@ -214,6 +231,19 @@ def require(folder: Path, flag: str, command: str) -> None:
     settle(Path(folder))
     if not (Path(folder) / "config.json").exists():
         raise UserError(f"{flag} {folder}: no checkpoint there; make it with: {command}")
+
+
+def require_language_model(folder: Path, flag: str, command: str = "python run_global_pruning.py") -> None:
+    """Raise UserError unless an unquantized language model is there; `flag` and `command` are for its text."""
+    require(folder, flag, command)
+    config = read_json(Path(folder) / "config.json")
+    if config.get("model_type") not in DECODERS:
+        raise UserError(
+            f"{flag} {folder}: model type {config.get('model_type')!r} is no supported language model; allowed "
+            f"are {', '.join(sorted(DECODERS))}; name another folder"
+        )
+    if "quantization_config" in config:
+        raise UserError(f"{flag} {folder}: is quantized already; name the model it was made from")
 
 
 def find_all(models_dir: Path, stage: str) -> list[Path]:
@@ -294,9 +324,15 @@ def load_classifier(
 
 
 def load_language_model(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a language model and its tokenizer, in evaluation mode: see `load_classifier`.
+
+    Args:
+        quantization: how to quantize the layers' weights while they are loaded, if at all.
 
     Raises:
         UserError: the folder is missing, is not a checkpoint, or cannot be loaded.
@@ -306,15 +342,20 @@ def load_language_model(
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no checkpoint there (no config.json)")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": torch.device(device)})
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={"": torch.device(device)}, quantization_config=quantization
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be loaded as a language model: {str(error).splitlines()[0]}") from None
+    fix_4bit_layers(model)
     return model.eval(), tokenizer
 
 
 class SavedParts:
     """Finished parts of a long run, so that a run that was killed goes on behind them.
+
+    Of several processes the first one makes them, the others wait and read.
 
     Args:
         folder: where they are kept; its name must tell runs with other settings or inputs apart.
@@ -325,25 +366,29 @@ class SavedParts:
         self.folder = Path(folder)
         if not resume:
             self.remove()
+        processes().wait_for_everyone()
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """JSON values by name; made and kept where they are not there yet."""
         path = self.folder / f"{name}.json"
-        if not path.is_file():
-            write_json(path, make())
+        with processes().main_process_first():
+            if not path.is_file():
+                write_json(path, make())
         return read_json(path)
 
     def tensors(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Named tensors, on the CPU; made and kept where they are not there yet."""
         path = self.folder / f"{name}.safetensors"
-        if not path.is_file():
-            with new_file(path) as temporary:
-                save_tensors(temporary, make())
+        with processes().main_process_first():
+            if not path.is_file():
+                with new_file(path) as temporary:
+                    save_tensors(temporary, make())
         return load_tensors(path)
 
     def remove(self) -> None:
         """Once the run's result is saved."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if processes().is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

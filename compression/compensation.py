@@ -12,9 +12,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.calibration import Entering, Seen
+from compression.importance import RIDGE
 from compression.structures import HEADS, KINDS, layers_of
-
-RIDGE = 1e-3
 
 
 @torch.no_grad()

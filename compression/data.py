@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -147,6 +148,31 @@ def part_of_film(film: str) -> str:
     return "train"
 
 
+class TrainingData(Protocol):
+    """What the training loop needs of its data: rows of token ids, however they came about."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, [rows]."""
+
+    @property
+    def weights(self) -> Tensor:
+        """What each row counts in the mean loss of a batch, whole numbers above 0 [rows]."""
+
+    def __len__(self) -> int: ...
+
+    def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
+        """A batch of these rows, what the recipe's loss takes."""
+
+
+def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Rows of token ids as input_ids and attention_mask [rows, length of the longest]."""
+    tensors = [torch.tensor(row) for row in ids]
+    input_ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_token_id)
+    lengths = torch.tensor([len(row) for row in ids])
+    return {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Tokenized sentences: token ids per row (no padding), and labels [rows]."""
@@ -161,17 +187,17 @@ class Encoded:
     def lengths(self) -> Tensor:
         return torch.tensor([len(row) for row in self.ids])
 
+    @property
+    def weights(self) -> Tensor:
+        return torch.ones(len(self.ids), dtype=torch.long)
+
     def digest(self) -> str:
         """A hash of the token ids: the same for the same data and tokenizer."""
         return hashlib.sha256(repr(self.ids).encode()).hexdigest()
 
     def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
         """A batch padded to its longest row: input_ids and attention_mask [rows, length], labels [rows]."""
-        ids = [torch.tensor(self.ids[row]) for row in rows]
-        input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id)
-        lengths = torch.tensor([len(row) for row in ids])
-        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": self.labels[rows]}
+        return pad([self.ids[row] for row in rows], pad_token_id) | {"labels": self.labels[rows]}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> Encoded:

@@ -83,7 +83,9 @@ def count_macs(model: PreTrainedModel, sequence_length: int, batch_size: int = 1
     in_linears = sum(flops.get(f"{type(model).__name__}.{name}", 0) for name, m in model.named_modules() if m in macs)
     # A matrix product outside every Linear layer is attention's: QK^T or AV.
     attention = (flops["Global"] - in_linears) // 2
-    linear = sum(macs[linear] for layer in layers_of(model) for linear in layer.linears())
+    # An adapter's matrices are inside the layer that it adapts.
+    linears = (linear for layer in layers_of(model) for linear in layer.linears())
+    linear = sum(macs[module] for linear in linears for module in linear.modules())
     return MacCount(sequence_length, batch_size, linear, attention, macs.total() - linear)
 
 

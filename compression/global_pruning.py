@@ -60,6 +60,7 @@ class PruningFields(StageConfig):
     presets = {"paper": dict(importance_method="taylor", temperature=1.0, compensation="none")}
 
     def check(self) -> None:
+        super().check()
         self.check_range("pruning_ratio", 0, 0.95)
         self.check_range("temperature", 0, 10)
         self.check_range("epsilon", 0, 1)

@@ -7,7 +7,9 @@ makes kinds of different size comparable.
 import torch
 from torch import Tensor
 
-CURVATURE_RIDGE = 1e-2
+# Share of the mean diagonal that is added to the diagonal of E[x x^T] where it is inverted: some windows of text do not
+# fill all its directions.
+RIDGE = 1e-2
 
 
 def sum_rows(values: Tensor, count: int) -> Tensor:
@@ -52,9 +54,7 @@ def mask_gradient(weight: Tensor, gradient: Tensor, count: int) -> Tensor:
     return sum_columns(weight * gradient, count)
 
 
-def removal_costs(
-    weight: Tensor, inputs: Tensor, gradients: Tensor, count: int, ridge: float = CURVATURE_RIDGE
-) -> Tensor:
+def removal_costs(weight: Tensor, inputs: Tensor, gradients: Tensor, count: int, ridge: float = RIDGE) -> Tensor:
     """Loss that the removal of each structure adds when those that stay are fitted anew, along the cheapest path.
 
     The loss is taken to second order with the Kronecker-factored curvature of the output projection, E[g g^T] for its

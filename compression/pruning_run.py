@@ -1,42 +1,29 @@
-"""What a run that prunes a language model needs, whatever the method: fields, calibration text, evaluation, tables."""
+"""What a run that prunes a language model needs, whatever the method: fields, calibration text, records."""
 
 import csv
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.assets import LLM
-from compression.checkpoint import contents, new_file
-from compression.config import StageConfig
+from compression.checkpoint import SavedParts, contents, load_language_model, new_file, short_hash
 from compression.corpus import Corpus, load_corpus, sample_windows, tokenize
-from compression.evaluation.efficiency import measure_generation
-from compression.evaluation.language_model import evaluation_windows, measure
-from compression.evaluation.zeroshot import check_tasks
-from compression.flops import count_macs
+from compression.evaluation.language_model import EvaluationFields, efficiency_ratios, measure, measure_efficiency
 from compression.global_pruning import CalibrationText
-from compression.runtime import RESULTS, UserError, log
+from compression.runtime import RESULTS, Dtype, UserError, log
 
-EVALUATIONS = ("ppl", "zeroshot", "efficiency")
-NEW_TOKENS = 32
-NOT_RESULT = ("resume", "output_name", "results_dir", "models_dir", "base_model")
-FAST = dict(
-    num_samples=2,
-    repair_samples=8,
-    held_out_samples=1,
-    analysis_samples=1,
-    eval_samples=4,
-    eval_zeroshot_limit=20,
-    efficiency_repeats=3,
-)
+NOT_RESULT = (
+    "resume", "output_name", "results_dir", "models_dir", "base_model", "save_bin", "finetune", "finetune_method",
+    "finetune_samples", "lora_r",
+)  # fmt: skip
+FAST = EvaluationFields.fast_evaluation | dict(num_samples=4, repair_samples=16, held_out_samples=1, analysis_samples=1)
 
 
 @dataclass
-class RunFields(StageConfig):
+class RunFields(EvaluationFields):
     """Which model, which text, what is measured, where it goes."""
 
     base_model: str = LLM
@@ -49,8 +36,6 @@ class RunFields(StageConfig):
     """Where a fetched model goes."""
     dataset: str = "wikitext2"
     """Calibration text: wikitext2, c4, ptb, or a text file."""
-    data_dir: str | None = None
-    """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
     num_samples: int = 32
     """Windows of calibration text that scores are computed on."""
     sequence_length: int = 1024
@@ -67,22 +52,8 @@ class RunFields(StageConfig):
     """Windows per forward and backward pass."""
     use_gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32. Scores are float32 always."""
-    run_evaluation: str = "ppl"
-    """What is measured of the dense and the pruned model: some of ppl,zeroshot,efficiency, or all, or none."""
-    eval_ppl_datasets: str = "wikitext2,ptb"
-    """Texts for perplexity, separated by commas."""
-    eval_length: int = 1024
-    """Tokens per window there."""
-    eval_samples: int = 0
-    """So many windows only; 0: the whole test part."""
-    eval_zeroshot_tasks: str = "piqa,hellaswag,winogrande,arc_easy"
-    """Tasks of lm-evaluation-harness, separated by commas."""
-    eval_zeroshot_limit: int = 0
-    """The first so many questions of each task only; 0: all of them."""
-    efficiency_repeats: int = 10
-    """Timed prefills and decodes of each model."""
     resume: bool = False
     """Go on behind what a killed run with the same settings had finished."""
     seed: int = 42
@@ -90,40 +61,29 @@ class RunFields(StageConfig):
 
     def check(self) -> None:
         super().check()
-        for name in ("num_samples", "repair_samples", "held_out_samples", "gradient_batch_size", "efficiency_repeats"):
+        for name in ("num_samples", "repair_samples", "held_out_samples", "gradient_batch_size"):
             self.check_range(name, 1)
-        for name in ("sequence_length", "analysis_length", "eval_length"):
+        for name in ("sequence_length", "analysis_length"):
             self.check_range(name, 2)
-        for name in ("analysis_samples", "eval_samples", "eval_zeroshot_limit"):
-            self.check_range(name, 0)
-        unknown = set(self.run_evaluation.split(",")) - {*EVALUATIONS, "all", "none"}
-        if unknown:
-            raise UserError(
-                f"--run_evaluation {self.run_evaluation}: unknown {', '.join(sorted(unknown))}; allowed are "
-                f"{', '.join(EVALUATIONS)}, separated by commas, or all, or none"
-            )
+        self.check_range("analysis_samples", 0)
         if self.output_name in ("", "..") or Path(self.output_name).name != self.output_name:
             raise UserError(f"--output_name {self.output_name!r}: allowed is a plain folder name")
 
-    def evaluates(self, what: str) -> bool:
-        """Whether a kind of evaluation is asked for."""
-        return what in self.run_evaluation.split(",") or self.run_evaluation == "all"
-
     @property
-    def zeroshot_tasks(self) -> list[str]:
-        """The tasks that are asked for."""
-        return self.eval_zeroshot_tasks.split(",") if self.evaluates("zeroshot") else []
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.results_dir / self.output_name
 
-    def fingerprint(self, inputs: dict[str, Any]) -> str:
-        """A hash of what the result depends on."""
+    def saved_parts(self, inputs: dict[str, Any]) -> SavedParts:
+        """What a killed run with the same settings and inputs had finished, if this one is to go on behind it."""
         settings = {name: value for name, value in self.as_dict().items() if name not in NOT_RESULT}
-        identity = json.dumps([settings, contents(inputs)], sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()[:12]
+        name = f".{self.output_name}_{short_hash(settings, contents(inputs))}.resume"
+        return SavedParts(self.results_dir / name, self.resume)
 
 
 def calibration_text(
     config: RunFields, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Corpus], CalibrationText, torch.Tensor]:
+) -> tuple[list[Corpus], CalibrationText, Tensor]:
     """Windows for scores and repair (of the train part), for choices and for the analysis (of the validation part)."""
     train, held_out = (load_corpus(config.dataset, part, config.data_dir) for part in ("train", "validation"))
     length, seed = config.sequence_length, config.seed
@@ -138,72 +98,40 @@ def calibration_text(
     return [train, held_out], text, analysis
 
 
-class Evaluation:
-    """What a run measures of the dense and of the pruned model.
+def compare(
+    base: Path,
+    dense: dict[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tests: dict[str, Tensor],
+    config: RunFields,
+) -> dict[str, Any]:
+    """What the pruned model is beside the dense one, as evaluation_results.json says it.
 
-    Raises:
-        UserError: a text or a task is not there.
+    Args:
+        base: the dense model's folder; it is loaded again where speeds are asked for.
+        dense: what `measure` found of it.
+        model: the pruned one.
     """
-
-    def __init__(self, config: RunFields, tokenizer: PreTrainedTokenizerBase):
-        self.config, self.tokenizer, self.tests = config, tokenizer, {}
-        if config.zeroshot_tasks:
-            check_tasks(config.zeroshot_tasks, config.data_dir)
-        if config.evaluates("ppl"):
-            names = config.eval_ppl_datasets.split(",")
-            self.tests = evaluation_windows(tokenizer, names, config.eval_length, config.eval_samples, config.data_dir)
-
-    def measure(self, model: PreTrainedModel) -> dict[str, Any]:
-        """Sizes and quality of one model."""
-        config = self.config
-        return measure(
-            model, self.tokenizer, self.tests, config.gradient_batch_size, config.zeroshot_tasks, config.data_dir,
-            config.eval_zeroshot_limit or None,
-        )  # fmt: skip
-
-    def efficiency(self, models: dict[str, PreTrainedModel]) -> dict[str, Any]:
-        """MACs, prefill and decode speed of the dense and the pruned model, interleaved; peak memory on a GPU."""
-        length, device = self.config.eval_length, models["dense"].device
-        found = measure_generation(models, device, length, NEW_TOKENS, self.config.efficiency_repeats)
-        for name, model in models.items():
-            found[name]["macs"] = count_macs(model, length).as_dict()
-            if device.type == "cuda":
-                found[name]["peak_memory_bytes"] = _peak_memory(model, length)
-        ratios = {
-            "macs": found["pruned"]["macs"]["encoder"] / found["dense"]["macs"]["encoder"],
-            "prefill": _speed(found, "prefill"),
-            "decode": _speed(found, "decode"),
-        }
+    pruned = measure(model, tokenizer, tests, config, config.gradient_batch_size)
+    results = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned)}
+    if config.evaluates("efficiency"):
+        again, _ = load_language_model(base, model.device, model.dtype)
+        found = measure_efficiency({"dense": again, "pruned": model}, model.device, config)
+        ratios = efficiency_ratios(found["pruned"], found["dense"])
         log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
-        return found | {"ratios": ratios}
-
-
-def _speed(found: dict[str, Any], phase: str) -> float:
-    pruned, dense = (found[name][phase]["median_tokens_per_second"] for name in ("pruned", "dense"))
-    return pruned / dense
-
-
-@torch.inference_mode()
-def _peak_memory(model: PreTrainedModel, length: int) -> int:
-    """Bytes on the GPU at the peak of one forward pass, all that lies there included."""
-    torch.cuda.reset_peak_memory_stats(model.device)
-    model(torch.zeros(1, length, dtype=torch.long, device=model.device), logits_to_keep=1)
-    return torch.cuda.max_memory_allocated(model.device)
+        results["efficiency"] = found | {"ratios": ratios}
+    gone, sizes = results["reduction"], [found["parameters"]["total"] / 1e6 for found in (dense, pruned)]
+    log.info(
+        "Gone: %.1f %% of the layers' parameters, %.1f %% of the whole model's (%.1f -> %.1f million); %d -> %d layers",
+        100 * gone["structures"], 100 * gone["total"], *sizes, len(dense["layers"]), len(pruned["layers"]),
+    )  # fmt: skip
+    return results
 
 
 def reduction(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:
     """Shares of parameters that are gone: of the decoder layers' structures, and of the whole model."""
     return {part: 1 - pruned["parameters"][part] / dense["parameters"][part] for part in ("structures", "total")}
-
-
-def say_reduction(results: dict[str, Any]) -> None:
-    """How much smaller the model is."""
-    gone, models = results["reduction"], (results["dense"], results["pruned"])
-    log.info(
-        "Gone: %.1f %% of the layers' parameters, %.1f %% of the whole model's (%.1f -> %.1f million); %d -> %d layers",
-        100 * gone["structures"], 100 * gone["total"], *(model["parameters"]["total"] / 1e6 for model in models),
-        *(len(model["layers"]) for model in models),
-    )  # fmt: skip
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:

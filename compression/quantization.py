@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from compression.flops import part_of
-from compression.runtime import UserError
+from compression.runtime import UserError, pick_dtype
 from compression.structures import KINDS, layers_of
 from compression.surgery import shrink
 
@@ -326,6 +326,16 @@ def pack(model: PreTrainedModel, storage: Format, compute_dtype: torch.dtype) ->
         bnb_4bit_compute_dtype=compute_dtype,
     )
     return packed.eval()
+
+
+def nf4_base() -> BitsAndBytesConfig:
+    """How the weights under an adapter are loaded in 4 bits: NF4, with quantized scales (Dettmers et al. 2023)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=pick_dtype("auto", "Compute dtype"),
+    )
 
 
 def _linear_4bit(linear: nn.Linear, storage: Format, compute_dtype: torch.dtype) -> bnb.nn.Linear4bit:

@@ -5,8 +5,10 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -14,6 +16,8 @@ from accelerate import PartialState
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 RESULTS = ROOT / "results"
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 log = logging.getLogger("compression")
 # They advise packages and ways of use that this project does without.
@@ -38,6 +42,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # One of them uses an old name of the other's.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
 
 
 def processes() -> PartialState:
@@ -56,7 +62,7 @@ def pick_device() -> torch.device:
     return device
 
 
-def pick_dtype(name: str, use: str) -> torch.dtype:
+def pick_dtype(name: Dtype, use: str) -> torch.dtype:
     """A data type by name; `auto` is bfloat16 where the hardware multiplies it, else float32, and is logged.
 
     Args:

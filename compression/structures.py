@@ -110,7 +110,8 @@ class LayerParts:
             return 0
         inner, outer = self.split(kind)
         rows = sum(linear.out_features * (linear.in_features + (linear.bias is not None)) for linear in inner)
-        return (rows + outer.weight.numel()) // self.count(kind)
+        # By the layers' sizes: 4-bit weights are two to an element.
+        return (rows + outer.in_features * outer.out_features) // self.count(kind)
 
     @property
     def parameters(self) -> int:

@@ -1,7 +1,5 @@
 """What the training stages of the classifier track share: inputs, tokenized data, training, saving."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,7 @@ from compression.checkpoint import (
     load_classifier,
     make_folder,
     save_checkpoint,
+    short_hash,
 )
 from compression.data import Encoded, SentimentData, encode, load_sentiment
 from compression.distillation import teacher_logits
@@ -76,8 +75,7 @@ class Stage:
 
     def fingerprint(self) -> str:
         """A hash of what the result depends on: settings, inputs, number of processes (each draws its own dropout)."""
-        identity = [self.config.result_fields(), contents(self.inputs), processes().num_processes]
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        return short_hash(self.config.result_fields(), contents(self.inputs), processes().num_processes)
 
     @cached_property
     def data(self) -> SentimentData:

@@ -20,29 +20,31 @@ from transformers import PreTrainedModel
 
 from compression.checkpoint import load_tensors, new_folder, read_json, save_tensors, write_json
 from compression.config import StageConfig
-from compression.data import Encoded, length_grouped_order
+from compression.data import TrainingData, length_grouped_order
 from compression.runtime import UserError, log, seed_step
 from compression.schedule import warmup_then_linear_decay
 
-# Fields that do not change the result; paths of inputs are not in it because the inputs themselves are compared.
+# Fields that do not change the result (but for rounding, and the draws of dropout that go with the cut into parts);
+# paths of inputs are not in it because the inputs themselves are compared.
 NOT_RESULT = (
-    "resume", "skip_existing", "track", "save_steps", "models_dir", "data_dir", "teacher", "student", "teacher_path",
-    "student_path", "pruned_model_path",
+    "resume", "skip_existing", "track", "save_steps", "gradient_accumulation_steps", "gradient_checkpointing",
+    "models_dir", "results_dir", "output_dir", "output_name", "data_dir", "teacher", "student", "teacher_path",
+    "student_path", "pruned_model_path", "pruned_model",
 )  # fmt: skip
 
 
 @dataclass
-class TrainingConfig(StageConfig):
-    """Fields that every training stage has."""
+class TrainingFields(StageConfig):
+    """Fields that every training has, whatever is trained on."""
 
-    data_dir: str | None = None
-    """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
-    models_dir: Path = Path("models")
-    """Where checkpoints are read and written."""
     num_epochs: int = 3
     """Passes over the training data."""
     batch_size: int = 32
-    """Sentences per optimizer step, over all processes."""
+    """Rows of training data per optimizer step, over all processes and accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    """Each process takes its share of a batch in so many parts, which need less memory one by one."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
     learning_rate: float = 5e-5
     """Highest learning rate of AdamW."""
     weight_decay: float = 0.01
@@ -51,10 +53,6 @@ class TrainingConfig(StageConfig):
     """Share of the steps over which the learning rate rises from zero."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    max_length: int = 128
-    """Sentences are cut at this number of tokens."""
-    train_fraction: float = 1.0
-    """Share of the training data that is used."""
     amp: Literal["no", "auto", "bf16", "fp16"] = "no"
     """Mixed precision; auto: bf16 (else fp16) on CUDA, none on the CPU."""
     track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
@@ -69,14 +67,14 @@ class TrainingConfig(StageConfig):
     """Fixes data order, initialisation of new layers, and dropout."""
 
     def check(self) -> None:
+        super().check()
         self.check_range("num_epochs", 1)
         self.check_range("batch_size", 1)
+        self.check_range("gradient_accumulation_steps", 1, self.batch_size)
         self.check_range("learning_rate", 0, 1)
         self.check_range("weight_decay", 0, 1)
         self.check_range("warmup_ratio", 0, 1)
         self.check_range("max_grad_norm", 1e-6)
-        self.check_range("max_length", 4, 512)
-        self.check_range("train_fraction", 1e-6, 1)
         self.check_range("save_steps", 1)
         self.check_range("seed", 0, 2**31 - 1)
         if self.amp == "fp16" and not torch.cuda.is_available():
@@ -87,12 +85,31 @@ class TrainingConfig(StageConfig):
         return {name: value for name, value in self.as_dict().items() if name not in NOT_RESULT}
 
 
+@dataclass
+class TrainingConfig(TrainingFields):
+    """Fields that every training stage of the classifier track has."""
+
+    data_dir: str | None = None
+    """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
+    models_dir: Path = Path("models")
+    """Where checkpoints are read and written."""
+    max_length: int = 128
+    """Sentences are cut at this number of tokens."""
+    train_fraction: float = 1.0
+    """Share of the training data that is used."""
+
+    def check(self) -> None:
+        super().check()
+        self.check_range("max_length", 4, 512)
+        self.check_range("train_fraction", 1e-6, 1)
+
+
 class Recipe:
     """What one stage does in the loop. Steps count optimizer steps from 0 over the whole run, epochs from 1."""
 
     stop = False
 
-    def __init__(self, config: TrainingConfig, rows: int):
+    def __init__(self, config: TrainingFields, rows: int):
         self.config = config
         self.steps_per_epoch = -(-rows // config.batch_size)
         self.total_steps = self.steps_per_epoch * config.num_epochs
@@ -103,7 +120,7 @@ class Recipe:
         return self.config.learning_rate * warmup_then_linear_decay(step, self.total_steps, warmup)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Loss terms of a batch (means over its rows); the term `loss` is the one that is minimised."""
+        """Loss terms of a batch (means by the rows' weights); the term `loss` is the one that is minimised."""
         raise NotImplementedError
 
     def after_backward(self, step: int) -> None:
@@ -131,7 +148,7 @@ class Recipe:
 def fit(
     model: PreTrainedModel,
     recipe: Recipe,
-    train: Encoded,
+    train: TrainingData,
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     work_dir: Path,
     pad_token_id: int,
@@ -140,7 +157,8 @@ def fit(
 
     Args:
         recipe: the stage's loss, learning rate and hooks; its `config` sets the rest.
-        train: the training data; batches have the rows' indices in `rows`.
+        train: the training data; batches have the rows' indices in `rows`. Weights that are frozen are not trained,
+            and not in the states to resume from.
         evaluate: called after each epoch, gives the metrics of the epoch.
         work_dir: where states to resume from are kept while the run lasts, one folder for each set of
             settings and inputs; the caller removes it (`clean_up`) once the result is saved.
@@ -156,15 +174,17 @@ def fit(
         cpu=not torch.cuda.is_available(),
         mixed_precision=pick_precision(config.amp),
         log_with=_tracker(config.track),
-        project_dir=config.models_dir / "logs",
+        project_dir=Path(work_dir).parent / "logs",
     )
     log.info(
-        "Training: %d sentences, %d epochs of %d steps on %d process(es), %s, mixed precision %s",
+        "Training: %d rows, %d epochs of %d steps on %d process(es), %s, mixed precision %s",
         len(train), config.num_epochs, recipe.steps_per_epoch, accelerator.num_processes,
         accelerator.device, accelerator.mixed_precision,
     )  # fmt: skip
     if config.track != "none":
         accelerator.init_trackers("compression", config={k: str(v) for k, v in config.as_dict().items()})
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = _optimizer(model, config)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     # Accelerate makes every forward pass of a prepared model run in mixed precision. Training steps ask for it
@@ -186,6 +206,8 @@ def fit(
         log.info("%s  (%.0f s)", _line(record), time.perf_counter() - started)
         run.epoch += 1
         run.save()
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_disable()
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.free_memory()
@@ -214,7 +236,7 @@ def _tracker(name: str) -> str | None:
     return name
 
 
-def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, config: TrainingFields) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [
@@ -242,7 +264,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.sums: dict[str, Tensor] = {}
 
-    def train_epoch(self, train: Encoded, pad_token_id: int) -> None:
+    def train_epoch(self, train: TrainingData, pad_token_id: int) -> None:
         """The steps of the current epoch that are still to do."""
         config = self.config
         self.wrapped.train()
@@ -257,36 +279,54 @@ class _Run:
             if self.step % config.save_steps == 0 and self.step < self.epoch * len(order):
                 self.save()
 
-    def _step(self, train: Encoded, rows: list[int], pad_token_id: int) -> None:
+    def _step(self, train: TrainingData, rows: list[int], pad_token_id: int) -> None:
         accelerator, recipe = self.accelerator, self.recipe
-        world, rank = accelerator.num_processes, accelerator.process_index
-        # Each process takes its share of the global batch. Its loss is a mean over its own rows; the weight turns the
-        # mean over processes into the mean over the global batch, also where the shares differ in size.
-        mine = rows[rank::world]
-        weight = len(mine) * world / len(rows)
-        mine = mine or rows[:1]
-        batch = train.collate(mine, pad_token_id) | {"rows": torch.tensor(mine)}
-        batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-        seed_step(self.config.seed, self.step, rank)
+        total = train.weights[rows].sum().item()
+        seed_step(self.config.seed, self.step, accelerator.process_index)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(self.step)
-        with accelerator.autocast():
-            terms = recipe.loss(self.wrapped, batch, self.step)
-        accelerator.backward(terms["loss"] * weight)
+        *first, last = self._parts(rows)
+        with accelerator.no_sync(self.wrapped):  # gradients add up here; processes share them once, with the last part
+            for part in first:
+                self._backward(train, part, total, pad_token_id)
+        self._backward(train, last, total, pad_token_id)
         accelerator.unscale_gradients()
         recipe.after_backward(self.step)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         recipe.after_step(self.step)
-        for name, term in terms.items():
-            value = term.detach().double() * (weight * len(rows))
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-        self.sums["rows"] = self.sums.get("rows", torch.zeros_like(value)) + len(rows)
+        self._add("rows", torch.tensor(total, dtype=torch.double, device=accelerator.device))
         self.step += 1
 
+    def _parts(self, rows: list[int]) -> list[list[int]]:
+        """This process's share of a batch, in the parts that it takes one by one; at least one, which may be empty."""
+        world = self.accelerator.num_processes
+        mine = rows[self.accelerator.process_index :: world]
+        size = -(-self.config.batch_size // (world * self.config.gradient_accumulation_steps))
+        return [mine[start : start + size] for start in range(0, len(mine), size)] or [[]]
+
+    def _backward(self, train: TrainingData, part: list[int], total: int, pad_token_id: int) -> None:
+        """Add a part's gradients, and its loss terms to the sums of the epoch.
+
+        The part's loss is a mean by the weights of its own rows. Its share of the batch's total weight turns sums over
+        parts and means over processes into the mean over the batch, however it is cut.
+        """
+        share = train.weights[part].sum().item() * self.accelerator.num_processes / total
+        rows = part or [0]  # without a share it takes any row, which counts nothing: the other processes wait for it
+        batch = train.collate(rows, pad_token_id) | {"rows": torch.tensor(rows)}
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        with self.accelerator.autocast():
+            terms = self.recipe.loss(self.wrapped, batch, self.step)
+        self.accelerator.backward(terms["loss"] * share)
+        for name, term in terms.items():
+            self._add(name, term.detach().double() * (share * total))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+
     def mean_losses(self) -> dict[str, float]:
-        """Means of the loss terms over the rows of the epoch, which end with this call."""
+        """Means of the loss terms by the weights of the epoch's rows; the sums end with this call."""
         rows = self.sums.pop("rows")
         means = {name: self.accelerator.reduce(value / rows, "mean").item() for name, value in self.sums.items()}
         self.sums = {}
@@ -299,7 +339,7 @@ class _Run:
             target = self.work_dir / f"step_{self.step:08d}_epoch_{self.epoch:04d}"
             older = self._saved()
             with new_folder(target) as folder:
-                save_tensors(folder / "model.safetensors", self.model.state_dict())
+                save_tensors(folder / "model.safetensors", _trained(self.model))
                 save_tensors(folder / "optimizer.safetensors", _flat(self.optimizer.state_dict()["state"]))
                 save_tensors(folder / "recipe.safetensors", self.recipe.tensors())
                 scaler = self.accelerator.scaler
@@ -325,7 +365,7 @@ class _Run:
             return
         folder = saved[-1]
         state = read_json(folder / "state.json")
-        self.model.load_state_dict(load_tensors(folder / "model.safetensors"))
+        self.model.load_state_dict(load_tensors(folder / "model.safetensors"), strict=False)
         moments = _nested(load_tensors(folder / "optimizer.safetensors"))
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -339,6 +379,13 @@ class _Run:
 
     def _saved(self) -> list[Path]:
         return sorted(path.parent for path in self.work_dir.glob("step_*/state.json"))
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model without what is frozen, and without what belongs to it (the scales of 4-bit weights)."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    frozen = tuple(name for name, parameter in parameters if not parameter.requires_grad)
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(frozen)}
 
 
 def _flat(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -18,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -25,6 +29,7 @@ from transformers import (
 )
 
 from compression import structures
+from compression.checkpoint import save_checkpoint
 
 HIDDEN, HEADS, HEAD_SIZE, NEURONS, LAYERS, VOCABULARY = 32, 4, 8, 48, 3, 120
 # What stays of the tiny models in most tests: layers of different widths.
@@ -73,6 +78,25 @@ def tiny_decoder(family: str = "llama", seed: int = 0, **fields):
         if name.endswith("bias"):  # as a trained model's, not zero
             torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+WORDS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def save_decoder(folder, model, stage=None):
+    """Save a language model with a tokenizer whose words are letters (a is id 4)."""
+    vocabulary = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    return save_checkpoint(folder, model, tokenizer, stage or {"stage": "dense"})
+
+
+def letters(count, seed=0):
+    """A text of random letters."""
+    draw = torch.randint(0, 26, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return " ".join(WORDS[letter] for letter in draw)
 
 
 MODELS = {"bert": tiny_bert, "distilbert": tiny_distilbert}

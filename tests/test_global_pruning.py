@@ -8,14 +8,11 @@ import time
 
 import pytest
 import torch
-from conftest import tiny_decoder
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from conftest import WORDS, letters, save_decoder, tiny_decoder
+from transformers import AutoModelForCausalLM
 
 from compression.calibration import removal_perplexities, score_structures
-from compression.checkpoint import load_language_model, save_checkpoint
+from compression.checkpoint import load_language_model
 from compression.evaluation.perplexity import perplexity
 from compression.flops import encoder_macs_formula
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields, masked
@@ -181,22 +178,12 @@ def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
 
 # The command line.
 
-WORDS = "abcdefghijklmnopqrstuvwxyz"
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A language model whose words are letters, and a text of them."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    vocabulary = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    model = tiny_decoder(max_position_embeddings=128)
-    save_checkpoint(folder, model, tokenizer, {"stage": "dense"})
-    draw = torch.randint(0, 26, (30_000,), generator=torch.Generator().manual_seed(0)).tolist()
-    (folder.parent / "text.txt").write_text(" ".join(WORDS[letter] for letter in draw))
+    folder = save_decoder(tmp_path_factory.mktemp("base") / "model", tiny_decoder(max_position_embeddings=128))
+    (folder.parent / "text.txt").write_text(letters(30_000))
     return folder
 
 
@@ -306,6 +293,20 @@ def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
     assert not list((tmp_path / "killed").glob(".*")), "what was kept to resume from is gone"
 
 
+def test_finetune_trains_the_pruned_model_and_measures_it_again(base, tmp_path):
+    flags = ["--finetune", "--finetune_samples", "24", "--lora_r", "4", "--run_evaluation", "ppl"]
+    run(base, tmp_path, "--output_name", "tuned", "--pruning_ratio", "0.4", *flags)
+    folder = tmp_path / "tuned"
+    found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
+    stage = json.loads((folder / "finetuned" / "stage.json").read_text())
+    assert stage["parent"] == str(folder / "models") and stage["config"]["lora_r"] == 4
+    assert stage["metrics"]["before"]["perplexity"] == pytest.approx(found["pruned"]["perplexity"], rel=1e-5)
+    assert found["finetuned"] == stage["metrics"]["after"]
+    model, _ = load_language_model(folder / "models")
+    assert found["finetuned"]["parameters"]["total"] == stage["metrics"]["trained"] + model.num_parameters()
+    assert (folder / "finetuned" / "adapter_model.safetensors").exists()
+
+
 def test_uniform_checkpoint_needs_no_code(base, tmp_path):
     run(base, tmp_path, "--output_name", "same", "--pruning_ratio", "0.3", "--uniform", "--run_evaluation", "none")
     config = json.loads((tmp_path / "same" / "models" / "config.json").read_text())
@@ -323,6 +324,7 @@ def test_uniform_checkpoint_needs_no_code(base, tmp_path):
         (["--run_evaluation", "all", "--data_dir", "docs"], "--data_dir docs: has no zeroshot/piqa/validation.jsonl"),
         (["--run_evaluation", "zeroshot", "--eval_zeroshot_tasks", "no"], "'no': lm-evaluation-harness has none"),
         (["--dataset", "wiki"], "text 'wiki': no such file; allowed is a text file or one of wikitext2, ptb, c4"),
+        (["--finetune", "--lora_r", "0"], "--lora_r 0: allowed is at least 1"),
         (["--temperature", "1", "--analysis_samples", "0"], "--analysis_samples 0: allowed is at least 1"),
     ],
 )

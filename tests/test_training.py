@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import VOCABULARY, tiny_distilbert
 
+from compression.checkpoint import load_tensors
 from compression.data import Encoded
 from compression.gradual import GradualPruning, GradualPruningConfig
 from compression.runtime import UserError
@@ -98,6 +99,56 @@ def test_training_learns(train, tmp_path):
     config = TrainingConfig(num_epochs=12, batch_size=8, learning_rate=5e-3)
     history = fit(model, CrossEntropy(config, len(train)), train, lambda _: {}, tmp_path, 0)
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_batch_in_parts_is_the_same_batch(train, tmp_path, parts):
+    """Batches of 8 rows, and at the end of an epoch one of 2, in parts of 4, 3 or 1."""
+    histories, gradients = [], []
+    for steps in (1, parts):
+        model = tiny_distilbert()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        config = TrainingConfig(num_epochs=2, batch_size=8, gradient_accumulation_steps=steps, learning_rate=1e-3)
+        recipe = CrossEntropy(config, len(train))
+        seen = []
+
+        def note(step, model=model, seen=seen):
+            seen.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+        recipe.after_backward = note
+        histories.append(fit(model, recipe, train, lambda _: {}, tmp_path / str(steps), 0))
+        gradients.append(seen)
+    assert len(gradients[1]) == 12, "one step of the optimizer for each batch"
+    assert histories[1][1]["loss"] == pytest.approx(histories[0][1]["loss"], rel=1e-4)
+    for name, expected in gradients[0][0].items():
+        torch.testing.assert_close(gradients[1][0][name], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_recomputed_activations_give_the_same_weights(train, tmp_path):
+    weights, forwards = [], []
+    for recompute in (False, True):
+        model = tiny_distilbert()
+        calls = []
+        model.distilbert.transformer.layer[0].ffn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        config = TrainingConfig(num_epochs=1, batch_size=8, gradient_checkpointing=recompute)
+        fit(model, CrossEntropy(config, len(train)), train, lambda _: {}, tmp_path / str(recompute), 0)
+        weights.append(model.state_dict())
+        forwards.append(len(calls))
+        assert not model.is_activation_checkpointing
+    assert forwards == [6, 12]
+    assert all(torch.equal(value, weights[0][name]) for name, value in weights[1].items())
+
+
+def test_frozen_weights_are_not_saved_to_resume_from(train, tmp_path):
+    model = tiny_distilbert()
+    model.distilbert.requires_grad_(False)
+    config = TrainingConfig(num_epochs=1, batch_size=8)
+    fit(model, CrossEntropy(config, len(train)), train, lambda _: {}, tmp_path, 0)
+    (state,) = tmp_path.glob("step_*/model.safetensors")
+    names = {"pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"}
+    assert load_tensors(state).keys() == names
 
 
 @pytest.fixture

@@ -47,16 +47,18 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 
-class NoAttention(nn.Module):
-    """In the place of a removed attention: adds nothing to the residual stream."""
+class Removed(nn.Module):
+    """In the place of a removed part: adds nothing to the residual stream."""
 
+
+# An attention class that derived from nn.Module itself would, to transformers, be one that only knows its own kernel:
+# models of this file could not switch to another.
+class NoAttention(Removed):
     def forward(self, hidden_states, **_):
         return 0, None
 
 
-class NoMLP(nn.Module):
-    """In the place of a removed MLP: adds nothing to the residual stream."""
-
+class NoMLP(Removed):
     def forward(self, hidden_states):
         return 0
 

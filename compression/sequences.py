@@ -1,0 +1,143 @@
+"""Token sequences that a language model is trained on: windows of a text, or instructions with their responses."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from compression.data import pad
+from compression.runtime import UserError, log
+
+INSTRUCTION_FILES = (".json", ".jsonl")
+# The prompts of Stanford Alpaca (Taori et al. 2023), which instruction-tuned models are commonly trained with.
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token ids per row (no padding), and for each row the place of the first token that is predicted, at least 1."""
+
+    ids: list[list[int]]
+    first: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([len(row) for row in self.ids])
+
+    @property
+    def weights(self) -> Tensor:
+        """Tokens that are predicted in each row: a batch's loss is the mean over its tokens."""
+        return self.lengths - torch.tensor(self.first)
+
+    def digest(self) -> str:
+        """A hash of what is predicted from what."""
+        return hashlib.sha256(repr((self.ids, self.first)).encode()).hexdigest()
+
+    def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
+        """A batch padded to its longest row: input_ids, attention_mask and bool targets [rows, length].
+
+        `targets` marks the tokens that are predicted, each from those before it.
+        """
+        batch = pad([self.ids[row] for row in rows], pad_token_id)
+        first = torch.tensor([self.first[row] for row in rows])
+        later = torch.arange(batch["input_ids"].shape[1]) >= first[:, None]
+        return batch | {"targets": later & batch["attention_mask"].bool()}
+
+
+def of_windows(windows: Tensor) -> Sequences:
+    """Windows [count, length] of a text, of which all tokens but the first are predicted."""
+    return Sequences(windows.tolist(), [1] * len(windows))
+
+
+def is_instruction_file(name: str) -> bool:
+    """Whether the name is that of a file of instructions and not of a text."""
+    return Path(name).suffix in INSTRUCTION_FILES
+
+
+def read_instructions(path: Path) -> list[dict[str, str]]:
+    """Rows with `instruction`, `input` (may be empty or absent) and `output`.
+
+    Args:
+        path: a JSON list of objects, or JSON lines with an object each.
+
+    Raises:
+        UserError: the file is malformed; names the row.
+    """
+    rows = _parse(Path(path))
+    for number, row in enumerate(rows, start=1):
+        known = isinstance(row, dict) and {"input": ""} | row
+        if not known or not all(isinstance(known.get(name), str) for name in ("instruction", "input", "output")):
+            raise UserError(
+                f"--dataset {path}: row {number} is {json.dumps(row)[:60]}; "
+                "a row must have instruction, input and output as text"
+            )
+    if not rows:
+        raise UserError(f"--dataset {path}: holds no rows; each must have instruction, input and output")
+    return rows
+
+
+def _parse(path: Path) -> list[Any]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = json.loads(text)
+    except ValueError as error:
+        kind = "JSON lines" if path.suffix == ".jsonl" else "JSON"
+        raise UserError(f"--dataset {path}: is no valid {kind} ({error}); mend the file or name another") from None
+    if not isinstance(rows, list):
+        raise UserError(f"--dataset {path}: holds a {type(rows).__name__}; allowed is a list of rows")
+    return rows
+
+
+def of_instructions(
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], max_length: int, train_on_inputs: bool
+) -> Sequences:
+    """Prompts with their responses and the end-of-text token, cut at `max_length` tokens.
+
+    Args:
+        rows: see `read_instructions`. A row whose prompt leaves no place for a response is left out.
+        train_on_inputs: the prompt's tokens are predicted too, not the response's alone.
+
+    Raises:
+        UserError: no row is left.
+    """
+    ids, first = [], []
+    for row in rows:
+        prompt, response = _tokens(tokenizer, row)
+        start = 1 if train_on_inputs else max(1, len(prompt))
+        if start < min(len(prompt) + len(response), max_length):
+            ids.append((prompt + response)[:max_length])
+            first.append(start)
+    if not ids:
+        raise UserError(f"--max_length {max_length}: every prompt is longer, so no response is left; allow more tokens")
+    if len(ids) < len(rows):
+        log.info(
+            "%d of %d rows left out: their prompts fill --max_length %d", len(rows) - len(ids), len(rows), max_length
+        )
+    return Sequences(ids, first)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> tuple[list[int], list[int]]:
+    prompt = tokenizer((PROMPT_WITH_INPUT if row.get("input") else PROMPT).format_map(row))["input_ids"]
+    response = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if prompt[-1:] == end:  # some tokenizers end every text
+        prompt = prompt[:-1]
+    return prompt, response + end

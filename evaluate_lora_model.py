@@ -1,0 +1,116 @@
+"""A model, the same with its LoRA adapter, and the two merged, side by side.
+
+    python evaluate_lora_model.py --pruned_model results/NAME/models --lora_dir results/NAME_lora [--merged_model DIR]
+
+Measures perplexity, zero-shot accuracy and efficiency; writes results/lora_evaluation.json (--output_file) and prints a
+table. Without --merged_model the adapter is merged in memory.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from compression.checkpoint import identify, load_language_model, make_folder, require_language_model, write_json
+from compression.config import run_script
+from compression.evaluation.language_model import (
+    EvaluationFields,
+    efficiency_ratios,
+    evaluation_windows,
+    measure,
+    measure_efficiency,
+)
+from compression.lora import load_adapter, require_adapter
+from compression.quantization import nf4_base
+from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype
+
+BASE, ADAPTED, MERGED = "base", "base+adapter", "merged"
+
+
+@dataclass
+class LoraEvaluationConfig(EvaluationFields):
+    pruned_model: Path = RESULTS / "hgsp" / "models"
+    """The model that the adapter was trained on."""
+    lora_dir: Path = RESULTS / "recovered"
+    """The adapter."""
+    merged_model: Path | None = None
+    """The merged model; by default it is made in memory."""
+    load_in_4bit: bool = False
+    """Base and base+adapter have their frozen weights in 4 bits."""
+    dtype: Dtype = "auto"
+    """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32."""
+    output_file: Path = RESULTS / "lora_evaluation.json"
+    """Where the figures go."""
+    run_evaluation: str = "all"
+    """What is measured of each model: some of ppl,zeroshot,efficiency, or all, or none."""
+
+    presets: ClassVar = {"fast": EvaluationFields.fast_evaluation}
+
+
+def main(config: LoraEvaluationConfig) -> None:
+    require_language_model(config.pruned_model, "--pruned_model")
+    require_adapter(config.lora_dir, "--lora_dir")
+    if config.merged_model is not None:
+        require_language_model(config.merged_model, "--merged_model", "python merge_and_save_lora.py")
+    config.check_zero_shot()
+    models, tokenizer = load_models(config)
+    tests = evaluation_windows(config, tokenizer)
+    make_folder(config.output_file.parent, "--output_file")
+
+    figures = {}
+    for name, model in models.items():
+        log.info("%s:", name)
+        figures[name] = measure(model, tokenizer, tests, config)
+    if config.evaluates("efficiency"):
+        costs = measure_efficiency(models, next(iter(models.values())).device, config)
+        for name in models:
+            figures[name]["efficiency"] = costs[name] | {"ratios": efficiency_ratios(costs[name], costs[BASE])}
+
+    inputs = {"base": identify(config.pruned_model), "adapter": identify(config.lora_dir)}
+    if config.merged_model is not None:
+        inputs["merged"] = identify(config.merged_model)
+    result = {"models": figures, "inputs": inputs, "config": config.as_dict(), "environment": fingerprint()}
+    write_json(config.output_file, result)
+    log.info("\n%s\n-> %s", table(figures), config.output_file)
+
+
+def load_models(config: LoraEvaluationConfig) -> tuple[dict[str, PreTrainedModel], Any]:
+    """The three models, each with weights of its own, and their tokenizer."""
+    device = pick_device()
+    dtype = pick_dtype(config.dtype, "Weights")
+    four_bit = nf4_base() if config.load_in_4bit else None
+    base, tokenizer = load_language_model(config.pruned_model, device, dtype, four_bit)
+    adapted, _ = load_language_model(config.pruned_model, device, dtype, four_bit)
+    load_adapter(adapted, config.lora_dir, "--lora_dir")
+    if config.merged_model is not None:
+        merged, _ = load_language_model(config.merged_model, device, dtype)
+    else:
+        merged, _ = load_language_model(config.pruned_model, device)
+        merged = load_adapter(merged, config.lora_dir, "--lora_dir").merge_and_unload().to(dtype)
+    return {BASE: base, ADAPTED: adapted, MERGED: merged}, tokenizer
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    """One line per figure, one column per model."""
+    columns = [rows(found) for found in figures.values()]
+    lines = [["", *figures], *([label, *(column[label] for column in columns)] for label in columns[0])]
+    return "\n".join(f"{line[0]:32s}" + "".join(f"{value:>16s}" for value in line[1:]) for line in lines)
+
+
+def rows(found: dict[str, Any]) -> dict[str, str]:
+    """The figures of one model as text, by label."""
+    texts = {"parameters, million": f"{found['parameters']['total'] / 1e6:.2f}"}
+    texts |= {f"perplexity, {name}": f"{value:.2f}" for name, value in found["perplexity"].items()}
+    for task, values in found.get("zeroshot", {}).items():
+        texts[f"{task}, %"] = f"{100 * values['acc']:.1f} ± {100 * values['acc_standard_error']:.1f}"
+    if "efficiency" in found:
+        costs = found["efficiency"]
+        texts["GMACs of the layers"] = f"{costs['macs']['encoder'] / 1e9:.3f}"
+        for phase in ("prefill", "decode"):
+            texts[f"{phase}, tokens/s"] = f"{costs[phase]['median_tokens_per_second']:.1f}"
+    return texts
+
+
+if __name__ == "__main__":
+    run_script(LoraEvaluationConfig, main)

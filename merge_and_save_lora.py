@@ -1,0 +1,80 @@
+"""Merge a LoRA adapter into the model it was trained on.
+
+    python merge_and_save_lora.py --pruned_model results/NAME/models --lora_dir results/NAME_lora --output_dir DIR
+
+Writes an ordinary checkpoint of the model's own class. Model with adapter and merged model must give the same logits,
+else nothing is written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compression.checkpoint import (
+    describe_stage,
+    identify,
+    load_language_model,
+    make_folder,
+    read_stage,
+    require_language_model,
+    save_checkpoint,
+)
+from compression.config import StageConfig, run_script
+from compression.lora import load_adapter, require_adapter
+from compression.runtime import RESULTS, UserError, log, pick_device
+
+# W x + B A x and (W + B A) x are the same sums in another order; more than this is a mistake.
+LOGIT_TOLERANCE = 1e-4
+TOKENS = 32
+
+
+@dataclass
+class MergeConfig(StageConfig):
+    pruned_model: Path = RESULTS / "hgsp" / "models"
+    """The model that the adapter was trained on."""
+    lora_dir: Path = RESULTS / "recovered"
+    """The adapter."""
+    output_dir: Path = RESULTS / "recovered_merged"
+    """Where the merged model goes; its weights are float32."""
+    seed: int = 0
+    """Fixes the tokens that the two models are compared on."""
+
+    def check(self) -> None:
+        for name in ("pruned_model", "lora_dir"):
+            if self.output_dir.resolve() == getattr(self, name).resolve():
+                raise UserError(f"--output_dir {self.output_dir}: is --{name} itself; name another folder")
+
+
+@torch.inference_mode()
+def main(config: MergeConfig) -> None:
+    require_language_model(config.pruned_model, "--pruned_model")
+    require_adapter(config.lora_dir, "--lora_dir")
+    make_folder(config.output_dir.parent, "--output_dir")
+    model, tokenizer = load_language_model(config.pruned_model, pick_device())
+    adapted = load_adapter(model, config.lora_dir, "--lora_dir")
+    if ((read_stage(config.lora_dir) or {}).get("config") or {}).get("load_in_4bit"):
+        log.info(
+            "The adapter was trained on 4-bit weights and goes into those of %s: measure again", config.pruned_model
+        )
+
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=generator).to(model.device)
+    expected = model(ids).logits
+    merged = adapted.merge_and_unload()
+    difference = (merged(ids).logits - expected).abs().max().item()
+    if not difference <= LOGIT_TOLERANCE:
+        raise UserError(
+            f"--lora_dir {config.lora_dir}: merged and adapted model differ by {difference:.1e} in logits, allowed is "
+            f"{LOGIT_TOLERANCE:.0e}; nothing was saved; train the adapter again"
+        )
+    log.info("Adapted and merged model agree to %.1e in logits", difference)
+
+    inputs = {"parent": identify(config.pruned_model), "adapter": identify(config.lora_dir)}
+    stage = describe_stage("merged", config.as_dict(), inputs, {"logit_difference": difference}, {})
+    save_checkpoint(config.output_dir, merged, tokenizer, stage)
+    log.info("-> %s", config.output_dir)
+
+
+if __name__ == "__main__":
+    run_script(MergeConfig, main)

@@ -1,0 +1,140 @@
+"""Adapters: they leave the model as it was, come back as they were saved, merge exactly, and fit one model only."""
+
+import json
+
+import pytest
+import torch
+from conftest import KEPT, tiny_decoder
+from safetensors.torch import save_file
+from transformers import BitsAndBytesConfig
+
+from compression.checkpoint import load_tensors
+from compression.flops import count_macs
+from compression.lora import PROJECTIONS, add_lora, load_adapter, write_adapter
+from compression.runtime import UserError
+from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.surgery import shrink_decoder
+
+
+def pruned(family="llama"):
+    """Four layers: one whole, one narrow, one without attention, one without MLP."""
+    heads = [*KEPT[HEADS][:2], torch.zeros(4).bool(), torch.ones(4).bool()]
+    neurons = [*KEPT[NEURONS][:2], torch.ones(48).bool(), torch.zeros(48).bool()]
+    return shrink_decoder(tiny_decoder(family, max_position_embeddings=128), {HEADS: heads, NEURONS: neurons})
+
+
+def with_adapter(model, r=4, seed=0):
+    """An adapter as a training leaves it: with a B that is not zero."""
+    adapted = add_lora(model, r, 8.0, 0.0, list(PROJECTIONS))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return adapted
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, 120, (2, 11), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_new_adapter_changes_nothing_and_sits_where_there_is_a_layer(ids, family):
+    model = pruned(family)
+    expected = model(ids).logits
+    whole = {name for name, _ in model.named_parameters()}
+    add_lora(model, 4, 8.0, 0.0, list(PROJECTIONS))
+    assert torch.equal(model(ids).logits, expected)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert not whole & set(trained) and len(trained) == 2 * (2 * 7 + 3 + 4)
+    assert type(model) is type(pruned(family))
+
+
+@torch.no_grad()
+def test_saved_and_loaded_adapter_computes_the_same(ids, tmp_path):
+    model = pruned()
+    adapted = with_adapter(model)
+    expected, base = model(ids).logits, pruned()(ids).logits
+    assert (expected - base).abs().max() > 0.1
+    write_adapter(adapted, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    fresh = pruned()
+    load_adapter(fresh, tmp_path, "--lora_dir")
+    assert torch.equal(fresh(ids).logits, expected)
+    assert not any(parameter.requires_grad for parameter in fresh.parameters())
+
+
+@torch.no_grad()
+def test_merged_model_is_of_its_own_class_and_computes_the_same(ids):
+    model = pruned()
+    adapted = with_adapter(model)
+    expected = model(ids).logits
+    merged = adapted.merge_and_unload()
+    assert type(merged) is type(pruned()) and merged.state_dict().keys() == pruned().state_dict().keys()
+    torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_an_adapters_macs_and_structures_are_counted_right():
+    dense = pruned()
+    before = count_macs(dense, 16)
+    sizes = [layer.parameters for layer in layers_of(dense)]
+    with_adapter(dense, r=4)
+    after = count_macs(dense, 16)
+    linears = [linear for layer in layers_of(dense) for linear in layer.linears()]
+    extra = 16 * 4 * sum(linear.in_features + linear.out_features for linear in linears)
+    assert after.as_dict()["encoder"] - before.as_dict()["encoder"] == extra
+    assert [layer.parameters for layer in layers_of(dense)] == sizes
+
+
+def test_structures_of_4_bit_layers_are_counted_by_their_sizes(tmp_path):
+    model = pruned()
+    expected = [[layer.structure_parameters(kind) for kind in KINDS] for layer in layers_of(model)]
+    model.save_pretrained(tmp_path)
+    packed = type(model).from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert type(layers_of(packed)[0].q).__name__ == "Linear4bit"
+    assert [[layer.structure_parameters(kind) for kind in KINDS] for layer in layers_of(packed)] == expected
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    write_adapter(with_adapter(pruned()), tmp_path)
+    return tmp_path
+
+
+def refused(folder, model=None):
+    with pytest.raises(UserError) as caught:
+        load_adapter(model or pruned(), folder, "--lora_dir")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_adapter(tmp_path, adapter):
+    message = f"--lora_dir {tmp_path / 'none'}: no adapter there (no adapter_config.json); make it with: python post_"
+    assert message in refused(tmp_path / "none")
+    (adapter / "adapter_model.safetensors").unlink()
+    assert "no adapter there (no adapter_model.safetensors)" in refused(adapter)
+
+
+@pytest.mark.parametrize("other", [tiny_decoder, lambda: tiny_decoder(num_hidden_layers=2)])
+def test_adapter_of_another_model(adapter, other):
+    message = refused(adapter, other())
+    assert "the adapter does not fit the model (" in message and "name the model it was trained on" in message
+
+
+def test_adapter_that_lacks_a_layer_is_refused_and_not_filled_up(adapter):
+    weights = load_tensors(adapter / "adapter_model.safetensors")
+    name = min(weights)
+    del weights[name]
+    save_file(weights, adapter / "adapter_model.safetensors")
+    assert f"({name} is none, the model needs [" in refused(adapter)
+
+
+def test_unreadable_and_foreign_adapters(adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b"not weights")
+    assert "cannot be read as an adapter" in refused(adapter)
+    write_adapter(with_adapter(pruned()), adapter)
+    (adapter / "adapter_config.json").write_text("{")
+    assert "cannot be read as an adapter" in refused(adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM"}))
+    assert "is an adapter of type PeftType.IA3; allowed is LORA" in refused(adapter)
