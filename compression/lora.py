@@ -67,6 +67,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, flag: str) -> PeftModel:
         ) from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{flag} {folder}: is an adapter of type {config.peft_type}; allowed is LORA")
+    config.base_model_name_or_path = model.name_or_path  # PEFT warns of another path, which says nothing of the weights
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Adapters: they leave the model as it was, come back as they were saved, merge exactly, and fit one model only."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -60,7 +61,10 @@ def test_saved_and_loaded_adapter_computes_the_same(ids, tmp_path):
     write_adapter(adapted, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     fresh = pruned()
-    load_adapter(fresh, tmp_path, "--lora_dir")
+    fresh.name_or_path = "elsewhere"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_adapter(fresh, tmp_path, "--lora_dir")
     assert torch.equal(fresh(ids).logits, expected)
     assert not any(parameter.requires_grad for parameter in fresh.parameters())
 
