@@ -45,7 +45,7 @@ from compression.gqa_pruning import (
 )
 from compression.plots import plot_rates, save_figure
 from compression.pruning_run import FAST, RunFields, calibration_text, compare, write_table
-from compression.runtime import UserError, log, pick_device, pick_dtype, seed_everything
+from compression.runtime import UserError, log, log_file, pick_device, pick_dtype, seed_everything
 from compression.structures import DECODERS, family_of, layers_of
 
 __all__ = ["compute_gqa_group_importance", "prune_attention_by_gqa_groups", "select_gqa_groups_to_prune"]
@@ -82,38 +82,39 @@ def main(config: GQAAwarePruningConfig) -> None:
         check_target(config.target_perplexity, perplexity(model, text.held_out, text.batch_size))
     saved = config.saved_parts(inputs)
 
-    # What the dense model is, and what removing each layer of it would cost.
-    dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
-    removal = None
-    if len(analysis_windows):
-        analyse = partial(removal_perplexities, model, analysis_windows, config.gradient_batch_size, ("layer",))
-        removal = saved.json("removal", analyse)
+    with log_file(config.folder / "logs"):
+        # What the dense model is, and what removing each layer of it would cost.
+        dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
+        removal = None
+        if len(analysis_windows):
+            analyse = partial(removal_perplexities, model, analysis_windows, config.gradient_batch_size, ("layer",))
+            removal = saved.json("removal", analyse)
 
-    # Layer by layer; where a perplexity is wanted, at the largest ratio that stays under it.
-    trials = Trials(config, lambda: load()[0], text, removal, saved)
-    ratio = config.pruning_ratio
-    if config.target_perplexity is not None:
-        try:
-            ratio = search_ratio(trials.perplexity, config.target_perplexity, *limits, config.search_steps)
-        except UserError:
-            saved.remove()
-            raise
-    pruning = trials.prune(ratio)
-    results = compare(base, dense, pruning.model, tokenizer, tests, config) | {"ratio": ratio}
-    selected = results["reduction"]["selected_layers"] = pruning.removed()
-    log.info("Of the parameters of --layers %s %.2f %% are gone", config.layers, 100 * selected)
+        # Layer by layer; where a perplexity is wanted, at the largest ratio that stays under it.
+        trials = Trials(config, lambda: load()[0], text, removal, saved)
+        ratio = config.pruning_ratio
+        if config.target_perplexity is not None:
+            try:
+                ratio = search_ratio(trials.perplexity, config.target_perplexity, *limits, config.search_steps)
+            except UserError:
+                saved.remove()
+                raise
+        pruning = trials.prune(ratio)
+        results = compare(base, dense, pruning.model, tokenizer, tests, config) | {"ratio": ratio}
+        selected = results["reduction"]["selected_layers"] = pruning.removed()
+        log.info("Of the parameters of --layers %s %.2f %% are gone", config.layers, 100 * selected)
 
-    log.info("Base model: %s (%s)", base, describe_source(base))
-    data = {"calibration": [corpus.describe() for corpus in corpora]}
-    stage = describe_stage("gqa_pruning", config.as_dict(), inputs, results, data)
-    folder = config.folder
-    save_checkpoint(folder / "models", pruning.model, tokenizer, stage)
-    write_analysis(folder / "analysis", pruning, removal, trials.perplexities)
-    write_json(
-        folder / "evaluation" / "evaluation_results.json", results | {"data": data, "stage": stage["environment"]}
-    )
+        log.info("Base model: %s (%s)", base, describe_source(base))
+        data = {"calibration": [corpus.describe() for corpus in corpora]}
+        stage = describe_stage("gqa_pruning", config.as_dict(), inputs, results, data)
+        folder = config.folder
+        save_checkpoint(folder / "models", pruning.model, tokenizer, stage)
+        write_analysis(folder / "analysis", pruning, removal, trials.perplexities)
+        write_json(
+            folder / "evaluation" / "evaluation_results.json", results | {"data": data, "stage": stage["environment"]}
+        )
+        log.info("-> %s", folder)
     saved.remove()
-    log.info("-> %s", folder)
 
 
 class Trials:

@@ -8,6 +8,7 @@ The method's fields are documented in compression/global_pruning.py; `--preset p
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -29,7 +30,7 @@ from compression.global_pruning import GlobalPruning, PruningFields
 from compression.plots import plot_removal, plot_retained, save_figure
 from compression.pruning_run import FAST, RunFields, calibration_text, compare, write_table
 from compression.recovery import RecoveryFields, recover
-from compression.runtime import UserError, log, pick_device, pick_dtype, seed_everything
+from compression.runtime import UserError, log, log_file, pick_device, pick_dtype, seed_everything
 from compression.structures import DECODERS, family_of
 from compression.surgery import to_stock
 
@@ -83,27 +84,27 @@ def main(config: GlobalPruningConfig) -> None:
     tests = evaluation_windows(config, tokenizer)
     saved = config.saved_parts(inputs)
 
-    # What the dense model is: perplexities, and what removing each part of it would cost.
-    dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
-    removal = None
-    if len(analysis_windows):
-        removal = saved.json(
-            "removal", lambda: removal_perplexities(model, analysis_windows, config.gradient_batch_size)
-        )
+    with log_file(config.folder / "logs"):
+        # What the dense model is: perplexities, and what removing each part of it would cost.
+        dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
+        removal = None
+        if len(analysis_windows):
+            analyse = partial(removal_perplexities, model, analysis_windows, config.gradient_batch_size)
+            removal = saved.json("removal", analyse)
 
-    # The budget, over all layers at once.
-    pruning = GlobalPruning(model, config, text, removal, saved.tensors)
-    small = pruning.prune()
-    if config.uniform:
-        small = to_stock(small)
-    results = compare(base, dense, small, tokenizer, tests, config)
+        # The budget, over all layers at once.
+        pruning = GlobalPruning(model, config, text, removal, saved.tensors)
+        small = pruning.prune()
+        if config.uniform:
+            small = to_stock(small)
+        results = compare(base, dense, small, tokenizer, tests, config)
 
-    log.info("Base model: %s (%s)", base, describe_source(base))
-    data = {"calibration": [corpus.describe() for corpus in corpora]}
-    stage = describe_stage("global_pruning", config.as_dict(), inputs, results, data)
-    write(config, small, tokenizer, pruning, removal, results, stage)
-    if config.finetune:
-        finetune(config)
+        log.info("Base model: %s (%s)", base, describe_source(base))
+        data = {"calibration": [corpus.describe() for corpus in corpora]}
+        stage = describe_stage("global_pruning", config.as_dict(), inputs, results, data)
+        write(config, small, tokenizer, pruning, removal, results, stage)
+        if config.finetune:
+            finetune(config)
     saved.remove()
 
 

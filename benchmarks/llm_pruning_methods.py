@@ -38,7 +38,7 @@ PLAIN = dict(compensation="none", epsilon=0.0)
 # Name -> the fields in which the method differs from the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},
-    "H-GSP, five steps": dict(iterative_steps=5),
+    "H-GSP, two steps": dict(iterative_steps=2),
     "H-GSP, no repair": dict(compensation="none"),
     "H-GSP, Fisher scores": dict(importance_method="fisher"),
     "H-GSP, Fisher scores, no repair": dict(importance_method="fisher", compensation="none"),

@@ -2,8 +2,8 @@
 
 Going through the layers in order, with the inputs that the already pruned and repaired layers before it give, each
 output projection is solved anew so that from the structures that stay it gives what it gave from all of them:
-minimise |X_kept W' - X W|^2 + ridge. Both sides are known from the Gram matrix X^T X alone, so the text is gone through
-once, layer by layer, and no activations are stored but the states between layers.
+minimise |X_kept W' - X W|^2 + ridge * |W' - W_kept|^2. All of it is known from the Gram matrix X^T X alone, so the text
+is gone through once, layer by layer, and no activations are stored but the states between layers.
 """
 
 import torch
@@ -72,11 +72,15 @@ def _gram(outer: nn.Linear, inputs, attention: bool) -> Tensor:
 
 
 def _solve(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
-    """The projection [out, in] with these columns only that comes nearest to the whole one."""
+    """The projection [out, in] with these columns only that comes nearest to the whole one.
+
+    The ridge is on the change of the columns that stay: where the text says little, they keep their weights.
+    """
     solved = torch.zeros_like(weight)
     if columns.any():
-        kept = gram[columns][:, columns]
+        kept = gram[columns][:, columns].double()
         kept.diagonal().add_(RIDGE * kept.diagonal().mean())
-        right = gram[columns] @ weight.float().T
-        solved[:, columns] = torch.linalg.solve(kept, right).T.to(weight.dtype)
+        lost = gram[columns][:, ~columns].double() @ weight[:, ~columns].double().T
+        change = torch.linalg.solve(kept, lost).T
+        solved[:, columns] = (weight[:, columns].double() + change).to(weight.dtype)
     return solved

@@ -48,7 +48,6 @@ HUB = {
         2000,
     ),
 }
-RARE = "<unk>"
 PARTS_OF_A_FILE = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
 PARTS_OF_PLOTS = {"train": "train", "selection": "validation", "validation": "test"}
 EMBEDDED = "film plot summaries (embedded)"
@@ -72,9 +71,7 @@ class Corpus:
 def load_corpus(name: str, part: Part, data_dir: str | None = None, use_hub: bool = True) -> Corpus:
     """Load one part of a text collection.
 
-    Rows (lines of a file) are joined by blank lines, as is usual for perplexities on WikiText-2. Where WikiText-2 is
-    there in its tokenised form only, lines in which a rare word was replaced by a marker are left out of `train` and
-    `validation`: models never meet the marker in real text. The `test` part is left as it is.
+    Rows (lines of a file) are joined by blank lines, as is usual for perplexities on WikiText-2.
 
     Args:
         name: wikitext2, ptb or c4, or the path of a text file, whose first 80 % are `train`, then 10 % `validation`
@@ -112,8 +109,6 @@ def _from_folder(name: str, part: Part, folder: Path) -> Corpus:
     for file in FILES[name][part]:
         if (path := folder / name / file).is_file():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if part != "test" and path.suffix == ".tokens":
-                lines = [line for line in lines if RARE not in line]
             return Corpus(name, part, "a local folder", _join(lines))
     wanted = " or ".join(f"{name}/{file}" for file in FILES[name][part])
     raise UserError(f"--data_dir {folder}: has no {wanted}; name another folder, or leave the flag out to ask the hub")

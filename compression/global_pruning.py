@@ -130,6 +130,7 @@ class GlobalPruning:
             choose = partial(self._best_choice, densities, step, ratio)
             kept = self._remembered(f"kept_{step}_of_{steps}", choose)
             self._note(scores, densities)
+            log.info("Step %d of %d: %s", step, steps, _summary(kept))
             if self.config.compensation == "lstsq":
                 repair(self.model, kept, self.text.repair, self.text.batch_size)
             self._follow(kept, step)
@@ -250,6 +251,12 @@ class GlobalPruning:
                 stay.append(index)
         self.origin = [self.origin[index] for index in stay]
         self.places = {kind: [self.places[kind][index] for index in stay] for kind in KINDS}
+
+
+def _summary(kept: Kept) -> str:
+    """How many structures stay."""
+    counts = (f"{sum(int(m.sum()) for m in kept[kind])} of {sum(map(len, kept[kind]))} {kind}" for kind in KINDS)
+    return ", ".join(counts) + " stay"
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

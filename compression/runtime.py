@@ -6,6 +6,9 @@ import platform
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -34,6 +37,26 @@ def setup_logging() -> None:
     log.handlers = [logging.StreamHandler(sys.stdout)]
     log.setLevel(logging.INFO if int(os.environ.get("LOCAL_RANK", "0")) == 0 else logging.ERROR)
     log.propagate = False
+
+
+@contextmanager
+def log_file(folder: Path) -> Iterator[None]:
+    """Lines that are logged inside also go to a new file of that folder, named by the time, with the time of each."""
+    if not processes().is_main_process:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"{datetime.now():%Y%m%d_%H%M%S}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    try:
+        yield
+    except UserError as error:
+        log.error("error: %s", error)
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
 
 
 def quiet_libraries() -> None:

@@ -125,3 +125,11 @@ def batch():
     input_ids = torch.randint(1, VOCABULARY, (5, 9), generator=generator)
     attention_mask = (torch.arange(9) < torch.tensor([9, 7, 4, 9, 2])[:, None]).long()
     return {"input_ids": input_ids * attention_mask, "attention_mask": attention_mask}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A language model whose words are letters, and beside it a text of them."""
+    folder = save_decoder(tmp_path_factory.mktemp("base") / "model", tiny_decoder(max_position_embeddings=128))
+    (folder.parent / "text.txt").write_text(letters(30_000))
+    return folder

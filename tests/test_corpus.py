@@ -32,10 +32,10 @@ def no_hub(monkeypatch):
 def test_parts_come_from_a_folder(tmp_path):
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "wiki.test.raw").write_text(" = Title = \r\n \r\n Words .\r\n", newline="")
-    (tmp_path / "wikitext2" / "wiki.train.tokens").write_text(" a b \n a <unk> b \n c\n")
+    (tmp_path / "wikitext2" / "wiki.train.tokens").write_text("a <unk> b\n")
     found = load_corpus("wikitext2", "test", str(tmp_path))
     assert found.text == " = Title = \n\n\n\n\n Words .\n", "as the rows of the hub's data set, joined by blank lines"
-    assert load_corpus("wikitext2", "train", str(tmp_path)).text == " a b \n\n\n c\n"
+    assert load_corpus("wikitext2", "train", str(tmp_path)).text == "a <unk> b\n"
     assert found.describe()["part"] == "test" and found.describe()["name"] == "wikitext2"
 
 

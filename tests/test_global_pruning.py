@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import WORDS, letters, save_decoder, tiny_decoder
+from conftest import WORDS, tiny_decoder
 from transformers import AutoModelForCausalLM
 
 from compression.calibration import removal_perplexities, score_structures
@@ -179,20 +179,12 @@ def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
 # The command line.
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A language model whose words are letters, and a text of them."""
-    folder = save_decoder(tmp_path_factory.mktemp("base") / "model", tiny_decoder(max_position_embeddings=128))
-    (folder.parent / "text.txt").write_text(letters(30_000))
-    return folder
-
-
 def run_command(base, output, *flags):
     text = base.parent / "text.txt"
     command = [
         sys.executable, "run_global_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
         "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
-        "32", *flags,
+        "32", "--dtype", "float32", *flags,
     ]  # fmt: skip
     return list(map(str, command))
 
@@ -209,12 +201,14 @@ def test_command_writes_an_ordinary_checkpoint_and_its_analysis(base, tmp_path):
     result = run(base, tmp_path, "--output_name", "half", "--pruning_ratio", "0.5", "--save_bin")
     folder = tmp_path / "half"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    logs = [name for name in files if name.startswith("logs/")]
+    assert len(logs) == 1 and "Gone:" in (folder / logs[0]).read_text()
     assert files == {
         "models/config.json", "models/generation_config.json", "models/model.safetensors", "models/pruned_decoder.py",
         "models/stage.json", "models/tokenizer.json", "models/tokenizer_config.json", "models/pruned_model.bin",
         "analysis/global_group_table.csv", "analysis/groups_to_prune.csv", "analysis/layer_removal_ppl.json",
         "analysis/block_removal_ppl.json", "analysis/removal_perplexity.png", "analysis/retained.png",
-        "evaluation/evaluation_results.json",
+        "evaluation/evaluation_results.json", *logs,
     }  # fmt: skip
     found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "models")

@@ -10,15 +10,10 @@ import sys
 import pytest
 import torch
 from conftest import DECODERS, tiny_decoder
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 import compression.calibration as calibration
 from compression.allocation import largest_ratio, split_budget, spread_rates
 from compression.calibration import Entering, score_layer, score_structures
-from compression.checkpoint import save_checkpoint
 from compression.compensation import repair
 from compression.config import run_script
 from compression.evaluation.perplexity import perplexity
@@ -431,30 +426,12 @@ def test_recipe_passes_its_flags_on(tmp_path):
     assert result.stdout.splitlines() == ["gqa_aware_pruning.py --resume --fast --output_name a b"]
 
 
-WORDS = "abcdefghijklmnopqrstuvwxyz"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A language model whose words are letters, and a text of them."""
-    folder = tmp_path_factory.mktemp("base") / "model"
-    vocabulary = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    save_checkpoint(folder, tiny_decoder(max_position_embeddings=128), tokenizer, {"stage": "dense"})
-    draw = torch.randint(0, 26, (30_000,), generator=torch.Generator().manual_seed(0)).tolist()
-    (folder.parent / "text.txt").write_text(" ".join(WORDS[letter] for letter in draw))
-    return folder
-
-
 def command_of(base, output, *flags):
     text = base.parent / "text.txt"
     command = [
         sys.executable, "gqa_aware_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
         "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
-        "32", "--protect_first", "0", "--protect_last", "0", *flags,
+        "32", "--protect_first", "0", "--protect_last", "0", "--dtype", "float32", *flags,
     ]  # fmt: skip
     return list(map(str, command))
 
@@ -470,11 +447,13 @@ def test_command_writes_a_checkpoint_that_a_new_process_loads(base, tmp_path):
     result = run(base, tmp_path, "--output_name", "some", *flags)
     folder = tmp_path / "some"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    logs = [name for name in files if name.startswith("logs/")]
+    assert len(logs) == 1 and "are gone" in (folder / logs[0]).read_text()
     assert files == {
         "models/config.json", "models/generation_config.json", "models/model.safetensors", "models/pruned_decoder.py",
         "models/stage.json", "models/tokenizer.json", "models/tokenizer_config.json",
         "analysis/layer_rates.csv", "analysis/layer_rates.json", "analysis/layer_rates.png",
-        "evaluation/evaluation_results.json",
+        "evaluation/evaluation_results.json", *logs,
     }  # fmt: skip
     assert not list(tmp_path.glob(".*"))
     found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
@@ -493,11 +472,11 @@ def test_command_writes_a_checkpoint_that_a_new_process_loads(base, tmp_path):
     program = (
         "import sys\n"
         "from compression.checkpoint import load_language_model\n"
-        "from compression.evaluation.language_model import evaluation_windows\n"
+        "from compression.corpus import load_corpus, tokenize, windows\n"
         "from compression.evaluation.perplexity import perplexity\n"
         "model, tokenizer = load_language_model(sys.argv[1])\n"
-        "windows, = evaluation_windows(tokenizer, [sys.argv[2]], 32, 4).values()\n"
-        "print(perplexity(model, windows))\n"
+        "ids = windows(tokenize(tokenizer, load_corpus(sys.argv[2], 'test')), 32)[:4]\n"
+        "print(perplexity(model, ids))\n"
     )
     arguments = [sys.executable, "-c", program, folder / "models", base.parent / "text.txt"]
     again = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)

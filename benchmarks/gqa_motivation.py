@@ -1,0 +1,145 @@
+"""Why pruning has to know about grouped-query attention: channels without heads, against groups by their gradients.
+
+    python benchmarks/gqa_motivation.py --data_dir TEXTS [--base_model DIR] [--pruning_ratio 0.2]
+    python benchmarks/gqa_motivation.py --base_model meta-llama/Meta-Llama-3-8B --dtype bfloat16      # on a GPU
+
+Same model, same budget of parameters, same calibration text, same recovery training (LoRA) afterwards:
+
+- generic: Torch-Pruning takes the channels of least norm from q, k and v, each on its own; what is left fits no
+  number of heads, so it is truncated to the next whole groups. MLP channels by magnitude make up the budget.
+- GQA-aware: gqa_aware_pruning.py's flow, whole groups and MLP channels by Taylor importance, rates by removal.
+- GQA-aware with what run_global_pruning.py adds: scores of refitted layers (obs) and least-squares repair.
+
+Torch-Pruning is no part of the environment: pip install torch-pruning==1.6.1. Writes results/gqa_motivation.json.
+"""
+
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+from compression.assets import LLM_FOLDER, ensure_llm
+from compression.calibration import removal_perplexities
+from compression.checkpoint import describe_stage, identify, load_language_model, save_checkpoint, write_json
+from compression.config import run_script
+from compression.evaluation.language_model import evaluation_windows
+from compression.evaluation.perplexity import perplexity
+from compression.gqa_pruning import GQAPruningFields, LayerwisePruning, layer_rates, select_gqa_groups_to_prune
+from compression.importance import l2
+from compression.pruning_run import FAST, RunFields, calibration_text
+from compression.recovery import RecoveryFields, recover
+from compression.runtime import RESULTS, UserError, fingerprint, log, pick_device, pick_dtype
+from compression.structures import NEURONS, LayerParts, layers_of
+from compression.surgery import shrink_layer, to_pruned
+
+GENERIC = "generic channels, truncated to whole groups"
+AWARE = {
+    "GQA-aware, Taylor": {},
+    "GQA-aware, refitted": dict(importance_method="obs", compensation="lstsq"),
+}
+
+
+@dataclass
+class MotivationConfig(RunFields):
+    output_name: str = "gqa_motivation"
+    """Checkpoints go to results/NAME."""
+    pruning_ratio: float = 0.2
+    """Share of the decoder layers' parameters to remove."""
+    eval_samples: int = 30
+    """So many windows of each test text; 0: all of it."""
+    finetune_samples: int = 200
+    """Windows of 512 tokens that recovery trains on."""
+    finetune_epochs: int = 1
+    """Passes over them."""
+    finetune_learning_rate: float = 5e-4
+    """Of the adapters."""
+    methods: tuple[str, ...] = field(default_factory=lambda: (GENERIC, *AWARE))
+    """Which of the ways."""
+
+    presets: ClassVar = {"fast": FAST | dict(finetune_samples=16)}
+
+    def check(self) -> None:
+        super().check()
+        self.check_range("pruning_ratio", 0, 0.9)
+        for name in self.methods:
+            if name not in (GENERIC, *AWARE):
+                raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join((GENERIC, *AWARE))}")
+        if GENERIC in self.methods and importlib.util.find_spec("torch_pruning") is None:
+            raise UserError("Torch-Pruning is not installed; install it with: pip install torch-pruning==1.6.1")
+
+
+def generic(model, ratio: float):
+    """Prune every layer alike by channel norms, with no notion of a head."""
+    for parts in layers_of(model):
+        budget = (1 - ratio) * parts.parameters
+        prune_attention_channels(parts, ratio)
+    for layer, parts in zip(model.model.layers, layers_of(model), strict=True):
+        layer.self_attn.num_key_value_groups = parts.query_heads // parts.heads
+        attention = parts.parameters - parts.neurons * parts.structure_parameters(NEURONS)
+        left = int((budget - attention) / parts.structure_parameters(NEURONS))
+        scores = l2([parts.gate.weight.detach(), parts.up.weight.detach()], parts.down.weight.detach(), parts.neurons)
+        gone = select_gqa_groups_to_prune(scores, max(parts.neurons - left, 0))
+        shrink_layer(parts, {NEURONS: ~gone})
+    return to_pruned(model)
+
+
+def prune_attention_channels(parts: LayerParts, ratio: float) -> None:
+    """Channels of least norm go from q, k and v; then as many as do not fill a whole group."""
+    from torch_pruning import prune_linear_in_channels, prune_linear_out_channels
+
+    left = int((1 - ratio) * parts.heads * parts.head_size)
+    groups, per_group = left // parts.head_size, parts.query_heads // parts.heads
+    for linear, heads in ((parts.q, groups * per_group), (parts.k, groups), (parts.v, groups)):
+        weakest = linear.weight.detach().norm(dim=1).argsort()
+        prune_linear_out_channels(linear, weakest[: int(ratio * linear.out_features)].tolist())
+        prune_linear_out_channels(linear, list(range(heads * parts.head_size, linear.out_features)))
+    columns = groups * per_group * parts.head_size
+    prune_linear_in_channels(parts.o, list(range(columns, parts.o.in_features)))
+
+
+def main(config: MotivationConfig) -> None:
+    base, device = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name), pick_device()
+    load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
+    model, tokenizer = load()
+    _, text, analysis = calibration_text(config, tokenizer)
+    tests = evaluation_windows(config, tokenizer)
+    removal = removal_perplexities(model, analysis, config.gradient_batch_size, ("layer",))
+    found = {"dense": {name: perplexity(model, ids) for name, ids in tests.items()}}
+    log.info("dense: %s", found["dense"])
+    total = sum(parts.parameters for parts in layers_of(model))
+    inputs = {"parent": identify(base)}
+
+    for name in config.methods:
+        model, _ = load()
+        if name == GENERIC:
+            model = generic(model, config.pruning_ratio)
+        else:
+            fields = GQAPruningFields(pruning_ratio=config.pruning_ratio, **AWARE[name])
+            rates = layer_rates(fields, layers_of(model), config.pruning_ratio, removal, config.seed)
+            model = LayerwisePruning(model, rates, fields, text).prune()
+        removed = 1 - sum(parts.parameters for parts in layers_of(model)) / total
+        log.info("%s: %.4f of the layers' parameters removed", name, removed)
+        folder = config.folder / name.replace(", ", "_").replace(" ", "_")
+        stage = describe_stage("gqa_motivation", config.as_dict(), inputs, {}, {})
+        save_checkpoint(folder / "models", model, tokenizer, stage)
+        recovery = RecoveryFields(
+            data_dir=config.data_dir, dataset=config.dataset, finetune_samples=config.finetune_samples,
+            num_epochs=config.finetune_epochs, learning_rate=config.finetune_learning_rate, seed=config.seed,
+            eval_length=config.eval_length, eval_samples=config.eval_samples, dtype=config.dtype,
+            eval_ppl_datasets=config.eval_ppl_datasets,
+        )  # fmt: skip
+        metrics = recover(recovery, folder / "models", folder / "recovered")
+        found[name] = {"removed": removed} | {when: metrics[when]["perplexity"] for when in ("before", "after")}
+        log.info("%s: %s", name, found[name])
+        path = RESULTS / "gqa_motivation.json"
+        write_json(path, {"config": config.as_dict(), "environment": fingerprint(), "perplexity": found})
+    log.info("-> %s", path)
+
+
+if __name__ == "__main__":
+    run_script(MotivationConfig, main)
