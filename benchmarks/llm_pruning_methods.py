@@ -2,18 +2,14 @@
 
     python benchmarks/llm_pruning_methods.py --data_dir TEXTS [--ratios 0.2 0.3 0.5] [--methods fisher paper]
 
-Every method gets the same calibration windows; perplexities are on the test part of WikiText-2 and PTB. Torch-Pruning
-is no part of the environment: pip install torch-pruning==1.6.1. `seconds` leaves out the scores of the dense model
-where another method or ratio has computed them. Writes results/llm_pruning_methods.json after each measurement, and
-goes on where it was with --resume.
+Every method gets the same calibration windows; perplexities are on the test part of WikiText-2 and PTB. `seconds`
+leaves out the scores of the dense model where another method or ratio has computed them. Writes
+results/llm_pruning_methods.json after each measurement, and goes on where it was with --resume.
 """
 
-import copy
-import importlib.util
 import itertools
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,8 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Wanda-sp, per layer": PLAIN | dict(importance_method="wanda", normalize="layer"),
 }
 WHOLE_LAYERS = "whole layers, by removal perplexity"
-TORCH_PRUNING = "Torch-Pruning 1.6.1, its LLM recipe"
-ALL_METHODS = (*METHODS, WHOLE_LAYERS, TORCH_PRUNING)
+ALL_METHODS = (*METHODS, WHOLE_LAYERS)
 
 
 @dataclass
@@ -105,49 +100,6 @@ def whole_layers(model, ratio: float, removal: dict[str, Any]):
         for kind in KINDS
     }
     return shrink_decoder(model, kept)
-
-
-def by_torch_pruning(model, ratio: float):
-    """Torch-Pruning as its example for language models drives it: hidden size, heads and MLP, by magnitude, per layer.
-
-    Its ratio counts channels, and a matrix loses rows and columns both: the one that meets the budget of parameters is
-    looked for by trying.
-
-    Raises:
-        UserError: it is not installed, or no ratio meets the budget.
-    """
-    if importlib.util.find_spec("torch_pruning") is None:
-        raise UserError("Torch-Pruning is not installed; install it with: pip install torch-pruning==1.6.1")
-    budget = (1 - ratio) * sum(parts.parameters for parts in layers_of(model))
-    channels = 1 - (1 - ratio) ** 0.5
-    while channels < 0.95:
-        smaller = copy.deepcopy(model)
-        prune_channels(smaller, channels)
-        if sum(parts.parameters for parts in layers_of(smaller)) <= budget:
-            return smaller
-        channels += 0.02
-    raise UserError("no ratio of Torch-Pruning's meets the budget")
-
-
-def prune_channels(model, ratio: float) -> None:
-    """One step of Torch-Pruning's pruner on a language model, in place."""
-    import torch_pruning
-
-    heads = {}
-    for parts in layers_of(model):
-        heads |= {parts.q: parts.query_heads, parts.k: parts.heads, parts.v: parts.heads}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it names every norm's weight, and prunes them as it should
-        pruner = torch_pruning.pruner.BasePruner(
-            model, example_inputs=torch.zeros(1, 8, dtype=torch.long, device=model.device),
-            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
-            global_pruning=False, pruning_ratio=ratio, ignored_layers=[model.lm_head], num_heads=heads,
-            prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=ratio, round_to=4,
-            output_transform=lambda output: output.logits,
-        )  # fmt: skip
-        pruner.step()
-    for layer, parts in zip(model.model.layers, layers_of(model), strict=True):
-        layer.self_attn.num_key_value_groups = parts.query_heads // parts.heads
 
 
 def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText, removal, known: dict):
@@ -206,8 +158,6 @@ def main(config: MethodsConfig) -> None:
         try:
             if name == WHOLE_LAYERS:
                 small = whole_layers(model, ratio, removal)
-            elif name == TORCH_PRUNING:
-                small = by_torch_pruning(model, ratio)
             else:
                 small = by_fields(model, ratio, fields, text, removal, known)
         except UserError as error:
