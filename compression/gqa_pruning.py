@@ -138,7 +138,7 @@ class GQAPruningFields(StageConfig):
     attention_ratio: float = 1.0
     """Attention loses this times its layer's rate, rounded to whole groups; the MLP makes up the rest of the budget."""
     importance_method: Method = "taylor"
-    """How structures are scored: taylor, taylor_2nd, fisher, wanda or magnitude."""
+    """How structures are scored: taylor, taylor_2nd, fisher, obs, wanda or magnitude."""
     iterative_rounds: int = 1
     """The rates are reached in so many sweeps over all layers."""
     target_perplexity: float | None = None

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import DECODERS, tiny_decoder
 
 import compression.calibration as calibration
 from compression.allocation import largest_ratio, split_budget, spread_rates
-from compression.calibration import Entering, score_layer, score_structures
+from compression.calibration import Entering, Method, score_layer, score_structures
 from compression.compensation import repair
 from compression.config import run_script
 from compression.evaluation.perplexity import perplexity
@@ -89,7 +90,7 @@ def test_importance_of_a_group_is_the_sum_over_all_that_belongs_to_it(ids, heads
     torch.testing.assert_close(found[NEURONS], channels, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", ["taylor", "taylor_2nd", "fisher", "wanda", "magnitude"])
+@pytest.mark.parametrize("method", get_args(Method))
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpointing):
     model = tiny_decoder("qwen3")
