@@ -14,16 +14,9 @@ from compression.data import pad
 from compression.runtime import UserError, log
 
 INSTRUCTION_FILES = (".json", ".jsonl")
-# The prompts of Stanford Alpaca (Taori et al. 2023), which instruction-tuned models are commonly trained with.
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+# The sections that alpaca-style data is commonly laid out in.
+PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
 
 @dataclass(frozen=True)
