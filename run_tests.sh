@@ -6,4 +6,7 @@ source setup_env.sh
 
 ruff check .
 ruff format --check .
-python -m pytest -q "$@"
+# Two workers with one thread each: most tests wait for small programs, and two programs with two threads each slow each
+# other down.
+export OMP_NUM_THREADS=1
+python -m pytest -q -n 2 --dist loadfile "$@"

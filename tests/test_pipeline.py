@@ -179,7 +179,7 @@ def test_two_processes_agree_with_one(common, models, tmp_path):
     flags = ["8_pruning_with_finetuning.py", *common[:5], *inputs, "--train_fraction", 1, "--num_epochs", 3]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run(*flags, "--models_dir", tmp_path / "one", env=environment)
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = run(*launcher, *flags, "--models_dir", tmp_path / "two", env=environment)
     assert "on 2 process(es)" in result.stdout and result.stdout.count("epoch 3") == 1
     one, two = (find_newest(tmp_path / name, "pruned") for name in ("one", "two"))

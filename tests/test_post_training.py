@@ -447,7 +447,10 @@ def test_two_processes_agree_with_one(folder, tmp_path):
         100, "--validation_dataset", text, "--eval_ppl_datasets", text, "--eval_length", 16, "--eval_samples", 8,
         "--batch_size", 8, "--gradient_accumulation_steps", 2, "--learning_rate", "1e-3", "--results_dir", tmp_path,
     ]  # fmt: skip
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1]
+    launcher = [
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+        "--main_process_port", 0,
+    ]  # fmt: skip
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", 1]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for name, start in (("one", []), ("two", launcher)):

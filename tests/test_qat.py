@@ -250,7 +250,7 @@ def test_two_processes_agree_with_one(models, common, tmp_path):
     inputs = ["--pruned_model_path", models / "pruned_model", "--teacher_path", models / "teacher_model"]
     flags = [*common[:2], *common[4:], *inputs, "--learning_rate", 1e-3]
     run_script(*flags, "--models_dir", tmp_path / "one")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     several = [*launcher, *command(*flags, "--models_dir", tmp_path / "two")[1:]]
     result = subprocess.run(several, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
