@@ -36,8 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},
     "H-GSP, two steps": dict(iterative_steps=2),
     "H-GSP, no repair": dict(compensation="none"),
-    "H-GSP, Fisher scores": dict(importance_method="fisher"),
-    "H-GSP, Fisher scores, no repair": dict(importance_method="fisher", compensation="none"),
+    "H-GSP, obs scores": dict(importance_method="obs"),
+    "H-GSP, obs scores, no repair": dict(importance_method="obs", compensation="none"),
     "H-GSP, paper": PruningFields.presets["paper"],
     "H-GSP, paper, T = 0": PruningFields.presets["paper"] | {"temperature": 0.0},
     "uniform Taylor on MLP, ends protected": PLAIN

@@ -18,7 +18,7 @@ from compression import importance
 from compression.evaluation.perplexity import token_losses
 from compression.structures import KINDS, LayerParts, layers_of
 
-Method = Literal["obs", "fisher", "taylor", "taylor_2nd", "wanda", "magnitude"]
+Method = Literal["fisher", "obs", "taylor", "taylor_2nd", "wanda", "magnitude"]
 Scores = dict[str, list[Tensor]]
 # Token ids [windows, length] and last hidden states [windows, length, hidden] of each batch, computed when it is asked
 # for.

@@ -32,8 +32,8 @@ class PruningFields(StageConfig):
 
     pruning_ratio: float = 0.5
     """Share of the decoder layers' parameters to remove."""
-    importance_method: Method = "obs"
-    """How structures are scored: obs, fisher, taylor, taylor_2nd, wanda or magnitude."""
+    importance_method: Method = "fisher"
+    """How structures are scored: fisher, obs, taylor, taylor_2nd, wanda or magnitude."""
     temperature: float = 0.0
     """Exponent T of the correction by removal perplexities, score * ln(1 + ppl)^T; 0 leaves it out."""
     tau: float | None = None
