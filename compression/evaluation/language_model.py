@@ -27,8 +27,8 @@ class EvaluationFields(StageConfig):
     """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
     run_evaluation: str = "ppl"
     """What is measured of each model: some of ppl,zeroshot,efficiency, or all, or none."""
-    eval_ppl_datasets: str = "wikitext2,ptb"
-    """Texts for perplexity, separated by commas."""
+    eval_ppl_datasets: str = "wikitext2"
+    """Texts for perplexity, separated by commas: wikitext2, ptb, c4, or text files."""
     eval_length: int = 1024
     """Tokens per window there."""
     eval_samples: int = 0
