@@ -525,7 +525,7 @@ def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
 
     assert "scored 8\n" in run_killed("whole", 0).stdout
     assert run_killed("killed", 6).returncode == -9
-    assert not (tmp_path / "killed" / "one").exists()
+    assert not (tmp_path / "killed" / "one" / "models").exists()
     (folder,) = (tmp_path / "killed").glob(".one_*.resume")
     assert {"dense.json", "removal.json"} < {path.name for path in folder.iterdir()}
     assert "scored 3\n" in run_killed("killed", 0).stdout
