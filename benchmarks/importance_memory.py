@@ -2,12 +2,13 @@
 
     python benchmarks/importance_memory.py [--base_model DIR] [--length 1024]
 
-Each way runs in a process of its own: on the CPU its figure is the peak of the process's resident memory less what it
-was with the model loaded, on a GPU the peak of allocated memory less the same. Writes results/importance_memory.json.
+Each way runs in a process of its own: on the CPU its figure is the peak of the process's resident memory (Linux) less
+what it was with the model loaded, on a GPU the peak of allocated memory less the same. Writes
+results/importance_memory.json.
 """
 
+import gc
 import multiprocessing
-import resource
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -61,11 +62,24 @@ def ways() -> dict:
     return found
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Most memory that this process has held so far."""
+def start_peak(device: torch.device) -> int:
+    """Forget the peak so far; the bytes that this process holds now."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to set the peak back to what is held
+    return _status("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held since `start_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def measure(name: str, config: MemoryConfig, base: Path, answers) -> None:
@@ -73,7 +87,7 @@ def measure(name: str, config: MemoryConfig, base: Path, answers) -> None:
     model, _ = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
     ids = torch.randint(model.config.vocab_size, (2, config.length), device=device)
     perplexity(model, ids[:1, :16])  # kernels and their buffers are there
-    loaded = peak_bytes(device)
+    loaded = start_peak(device)
     ways()[name](model, ids)
     answers.put((peak_bytes(device) - loaded, sum(weight.nbytes for weight in model.parameters())))
 
