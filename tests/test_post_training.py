@@ -51,6 +51,7 @@ def settings(folder, **changes):
     fields = dict(
         dataset=text, validation_dataset=text, eval_ppl_datasets=text, max_length=16, eval_length=16, eval_samples=8,
         finetune_samples=24, validation_samples=4, batch_size=4, learning_rate=5e-3, save_steps=2,
+        dtype="float32",
     )  # fmt: skip
     return RecoveryFields(**fields | changes)
 
@@ -297,6 +298,7 @@ def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
     config = evaluate_lora_model.LoraEvaluationConfig(
         pruned_model=folder / "pruned", lora_dir=adapter, output_file=tmp_path / "found.json", efficiency_repeats=1,
         run_evaluation="ppl,efficiency", eval_ppl_datasets=str(folder / "text.txt"), eval_length=32, eval_samples=8,
+        dtype="float32",
     )  # fmt: skip
     setup_logging()
     evaluate_lora_model.main(config)
@@ -446,6 +448,7 @@ def test_two_processes_agree_with_one(folder, tmp_path):
         "post_training.py", "--pruned_model", folder / "pruned", "--dataset", folder / "alpaca.json", "--max_length",
         100, "--validation_dataset", text, "--eval_ppl_datasets", text, "--eval_length", 16, "--eval_samples", 8,
         "--batch_size", 8, "--gradient_accumulation_steps", 2, "--learning_rate", "1e-3", "--results_dir", tmp_path,
+        "--dtype", "float32",
     ]  # fmt: skip
     launcher = [
         "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
