@@ -30,6 +30,7 @@ from transformers import (
 
 from compression import structures
 from compression.checkpoint import save_checkpoint
+from compression.runtime import log
 
 HIDDEN, HEADS, HEAD_SIZE, NEURONS, LAYERS, VOCABULARY = 32, 4, 8, 48, 3, 120
 # What stays of the tiny models in most tests: layers of different widths.
@@ -133,3 +134,10 @@ def base(tmp_path_factory):
     folder = save_decoder(tmp_path_factory.mktemp("base") / "model", tiny_decoder(max_position_embeddings=128))
     (folder.parent / "text.txt").write_text(letters(30_000))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was(monkeypatch):
+    """A script's main sets up logging for its whole process: here that is every later test's process too."""
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(log, name, getattr(log, name))
