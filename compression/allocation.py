@@ -166,20 +166,27 @@ def spread_rates(preference: Tensor, weights: Tensor, target: float, low: Tensor
 
 
 def split_budget(
-    budget: float, groups: int, group_parameters: int, neurons: int, neuron_parameters: int, groups_wanted: int
+    budget: float,
+    groups: int,
+    group_parameters: int,
+    neurons: int,
+    neuron_parameters: int,
+    groups_wanted: int,
+    multiple: int = 1,
 ) -> tuple[int, int]:
     """How many attention groups and MLP channels of one layer go to remove a number of parameters.
 
-    A group is coarse, so the MLP takes what the groups leave of the budget: it is met by less than one channel too
-    much. Fewer groups than wanted go where they alone would exceed the budget, more where the channels do not suffice.
-    One group and one channel stay, where there are any.
+    A group is coarse, so the MLP takes what the groups leave of the budget: it is met by less than `multiple` channels
+    too much. Fewer groups than wanted go where they alone would exceed the budget, more where the channels do not
+    suffice. One group and `multiple` channels stay, where there are as many.
 
     Args:
         budget: parameters to remove.
         groups, neurons: structures that the layer has. group_parameters, neuron_parameters: of one of them.
         groups_wanted: groups that would go by their share of the budget.
+        multiple: the number of channels that stay is a multiple of this, unless none go.
     """
-    spare_groups, spare_neurons = max(groups - 1, 0), max(neurons - 1, 0)
+    spare_groups, spare_neurons = max(groups - 1, 0), max(neurons - multiple, 0)
     if budget <= 0:
         return 0, 0
     least = most = 0
@@ -189,7 +196,10 @@ def split_budget(
     removed = max(min(groups_wanted, most), least)
     removed = max(0, min(removed, spare_groups))
     rest = budget - removed * group_parameters
-    return removed, min(max(_at_least(rest, neuron_parameters), 0), spare_neurons) if spare_neurons else 0
+    if rest <= 0 or not spare_neurons:
+        return removed, 0
+    stay = neurons - min(_at_least(rest, neuron_parameters), spare_neurons)
+    return removed, neurons - stay // multiple * multiple
 
 
 def _at_least(budget: float, one: int) -> int:

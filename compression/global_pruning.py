@@ -54,8 +54,8 @@ class PruningFields(StageConfig):
     """lstsq: solve the output projections anew so that what stays makes up for what goes."""
     uniform: bool = False
     """Every layer gets the same sizes, so that the stock model class loads the result; no layer is protected then."""
-    round_to: int = 8
-    """With uniform: MLP widths are multiples of this."""
+    round_to: int = 32
+    """MLP widths are multiples of this, unless nothing is removed: matrix units are slow at odd widths."""
 
     presets = {"paper": dict(importance_method="taylor", temperature=1.0, compensation="none")}
 
@@ -198,10 +198,10 @@ class GlobalPruning:
         layers = []
         for index, layer in enumerate(self.origin):
             pools = []
-            for kind, factor in ((HEADS, attention_factor), (NEURONS, 1.0)):
+            for kind, factor, multiple in ((HEADS, attention_factor, 1), (NEURONS, 1.0, self.config.round_to)):
                 density = densities[kind][index]
                 least = len(density) if self._is_protected(layer) else 0
-                pools.append(Pool(density * factor, self.parameters[kind][layer], minimum=least))
+                pools.append(Pool(density * factor, self.parameters[kind][layer], least, multiple))
             layers.append(pools)
         left = sum(pool.parameters * len(pool.scores) for pools in layers for pool in pools)
         target = max(0.0, 1 - (1 - ratio) * self.total / left)

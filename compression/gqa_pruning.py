@@ -137,6 +137,8 @@ class GQAPruningFields(StageConfig):
     """No layer loses more than this share."""
     attention_ratio: float = 1.0
     """Attention loses this times its layer's rate, rounded to whole groups; the MLP makes up the rest of the budget."""
+    round_to: int = 32
+    """MLP widths are multiples of this, unless nothing is removed: matrix units are slow at odd widths."""
     importance_method: Method = "taylor"
     """How structures are scored: taylor, taylor_2nd, fisher, obs, wanda or magnitude."""
     iterative_rounds: int = 1
@@ -160,7 +162,7 @@ class GQAPruningFields(StageConfig):
         self.check_range("attention_ratio", 0, 10)
         for name in ("protect_first", "protect_last"):
             self.check_range(name, 0)
-        for name in ("iterative_rounds", "search_steps"):
+        for name in ("iterative_rounds", "search_steps", "round_to"):
             self.check_range(name, 1)
         if self.target_perplexity is not None:
             self.check_range("target_perplexity", 1)
@@ -366,7 +368,7 @@ class LayerwisePruning:
         by_rate = int(self.config.attention_ratio * self.rates[index] * share * groups + 0.5)
         heads, neurons = split_budget(
             budget, parts.heads, parts.structure_parameters(HEADS), parts.neurons, parts.structure_parameters(NEURONS),
-            groups_wanted=by_rate - (groups - parts.heads),
+            by_rate - (groups - parts.heads), self.config.round_to,
         )  # fmt: skip
         return {HEADS: heads, NEURONS: neurons}
 

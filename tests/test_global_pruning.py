@@ -28,7 +28,7 @@ def text():
 
 
 def config(**fields):
-    return PruningFields(**dict(pruning_ratio=0.4, compensation="none") | fields)
+    return PruningFields(**dict(pruning_ratio=0.4, compensation="none", round_to=1) | fields)
 
 
 def parameters(model):
@@ -48,12 +48,22 @@ def test_budget_is_met_to_within_one_structure(text, family, seed):
     settings = config(
         pruning_ratio=0.1 + 0.7 * draw[0], epsilon=draw[1], iterative_steps=1 + int(3 * draw[2]),
         importance_method=("obs", "fisher", "taylor", "wanda", "taylor_2nd")[seed],
-        compensation=("none", "lstsq")[seed % 2],
+        compensation=("none", "lstsq")[seed % 2], round_to=(1, 4)[seed % 2],
     )  # fmt: skip
     small = GlobalPruning(model, settings, text).prune()
     removed = total - parameters(small)
     assert 0 <= removed - settings.pruning_ratio * total < one
     assert all(parts.query_heads == 2 * parts.heads for parts in layers_of(small))
+
+
+def test_widths_are_round_or_as_they_were(text):
+    model = tiny_decoder(intermediate_size=50)
+    block = 16 * layers_of(model)[0].structure_parameters(NEURONS)
+    total = parameters(model)
+    small = GlobalPruning(model, config(pruning_ratio=0.3, round_to=16, iterative_steps=2), text).prune()
+    widths = {parts.neurons for parts in layers_of(small)}
+    assert widths <= {50, 48, 32, 16, 0} and widths != {50}
+    assert 0 <= total - parameters(small) - 0.3 * total < max(block, largest(small))
 
 
 def test_formula_of_the_paper(text):
@@ -165,7 +175,7 @@ def test_bad_values_are_refused(fields, message):
 def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
     model = tiny_decoder()
     total = parameters(model)
-    small = to_stock(GlobalPruning(model, config(uniform=True, pruning_ratio=0.3), text).prune())
+    small = to_stock(GlobalPruning(model, config(uniform=True, pruning_ratio=0.3, round_to=8), text).prune())
     assert type(small).__name__ == "LlamaForCausalLM"
     sizes = {(parts.query_heads, parts.heads, parts.neurons) for parts in layers_of(small)}
     (query_heads, heads, neurons), *others = sizes
@@ -184,7 +194,7 @@ def run_command(base, output, *flags):
     command = [
         sys.executable, "run_global_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
         "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
-        "32", "--dtype", "float32", *flags,
+        "32", "--dtype", "float32", "--round_to", "8", *flags,
     ]  # fmt: skip
     return list(map(str, command))
 

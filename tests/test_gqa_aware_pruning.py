@@ -53,7 +53,8 @@ def text(ids):
 
 
 def fields(**values):
-    return GQAPruningFields(**dict(protect_first=0, protect_last=0, pruning_ratio=0.4, strategy="uniform") | values)
+    defaults = dict(protect_first=0, protect_last=0, pruning_ratio=0.4, strategy="uniform", round_to=1)
+    return GQAPruningFields(**defaults | values)
 
 
 def total(model):
@@ -247,13 +248,24 @@ def test_attention_gets_whole_groups_and_the_mlp_the_rest():
     assert split_budget(1e6, 3, 30, 50, 4, groups_wanted=2) == (2, 49), "one of each stays"
 
 
+def test_round_widths_stay():
+    assert split_budget(100, 3, 30, 48, 4, groups_wanted=0, multiple=8) == (0, 32), "25 would do"
+    assert split_budget(90, 3, 30, 48, 4, groups_wanted=3, multiple=8) == (2, 8), "8 for 30 that are left"
+    assert split_budget(60, 3, 30, 48, 4, groups_wanted=3, multiple=8) == (2, 0), "nothing is left"
+    assert split_budget(12, 3, 30, 50, 4, groups_wanted=0, multiple=8) == (0, 10), "to the next multiple"
+    assert split_budget(1e6, 3, 30, 50, 4, groups_wanted=2, multiple=8) == (2, 42), "one multiple stays"
+    assert split_budget(1e6, 3, 30, 6, 4, groups_wanted=2, multiple=8) == (2, 0), "there is less than one"
+
+
 @pytest.mark.parametrize("seed", range(8))
-def test_budget_is_met_to_within_one_channel(text, seed):
+def test_budget_is_met_to_within_one_block_of_channels(text, seed):
     draw = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
     model = tiny_decoder(sorted(DECODERS)[seed % 4])
-    before, channel = total(model), layers_of(model)[0].structure_parameters(NEURONS)
+    round_to = (1, 4)[seed // 4]
+    before, block = total(model), round_to * layers_of(model)[0].structure_parameters(NEURONS)
     config = fields(
-        strategy="random", attention_ratio=2 * draw[0], iterative_rounds=1 + seed % 3, layers=("all", "1-3")[seed % 2],
+        strategy="random", round_to=round_to, attention_ratio=2 * draw[0], iterative_rounds=1 + seed % 3,
+        layers=("all", "1-3")[seed % 2],
         importance_method=("taylor", "fisher", "wanda", "magnitude")[seed // 2], max_rate=0.9,
         compensation=("none", "lstsq")[seed % 2],
     )  # fmt: skip
@@ -262,12 +274,12 @@ def test_budget_is_met_to_within_one_channel(text, seed):
     pruning = LayerwisePruning(model, rates, config, text)
     small = pruning.prune()
     chosen = before if config.layers == "all" else 3 * before // 4
-    assert 0 <= before - total(small) - ratio * chosen < channel
-    assert 0 <= pruning.removed() - ratio < channel / chosen
+    assert 0 <= before - total(small) - ratio * chosen < block
+    assert 0 <= pruning.removed() - ratio < block / chosen
     for parts, rate, row in zip(layers_of(small), rates, pruning.table(), strict=True):
         assert parts.query_heads == 2 * parts.heads
         gone = row["parameters_before"] - row["parameters_after"]
-        assert abs(gone - rate * row["parameters_before"]) < channel, "each layer for itself too"
+        assert abs(gone - rate * row["parameters_before"]) < block, "each layer for itself too"
         assert row["removed"] == pytest.approx(gone / row["parameters_before"])
 
 
@@ -403,6 +415,7 @@ def test_search_stays_under_the_target(text):
         ({"iterative_rounds": 0}, "--iterative_rounds 0: allowed is at least 1"),
         ({"search_steps": 0}, "--search_steps 0: allowed is at least 1"),
         ({"target_perplexity": 0.5}, "--target_perplexity 0.5: allowed is at least 1"),
+        ({"round_to": 0}, "--round_to 0: allowed is at least 1"),
         ({"protect_last": -1}, "--protect_last -1: allowed is at least 0"),
         ({"layers": "14-10"}, "--layers 14-10: allowed is all, one layer such as 12, or a range"),
         ({"layers": "3-"}, "--layers 3-: allowed is all"),
@@ -432,7 +445,7 @@ def command_of(base, output, *flags):
     command = [
         sys.executable, "gqa_aware_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
         "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
-        "32", "--protect_first", "0", "--protect_last", "0", "--dtype", "float32", *flags,
+        "32", "--protect_first", "0", "--protect_last", "0", "--dtype", "float32", "--round_to", "1", *flags,
     ]  # fmt: skip
     return list(map(str, command))
 
