@@ -69,7 +69,7 @@ def main(config: GQAAwarePruningConfig) -> None:
     config.check_zero_shot()
     inputs = {"parent": identify(base)}
     seed_everything(config.seed)
-    device = pick_device()
+    device = pick_device(config.device_map)
     load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
     model, tokenizer = load()
     family_of(model, DECODERS)  # refuses an unsupported architecture at once

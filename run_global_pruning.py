@@ -77,7 +77,7 @@ def main(config: GlobalPruningConfig) -> None:
     config.check_zero_shot()
     inputs = {"parent": identify(base)}
     seed_everything(config.seed)
-    device = pick_device()
+    device = pick_device(config.device_map)
     model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
     family_of(model, DECODERS)  # refuses an unsupported architecture at once
     corpora, text, analysis_windows = calibration_text(config, tokenizer)

@@ -103,7 +103,7 @@ def prune_attention_channels(parts: LayerParts, ratio: float) -> None:
 
 
 def main(config: MotivationConfig) -> None:
-    base, device = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name), pick_device()
+    base, device = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name), pick_device(config.device_map)
     load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
     model, tokenizer = load()
     _, text, analysis = calibration_text(config, tokenizer)

@@ -306,34 +306,34 @@ def removal_perplexities(
     """Perplexity with one layer, one attention or one MLP removed, for all of them.
 
     What goes into a layer does not depend on what comes after it: the states that enter each layer are computed once
-    per batch, and only the layers behind a removed part are run again.
+    per batch, and only the layers behind a removed part are run again, for all parts of one layer at once.
 
     Args:
         windows: token ids [count, length].
+        batch_size: windows per batch; behind a removed part as many for each of `parts`.
         parts: which of layer, attention and mlp are looked at.
 
     Returns:
         dense: of the model as it is; and each of the parts: a list over layers.
     """
     layers = model.model.layers
-    totals = {name: torch.zeros(len(layers), dtype=torch.double) for name in parts}
+    totals = torch.zeros(len(layers), len(parts), dtype=torch.double)
     dense, tokens = 0.0, 0
     for ids in tqdm(windows.split(batch_size), desc="removal analysis", leave=False, disable=None):
         ids = ids.to(model.device)
         states, options = layer_inputs(model, ids)
-
-        def loss(state: Tensor, first: int, ids=ids, options=options) -> float:
-            for layer in layers[first:]:
-                state = layer(state, **options)
-            return token_losses(model.lm_head, model.model.norm(state), ids).double().sum().item()
-
-        dense += loss(states[-1], len(layers))
+        repeated = ids.repeat(len(parts), 1)
+        _, repeated_options = layer_inputs(model, repeated, stop_at_first=True)
+        dense += token_losses(model.lm_head, model.model.norm(states[-1]), ids).double().sum().item()
         tokens += len(ids) * (ids.shape[1] - 1)
         for index, layer in enumerate(layers):
-            for part in parts:
-                totals[part][index] += loss(_without(part, layer, states[index], options), index + 1)
-    means = {name: (total / tokens).exp().tolist() for name, total in totals.items()}
-    return {"dense": torch.tensor(dense / tokens).exp().item()} | means
+            state = torch.cat([_without(part, layer, states[index], options) for part in parts])
+            for later in layers[index + 1 :]:
+                state = later(state, **repeated_options)
+            losses = token_losses(model.lm_head, model.model.norm(state), repeated)
+            totals[index] += losses.double().view(len(parts), -1).sum(1).cpu()
+    means = (totals / tokens).exp().T.tolist()
+    return {"dense": torch.tensor(dense / tokens).exp().item()} | dict(zip(parts, means, strict=True))
 
 
 def _without(part: str, layer: nn.Module, state: Tensor, options: dict[str, Any]) -> Tensor:

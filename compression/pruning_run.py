@@ -13,7 +13,7 @@ from compression.checkpoint import SavedParts, contents, load_language_model, ne
 from compression.corpus import Corpus, load_corpus, sample_windows, tokenize
 from compression.evaluation.language_model import EvaluationFields, efficiency_ratios, measure, measure_efficiency
 from compression.global_pruning import CalibrationText
-from compression.runtime import RESULTS, Dtype, UserError, log
+from compression.runtime import RESULTS, Dtype, UserError, device_named, log
 
 NOT_RESULT = (
     "resume", "output_name", "results_dir", "models_dir", "base_model", "save_bin", "finetune", "finetune_method",
@@ -52,6 +52,8 @@ class RunFields(EvaluationFields):
     """Windows per forward and backward pass."""
     use_gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    device_map: str = "auto"
+    """The device the model is on: auto (a GPU where there is one, else the CPU), cpu or cuda:N."""
     dtype: Dtype = "auto"
     """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32. Scores are float32 always."""
     resume: bool = False
@@ -66,6 +68,8 @@ class RunFields(EvaluationFields):
         for name in ("sequence_length", "analysis_length"):
             self.check_range(name, 2)
         self.check_range("analysis_samples", 0)
+        if self.device_map != "auto":
+            device_named(self.device_map)
         if self.output_name in ("", "..") or Path(self.output_name).name != self.output_name:
             raise UserError(f"--output_name {self.output_name!r}: allowed is a plain folder name")
 

@@ -75,14 +75,31 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def pick_device() -> torch.device:
-    """The device of this process: a CUDA GPU when there is one, else the CPU; the reason is logged in one line."""
-    device = processes().device
+def pick_device(name: str = "auto") -> torch.device:
+    """The device that a model is on; it is logged in one line.
+
+    Args:
+        name: auto, this process's CUDA GPU when there is one, else the CPU; or a device of `device_named`.
+    """
+    device = processes().device if name == "auto" else device_named(name)
     if device.type == "cuda":
         log.info("Device: %s (%s)", device, torch.cuda.get_device_name(device))
     else:
         log.info("Device: cpu (%d threads; torch %s, no GPU in use)", torch.get_num_threads(), torch.__version__)
     return device
+
+
+def device_named(name: str) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        UserError: it is neither the CPU nor a GPU that this machine has.
+    """
+    there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    full = "cuda:0" if name == "cuda" else name
+    if full not in there:
+        raise UserError(f"--device_map {name}: allowed are auto and what this machine has: {', '.join(there)}")
+    return torch.device(full)
 
 
 def pick_dtype(name: Dtype, use: str) -> torch.dtype:

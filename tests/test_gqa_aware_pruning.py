@@ -445,7 +445,8 @@ def command_of(base, output, *flags):
     command = [
         sys.executable, "gqa_aware_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
         "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
-        "32", "--protect_first", "0", "--protect_last", "0", "--dtype", "float32", "--round_to", "1", *flags,
+        "32", "--protect_first", "0", "--protect_last", "0", "--dtype", "float32", "--round_to", "1", "--device_map",
+        "cpu", *flags,
     ]  # fmt: skip
     return list(map(str, command))
 
@@ -556,6 +557,8 @@ def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
         (["--layers", "9"], "--layers 9: the model has 4 layers; allowed are 0 to 3"),
         (["--protect_first", "4"], "all of them are protected by --protect_first 4"),
         (["--target_perplexity", "2"], "--target_perplexity 2: the dense model has"),
+        (["--device_map", "cuda:99"], "--device_map cuda:99: allowed are auto and what this machine has: cpu"),
+        (["--device_map", "balanced"], "--device_map balanced: allowed are auto"),
         (["--run_evaluation", "speed"], "unknown speed; allowed are ppl, zeroshot, efficiency"),
         (["--sequence_length", "100000"], "less than one window of 100000; use a shorter window"),
     ],

@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-# Logits of so many tokens are held at a time: in fp32 a vocabulary of 128,000 takes half a megabyte for each.
-LOGIT_ROWS = 1024
+# Logits of so many tokens are held at a time: in fp32 a vocabulary of 128,000 takes half a megabyte for each, and
+# small blocks stay in the cache.
+LOGIT_ROWS = 256
 
 
 def token_losses(logits_of, hidden: Tensor, ids: Tensor) -> Tensor:
