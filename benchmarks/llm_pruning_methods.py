@@ -5,19 +5,29 @@
 Every method gets the same calibration windows; perplexities are on the test part of WikiText-2 and PTB. `seconds`
 leaves out the scores of the dense model where another method or ratio has computed them. Writes
 results/llm_pruning_methods.json after each measurement, and goes on where it was with --resume.
+
+Torch-Pruning is no part of the environment: pip install --no-deps torch-pruning==1.6.1. It is driven as in its own
+examples/LLMs/prune_llm.py: norms of coupled channels, every layer alike, the hidden size is pruned too. It takes one
+ratio for hidden size, heads and channels; here the least one that reaches the budget. Two things are other than there:
+attention is the eager one, and while the graph is traced there are no rotary embeddings. They move no channel, but with
+them the search for coupled channels never ends (Torch-Pruning's issue 527).
 """
 
+import importlib.util
 import itertools
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from transformers import PreTrainedModel
 
 from compression.assets import LLM, LLM_FOLDER, ensure_llm
 from compression.calibration import removal_perplexities
@@ -30,7 +40,7 @@ from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pic
 from compression.structures import KINDS, layers_of
 from compression.surgery import shrink_decoder
 
-PLAIN = dict(compensation="none", epsilon=0.0)
+PLAIN = dict(compensation="none", epsilon=0.0, round_to=1)
 # Name -> the fields in which the method differs from the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},
@@ -46,7 +56,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "Wanda-sp, per layer": PLAIN | dict(importance_method="wanda", normalize="layer"),
 }
 WHOLE_LAYERS = "whole layers, by removal perplexity"
-ALL_METHODS = (*METHODS, WHOLE_LAYERS)
+TORCH_PRUNING = "Torch-Pruning"
+ALL_METHODS = (*METHODS, WHOLE_LAYERS, TORCH_PRUNING)
 
 
 @dataclass
@@ -82,6 +93,10 @@ class MethodsConfig(StageConfig):
         for name in self.methods:
             if name not in ALL_METHODS:
                 raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join(ALL_METHODS)}")
+        if TORCH_PRUNING in self.methods and importlib.util.find_spec("torch_pruning") is None:
+            raise UserError(
+                "Torch-Pruning is not installed; install it with: pip install --no-deps torch-pruning==1.6.1"
+            )
         for ratio in self.ratios:
             if not 0 < ratio < 1:
                 raise UserError(f"--ratios {ratio}: allowed is above 0 and below 1")
@@ -100,6 +115,50 @@ def whole_layers(model, ratio: float, removal: dict[str, Any]):
         for kind in KINDS
     }
     return shrink_decoder(model, kept)
+
+
+def torch_pruning(load: Callable[[], PreTrainedModel], ratio: float) -> PreTrainedModel:
+    """Torch-Pruning's recipe at the least of its own ratios, to a thousandth, that removes the share `ratio`."""
+    budget = (1 - ratio) * layer_parameters(load())
+    low, high = 0, 1000 - int(1000 * (1 - ratio) ** 0.5)
+    while layer_parameters(pruned_by_recipe(load(), high / 1000)) > budget:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        met = layer_parameters(pruned_by_recipe(load(), middle / 1000)) <= budget
+        low, high = (low, middle) if met else (middle, high)
+    return pruned_by_recipe(load(), high / 1000)
+
+
+def pruned_by_recipe(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
+    """One call of Torch-Pruning, as its script for language models makes it."""
+    import torch_pruning as tp
+
+    model.config.use_cache = False
+    model.set_attn_implementation("eager")
+    config, heads = model.config, {}
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        heads[attention.q_proj] = config.num_attention_heads
+        heads[attention.k_proj] = heads[attention.v_proj] = config.num_key_value_heads
+    with patch(f"{type(model).__module__}.apply_rotary_pos_emb", lambda query, key, *_, **__: (query, key)):
+        pruner = tp.pruner.BasePruner(
+            model, example_inputs=torch.ones(1, 4, dtype=torch.long, device=model.device),
+            importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"), global_pruning=False,
+            pruning_ratio=ratio, ignored_layers=[model.lm_head], num_heads=heads, prune_num_heads=True,
+            prune_head_dims=False, head_pruning_ratio=ratio, round_to=4, output_transform=lambda output: output.logits,
+        )  # fmt: skip
+        for group in pruner.step(interactive=True):
+            group.prune()
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+    return model
+
+
+def layer_parameters(model: PreTrainedModel) -> int:
+    """Weights of the decoder layers' projections."""
+    return sum(parts.parameters for parts in layers_of(model))
 
 
 def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText, removal, known: dict):
@@ -151,22 +210,24 @@ def main(config: MethodsConfig) -> None:
         if str(ratio) in results:
             continue
         model, _ = load()
-        total = sum(parts.parameters for parts in layers_of(model))
+        total = layer_parameters(model)
         if removal is None and (name == WHOLE_LAYERS or fields.get("temperature")):
             removal = removal_perplexities(model, text.held_out[:2, :512])
         started = time.perf_counter()
         try:
             if name == WHOLE_LAYERS:
                 small = whole_layers(model, ratio, removal)
+            elif name == TORCH_PRUNING:
+                small = torch_pruning(lambda: load()[0], ratio)
             else:
                 small = by_fields(model, ratio, fields, text, removal, known)
         except UserError as error:
             results[str(ratio)] = {"impossible": str(error)}
         else:
-            seconds, left = time.perf_counter() - started, sum(parts.parameters for parts in layers_of(small))
+            seconds = time.perf_counter() - started
             results[str(ratio)] = {
                 "perplexity": measure(small), "seconds": seconds, "layers": len(layers_of(small)),
-                "removed": 1 - left / total,
+                "removed": 1 - layer_parameters(small) / total,
             }  # fmt: skip
         log.info("%s, %g: %s", name, ratio, results[str(ratio)])
         write_json(path, found)
