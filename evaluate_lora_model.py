@@ -1,9 +1,10 @@
 """A model, the same with its LoRA adapter, and the two merged, side by side.
 
     python evaluate_lora_model.py --pruned_model results/NAME/models --lora_dir results/NAME_lora [--merged_model DIR]
+        [--dense_model models/llm-local]
 
 Measures perplexity, zero-shot accuracy and efficiency; writes results/lora_evaluation.json (--output_file) and prints a
-table. Without --merged_model the adapter is merged in memory.
+table. Without --merged_model the adapter is merged in memory; with --dense_model that model is in the table too.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from compression.lora import load_adapter, require_adapter
 from compression.quantization import nf4_base
 from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype
 
-BASE, ADAPTED, MERGED = "base", "base+adapter", "merged"
+DENSE, BASE, ADAPTED, MERGED = "dense", "base", "base+adapter", "merged"
 
 
 @dataclass
@@ -36,6 +37,8 @@ class LoraEvaluationConfig(EvaluationFields):
     """The adapter."""
     merged_model: Path | None = None
     """The merged model; by default it is made in memory."""
+    dense_model: Path | None = None
+    """What it was pruned from, or any other model, to be measured beside them."""
     load_in_4bit: bool = False
     """Base and base+adapter have their frozen weights in 4 bits."""
     dtype: Dtype = "auto"
@@ -53,6 +56,8 @@ def main(config: LoraEvaluationConfig) -> None:
     require_adapter(config.lora_dir, "--lora_dir")
     if config.merged_model is not None:
         require_language_model(config.merged_model, "--merged_model", "python merge_and_save_lora.py")
+    if config.dense_model is not None:
+        require_language_model(config.dense_model, "--dense_model", "python download_model.py --only llm")
     config.check_zero_shot()
     models, tokenizer = load_models(config)
     tests = evaluation_windows(config, tokenizer)
@@ -68,15 +73,16 @@ def main(config: LoraEvaluationConfig) -> None:
             figures[name]["efficiency"] = costs[name] | {"ratios": efficiency_ratios(costs[name], costs[BASE])}
 
     inputs = {"base": identify(config.pruned_model), "adapter": identify(config.lora_dir)}
-    if config.merged_model is not None:
-        inputs["merged"] = identify(config.merged_model)
+    for name, path in (("merged", config.merged_model), ("dense", config.dense_model)):
+        if path is not None:
+            inputs[name] = identify(path)
     result = {"models": figures, "inputs": inputs, "config": config.as_dict(), "environment": fingerprint()}
     write_json(config.output_file, result)
     log.info("\n%s\n-> %s", table(figures), config.output_file)
 
 
 def load_models(config: LoraEvaluationConfig) -> tuple[dict[str, PreTrainedModel], Any]:
-    """The three models, each with weights of its own, and their tokenizer."""
+    """The models, each with weights of its own, and their tokenizer."""
     device = pick_device()
     dtype = pick_dtype(config.dtype, "Weights")
     four_bit = nf4_base() if config.load_in_4bit else None
@@ -88,7 +94,10 @@ def load_models(config: LoraEvaluationConfig) -> tuple[dict[str, PreTrainedModel
     else:
         merged, _ = load_language_model(config.pruned_model, device)
         merged = load_adapter(merged, config.lora_dir, "--lora_dir").merge_and_unload().to(dtype)
-    return {BASE: base, ADAPTED: adapted, MERGED: merged}, tokenizer
+    models = {BASE: base, ADAPTED: adapted, MERGED: merged}
+    if config.dense_model is not None:
+        models = {DENSE: load_language_model(config.dense_model, device, dtype)[0]} | models
+    return models, tokenizer
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:

@@ -298,12 +298,14 @@ def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
     config = evaluate_lora_model.LoraEvaluationConfig(
         pruned_model=folder / "pruned", lora_dir=adapter, output_file=tmp_path / "found.json", efficiency_repeats=1,
         run_evaluation="ppl,efficiency", eval_ppl_datasets=str(folder / "text.txt"), eval_length=32, eval_samples=8,
-        dtype="float32",
+        dtype="float32", dense_model=folder / "dense",
     )  # fmt: skip
     setup_logging()
     evaluate_lora_model.main(config)
     found = json.loads((tmp_path / "found.json").read_text())["models"]
     values = {name: figures["perplexity"]["text.txt"] for name, figures in found.items()}
+    dense, _ = load_language_model(folder / "dense")
+    assert values["dense"] == pytest.approx(text_perplexity(folder, dense, 32), rel=1e-6)
     model, _ = load_language_model(folder / "pruned")
     assert values["base"] == pytest.approx(text_perplexity(folder, model, 32), rel=1e-6)
     load_adapter(model, adapter, "--lora_dir")
@@ -311,7 +313,7 @@ def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
     assert values["base+adapter"] < values["base"]
     assert values["merged"] == pytest.approx(values["base+adapter"], rel=1e-4)
     macs = {name: figures["efficiency"]["ratios"]["macs"] for name, figures in found.items()}
-    assert macs["base"] == macs["merged"] == 1 < macs["base+adapter"]
+    assert macs["base"] == macs["merged"] == 1 < macs["base+adapter"] and macs["dense"] > 1
     printed = capsys.readouterr().out
     (line,) = (line for line in printed.splitlines() if line.startswith("perplexity, text.txt"))
     assert line.split()[2:] == [f"{value:.2f}" for value in values.values()]
@@ -388,6 +390,7 @@ TRAIN, MERGE, EVALUATE = post_training, merge_and_save_lora, evaluate_lora_model
         (MERGE, "--output_dir {}/pruned", "pruned: is --pruned_model itself; name another folder"),
         (EVALUATE, "--run_evaluation efficiency", "--eval_length 16: allowed is at least 32"),
         (EVALUATE, "--lora_dir nowhere", "--lora_dir nowhere: no adapter there"),
+        (EVALUATE, "--dense_model nowhere", "--dense_model nowhere: no"),
         (EVALUATE, "--merged_model nowhere", "--merged_model nowhere: no checkpoint there; make it with: python merge"),
         (EVALUATE, "--pruned_model {}/dense", "the adapter does not fit the model ("),
         (EVALUATE, "--run_evaluation zeroshot --data_dir {}", "has no zeroshot/piqa/validation.jsonl"),
