@@ -55,6 +55,8 @@ __all__ = ["compute_gqa_group_importance", "prune_attention_by_gqa_groups", "sel
 class GQAAwarePruningConfig(GQAPruningFields, RunFields):
     output_name: str = "gqa"
     """Results go to results/NAME."""
+    num_samples: int = 8
+    """Windows of calibration text that scores are computed on: each layer has a backward pass of its own."""
 
     presets: ClassVar = {"fast": FAST | dict(search_steps=3)}
 

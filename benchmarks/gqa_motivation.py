@@ -8,7 +8,7 @@ Same model, same budget of parameters, same calibration text, same recovery trai
 - generic: Torch-Pruning takes the channels of least norm from q, k and v, each on its own; what is left fits no
   number of heads, so it is truncated to the next whole groups. MLP channels by magnitude make up the budget.
 - GQA-aware: gqa_aware_pruning.py's flow, whole groups and MLP channels by Taylor importance, rates by removal.
-- GQA-aware with what run_global_pruning.py adds: scores of refitted layers (obs) and least-squares repair.
+- the same with least-squares repair, as the script does by default.
 
 Torch-Pruning is no part of the environment: pip install torch-pruning==1.6.1. Writes results/gqa_motivation.json.
 """
@@ -39,8 +39,8 @@ from compression.surgery import shrink_layer, to_pruned
 
 GENERIC = "generic channels, truncated to whole groups"
 AWARE = {
-    "GQA-aware, Taylor": {},
-    "GQA-aware, refitted": dict(importance_method="obs", compensation="lstsq"),
+    "GQA-aware, Taylor, no repair": dict(compensation="none"),
+    "GQA-aware, Taylor, repaired": {},
 }
 
 
@@ -50,6 +50,8 @@ class MotivationConfig(RunFields):
     """Checkpoints go to results/NAME."""
     pruning_ratio: float = 0.2
     """Share of the decoder layers' parameters to remove."""
+    num_samples: int = 8
+    """Windows of calibration text that scores are computed on."""
     eval_samples: int = 30
     """So many windows of each test text; 0: all of it."""
     finetune_samples: int = 200

@@ -135,7 +135,7 @@ class GQAPruningFields(StageConfig):
     """Every layer that is pruned loses at least this share."""
     max_rate: float = 0.8
     """No layer loses more than this share."""
-    attention_ratio: float = 1.0
+    attention_ratio: float = 0.5
     """Attention loses this times its layer's rate, rounded to whole groups; the MLP makes up the rest of the budget."""
     round_to: int = 32
     """MLP widths are multiples of this, unless nothing is removed: matrix units are slow at odd widths."""
@@ -151,7 +151,7 @@ class GQAPruningFields(StageConfig):
     """So many layers at the start are left alone."""
     protect_last: int = 2
     """So many layers at the end are left alone."""
-    compensation: Literal["none", "lstsq"] = "none"
+    compensation: Literal["none", "lstsq"] = "lstsq"
     """lstsq: solve the output projections anew so that what stays makes up for what goes."""
 
     def check(self) -> None:

@@ -53,7 +53,10 @@ def text(ids):
 
 
 def fields(**values):
-    defaults = dict(protect_first=0, protect_last=0, pruning_ratio=0.4, strategy="uniform", round_to=1)
+    defaults = dict(
+        protect_first=0, protect_last=0, pruning_ratio=0.4, strategy="uniform", round_to=1, attention_ratio=1.0,
+        compensation="none",
+    )  # fmt: skip
     return GQAPruningFields(**defaults | values)
 
 
