@@ -7,6 +7,7 @@ Same model, same budget of parameters, same calibration text, same recovery trai
 
 - generic: Torch-Pruning takes the channels of least norm from q, k and v, each on its own; what is left fits no
   number of heads, so it is truncated to the next whole groups. MLP channels by magnitude make up the budget.
+- magnitude: MLP channels of least norm go, as many from every layer; attention stays whole.
 - GQA-aware: gqa_aware_pruning.py's flow, whole groups and MLP channels by Taylor importance, rates by removal.
 - the same with least-squares repair, as the script does by default.
 
@@ -38,10 +39,15 @@ from compression.structures import NEURONS, LayerParts, layers_of
 from compression.surgery import shrink_layer, to_pruned
 
 GENERIC = "generic channels, truncated to whole groups"
-AWARE = {
+# Name -> the fields in which the flow differs from gqa_aware_pruning.py's defaults.
+FLOWS = {
+    "MLP channels by magnitude": dict(
+        importance_method="magnitude", strategy="uniform", attention_ratio=0.0, compensation="none", protect_first=0,
+        protect_last=0,
+    ),
     "GQA-aware, Taylor, no repair": dict(compensation="none"),
     "GQA-aware, Taylor, repaired": {},
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -60,7 +66,7 @@ class MotivationConfig(RunFields):
     """Passes over them."""
     finetune_learning_rate: float = 5e-4
     """Of the adapters."""
-    methods: tuple[str, ...] = field(default_factory=lambda: (GENERIC, *AWARE))
+    methods: tuple[str, ...] = field(default_factory=lambda: (GENERIC, *FLOWS))
     """Which of the ways."""
 
     presets: ClassVar = {"fast": FAST | dict(finetune_samples=16)}
@@ -69,8 +75,8 @@ class MotivationConfig(RunFields):
         super().check()
         self.check_range("pruning_ratio", 0, 0.9)
         for name in self.methods:
-            if name not in (GENERIC, *AWARE):
-                raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join((GENERIC, *AWARE))}")
+            if name not in (GENERIC, *FLOWS):
+                raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join((GENERIC, *FLOWS))}")
         if GENERIC in self.methods and importlib.util.find_spec("torch_pruning") is None:
             raise UserError("Torch-Pruning is not installed; install it with: pip install torch-pruning==1.6.1")
 
@@ -121,7 +127,7 @@ def main(config: MotivationConfig) -> None:
         if name == GENERIC:
             model = generic(model, config.pruning_ratio)
         else:
-            fields = GQAPruningFields(pruning_ratio=config.pruning_ratio, **AWARE[name])
+            fields = GQAPruningFields(pruning_ratio=config.pruning_ratio, **FLOWS[name])
             rates = layer_rates(fields, layers_of(model), config.pruning_ratio, removal, config.seed)
             model = LayerwisePruning(model, rates, fields, text).prune()
         removed = 1 - sum(parts.parameters for parts in layers_of(model)) / total
