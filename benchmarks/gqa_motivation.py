@@ -7,7 +7,7 @@ Same model, same budget of parameters, same calibration text, same recovery trai
 
 - generic: Torch-Pruning takes the channels of least norm from q, k and v, each on its own; what is left fits no
   number of heads, so it is truncated to the next whole groups. MLP channels by magnitude make up the budget.
-- magnitude: MLP channels of least norm go, as many from every layer; attention stays whole.
+- magnitude: MLP channels of least magnitude go, as many from every layer; attention stays whole.
 - GQA-aware: gqa_aware_pruning.py's flow, whole groups and MLP channels by Taylor importance, rates by removal.
 - the same with least-squares repair, as the script does by default.
 

@@ -57,7 +57,7 @@ class PruningFields(StageConfig):
     round_to: int = 32
     """MLP widths are multiples of this, unless nothing is removed: matrix units are slow at odd widths."""
 
-    presets = {"paper": dict(importance_method="taylor", temperature=1.0, compensation="none")}
+    presets = {"paper": dict(importance_method="taylor", temperature=1.0, compensation="none", round_to=1)}
 
     def check(self) -> None:
         super().check()
