@@ -24,6 +24,7 @@ from compression.checkpoint import find_newest, load_classifier, load_language_m
 from compression.config import StageConfig, run_script
 from compression.corpus import load_corpus, tokenize, windows
 from compression.data import load_sentiment
+from compression.evaluation.perplexity import token_losses
 from compression.runtime import MODELS, RESULTS, UserError, log
 
 CLASSIFIER = """
@@ -90,7 +91,7 @@ def compare_language_model(folder: Path, config: LoadConfig) -> dict[str, Any]:
     model, tokenizer = load_language_model(folder)
     ids = windows(tokenize(tokenizer, load_corpus("wikitext2", "test", config.data_dir)), 512)[: config.samples]
     logits = torch.cat([model(row[None]).logits for row in ids])
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = token_losses(torch.nn.Identity(), logits, ids)
     name, perplexity, last = outside(LANGUAGE_MODEL, folder, ids.tolist())
     return {
         "windows": list(ids.shape),
