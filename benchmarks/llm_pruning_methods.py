@@ -10,7 +10,7 @@ Torch-Pruning is no part of the environment: pip install --no-deps torch-pruning
 examples/LLMs/prune_llm.py: norms of coupled channels, every layer alike, the hidden size is pruned too. It takes one
 ratio for hidden size, heads and channels; here the least one that reaches the budget. Two things are other than there:
 attention is the eager one, and while the graph is traced there are no rotary embeddings. They move no channel, but with
-them the search for coupled channels never ends (Torch-Pruning's issue 527).
+them the search for coupled channels never ends (known upstream: github.com/VainF/Torch-Pruning/issues/527).
 """
 
 import importlib.util
@@ -120,14 +120,15 @@ def whole_layers(model, ratio: float, removal: dict[str, Any]):
 def torch_pruning(load: Callable[[], PreTrainedModel], ratio: float) -> PreTrainedModel:
     """Torch-Pruning's recipe at the least of its own ratios, to a thousandth, that removes the share `ratio`."""
     budget = (1 - ratio) * layer_parameters(load())
-    low, high = 0, 1000 - int(1000 * (1 - ratio) ** 0.5)
-    while layer_parameters(pruned_by_recipe(load(), high / 1000)) > budget:
-        low, high = high, 2 * high
+    low, high, small = 0, 1000, None
     while high - low > 1:
         middle = (low + high) // 2
-        met = layer_parameters(pruned_by_recipe(load(), middle / 1000)) <= budget
-        low, high = (low, middle) if met else (middle, high)
-    return pruned_by_recipe(load(), high / 1000)
+        tried = pruned_by_recipe(load(), middle / 1000)
+        if layer_parameters(tried) <= budget:
+            high, small = middle, tried
+        else:
+            low = middle
+    return small
 
 
 def pruned_by_recipe(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
