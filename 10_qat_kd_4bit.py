@@ -8,10 +8,9 @@ of the losses are documented in compression/qat.py, those of any training in com
 """
 
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-from compression.checkpoint import find_all, find_unquantized, load_classifier, require
+from compression.checkpoint import find_unquantized, load_classifier, require_classifier
 from compression.config import run_script
 from compression.qat import QuantizationAwareConfig, QuantizationAwareDistillation
 from compression.quantization import bytes_by_part, check_exact, pack
@@ -40,31 +39,33 @@ def make_recipe(stage: Stage, model, task, config: QATKDConfig) -> QuantizationA
 
 def main(config: QATKDConfig) -> None:
     teacher = config.teacher_path or config.models_dir / "teacher_model"
-    require(teacher, "--teacher_path", "python 1_finetune_teacher.py")
-    stage = Stage(
-        "pruned_qkd4bit", config, parent=find_unquantized(config.pruned_model_path, config.models_dir), teacher=teacher
-    )
-    if stage.is_done(*find_all(config.models_dir, "pruned_qkd4bit")):
+    require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
+    pruned = find_unquantized(config.pruned_model_path, config.models_dir)
+    require_classifier(pruned, "--pruned_model_path", "python 8_pruning_with_finetuning.py")
+    stage = Stage("pruned_qkd4bit", config, parent=pruned, output="pruned_qkd4bit_*", teacher=teacher)
+    if stage.is_done():
         return
 
-    # From here on the forward pass computes with 4-bit weights; before training that is what stage 9 would save.
-    model, task = stage.load_model()
-    metrics = {"accuracy_fp32": task.evaluate(model)["accuracy"], "bytes_before": bytes_by_part(model)}
-    recipe = make_recipe(stage, model, task, config)
-    metrics["accuracy_ptq"] = task.evaluate(model)["accuracy"]
-    log.info("Accuracy %.4f in fp32, %.4f in 4 bits before training", metrics["accuracy_fp32"], metrics["accuracy_ptq"])
-    history = stage.train(model, task, recipe)
+    with stage.running():
+        # From here on the forward pass computes with 4-bit weights; before training that is what stage 9 would save.
+        model, task = stage.load_model()
+        metrics = {"accuracy_fp32": task.evaluate(model)["accuracy"], "bytes_before": bytes_by_part(model)}
+        recipe = make_recipe(stage, model, task, config)
+        metrics["accuracy_ptq"] = task.evaluate(model)["accuracy"]
+        log.info(
+            "Accuracy %.4f in fp32, %.4f in 4 bits before training", metrics["accuracy_fp32"], metrics["accuracy_ptq"]
+        )
+        history = stage.train(model, task, recipe)
 
-    # The same fp32 weights are packed once; every layer must have the values it was trained with.
-    trained_logits = task.predict(model, task.validation)
-    values = recipe.finish()
-    packed = pack(model, config.storage(), pick_dtype(config.compute_dtype, "Compute dtype"))
-    check_exact(packed, values)
-    metrics["logit_difference"] = (task.predict(packed, task.validation) - trained_logits).abs().max().item()
-    metrics["bytes_after"] = bytes_by_part(packed)
-    log.info("Packed: all weights as trained, logits to %.1e", metrics["logit_difference"])
-    output = config.models_dir / f"pruned_qkd4bit_{datetime.now():%Y%m%d_%H%M%S}"
-    stage.save(output, packed, task, history, **metrics)
+        # The same fp32 weights are packed once; every layer must have the values it was trained with.
+        trained_logits = task.predict(model, task.validation)
+        values = recipe.finish()
+        packed = pack(model, config.storage(), pick_dtype(config.compute_dtype, "Compute dtype"))
+        check_exact(packed, values)
+        metrics["logit_difference"] = (task.predict(packed, task.validation) - trained_logits).abs().max().item()
+        metrics["bytes_after"] = bytes_by_part(packed)
+        log.info("Packed: all weights as trained, logits to %.1e", metrics["logit_difference"])
+        stage.save(packed, task, history, **metrics)
 
 
 if __name__ == "__main__":

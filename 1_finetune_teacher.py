@@ -6,6 +6,7 @@ Reads the teacher's start (models/bert-local, fetched if it is not there) and th
 models/teacher_model.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +22,8 @@ from compression.training import Recipe, TrainingConfig
 class TeacherConfig(TrainingConfig):
     teacher: str = TEACHER
     """BERT or DistilBERT to start from: a folder, or a name on the hub."""
+    overwrite: bool = False
+    """Replace an earlier result that was made with other settings or inputs."""
 
     presets: ClassVar = {"fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto")}
 
@@ -34,15 +37,16 @@ class FineTuning(Recipe):
 
 
 def main(config: TeacherConfig) -> None:
-    output = config.models_dir / "teacher_model"
-    stage = Stage("teacher", config, parent=ensure_teacher(config.teacher, config.models_dir / "bert-local"))
-    if stage.is_done(output):
+    start = ensure_teacher(config.teacher, config.models_dir / "bert-local")
+    stage = Stage("teacher", config, parent=start, output="teacher_model")
+    if stage.is_done():
         return
 
-    model, task = stage.load_model(num_labels=2)
-    recipe = FineTuning(config, len(task.train))
-    history = stage.train(model, task, recipe)
-    stage.save(output, model, task, history)
+    with stage.running():
+        model, task = stage.load_model(num_labels=2)
+        recipe = FineTuning(config, len(task.train))
+        history = stage.train(model, task, recipe)
+        stage.save(model, task, history)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from compression.assets import STUDENT, ensure_student
-from compression.checkpoint import require
+from compression.checkpoint import require_classifier
 from compression.config import run_script
 from compression.distillation import distillation_loss
 from compression.task import Stage
@@ -29,6 +29,8 @@ VARIANTS = {
 class DistillationConfig(TrainingConfig):
     student: str = STUDENT
     """DistilBERT or BERT to start from: a folder, or a name on the hub."""
+    overwrite: bool = False
+    """Replace an earlier result that was made with other settings or inputs."""
     teacher_path: Path | None = None
     """The fine-tuned teacher; by default teacher_model in models_dir."""
     variant: Literal["labels_and_teacher", "soft_labels"] = "labels_and_teacher"
@@ -63,16 +65,17 @@ class Distillation(Recipe):
 def main(config: DistillationConfig) -> None:
     name, folder = VARIANTS[config.variant]
     teacher = config.teacher_path or config.models_dir / "teacher_model"
-    require(teacher, "--teacher_path", "python 1_finetune_teacher.py")
+    require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
     start = ensure_student(config.student, config.models_dir / "distilbert-local")
-    stage = Stage(name, config, parent=start, teacher=teacher)
-    if stage.is_done(config.models_dir / folder):
+    stage = Stage(name, config, parent=start, output=folder, teacher=teacher)
+    if stage.is_done():
         return
 
-    model, task = stage.load_model(num_labels=2)
-    recipe = Distillation(config, stage.teacher_logits().to(model.device))
-    history = stage.train(model, task, recipe)
-    stage.save(config.models_dir / folder, model, task, history)
+    with stage.running():
+        model, task = stage.load_model(num_labels=2)
+        recipe = Distillation(config, stage.teacher_logits().to(model.device))
+        history = stage.train(model, task, recipe)
+        stage.save(model, task, history)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Reads what exists of MODELS_TO_EVALUATE under models/ and the validation sentenc
 .md and .png. A model that is missing is listed with the command that makes it.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,9 @@ from compression.data import encode, load_sentiment
 from compression.evaluation.classification import classification_metrics, paired_difference, predict
 from compression.evaluation.efficiency import measure_latency, size_on_disk
 from compression.flops import count_macs, count_parameters
+from compression.outputs import check_files
 from compression.report import (
+    REPORT_FILES,
     Entry,
     data_warnings,
     describe_lineage,
@@ -29,7 +32,7 @@ from compression.report import (
     results_table,
     write_report,
 )
-from compression.runtime import UserError, fingerprint, log, pick_device
+from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device, shown
 
 # What stage.json calls the stage (the newest checkpoint of it is taken), the name in the report, what makes it.
 MODELS_TO_EVALUATE = [
@@ -53,9 +56,9 @@ BASELINE = "Distilled Student (Baseline)"
 class EvaluationConfig(StageConfig):
     data_dir: str | None = None
     """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
-    models_dir: Path = Path("models")
+    models_dir: Path = MODELS
     """Where the checkpoints are."""
-    output_dir: Path = Path("results")
+    output_dir: Path = RESULTS
     """Where the report goes."""
     max_length: int = 128
     """Sentences are cut at this number of tokens for accuracy."""
@@ -142,9 +145,10 @@ def main(config: EvaluationConfig) -> None:
     if not found:
         command = missing[0]["command"]
         raise UserError(f"--models_dir {config.models_dir}: no model to evaluate; make the first with: {command}")
+    check_files(config.output_dir, REPORT_FILES, "--output_dir")
     report = build_report(found, missing, config)
     paths = write_report(report, config.output_dir)
-    for section in (results_table(report), missing_section(report), "Written: " + ", ".join(map(str, paths))):
+    for section in (results_table(report), missing_section(report), "Written: " + ", ".join(map(shown, paths))):
         if section:
             log.info("\n%s", section)
 

@@ -8,14 +8,12 @@ in compression/gradual.py, those of any training in compression/training.py.
 """
 
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
-from compression.checkpoint import find_all, require
+from compression.checkpoint import require_classifier
 from compression.config import run_script
 from compression.gradual import GradualPruning, GradualPruningConfig
 from compression.runtime import UserError, log
-from compression.structures import ENCODERS, family_of
 from compression.task import Stage
 
 # Masked and smaller model compute the same sums in another order; more than this is a mistake in the surgery.
@@ -33,32 +31,31 @@ class GradualPruningWithFinetuningConfig(GradualPruningConfig):
 def main(config: GradualPruningWithFinetuningConfig) -> None:
     student = config.student_path or config.models_dir / "student_model"
     teacher = config.teacher_path or config.models_dir / "teacher_model"
-    require(teacher, "--teacher_path", "python 1_finetune_teacher.py")
-    require(student, "--student_path", "python 2_distill_student.py")
-    stage = Stage("pruned", config, parent=student, teacher=teacher)
-    if stage.is_done(*find_all(config.models_dir, "pruned")):
+    require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
+    require_classifier(student, "--student_path", "python 2_distill_student.py")
+    stage = Stage("pruned", config, parent=student, output="pruning_with_finetuning_*", teacher=teacher)
+    if stage.is_done():
         return
 
-    # Warmup, Pruning, Finetuning: the masks go in with the recipe.
-    model, task = stage.load_model()
-    family_of(model, ENCODERS)  # refuses an unsupported architecture at once
-    before = task.evaluate(model)
-    recipe = GradualPruning(model, stage.teacher_logits(), config)
-    history = stage.train(model, task, recipe)
+    with stage.running():
+        # Warmup, Pruning, Finetuning: the masks go in with the recipe.
+        model, task = stage.load_model()
+        before = task.evaluate(model)
+        recipe = GradualPruning(model, stage.teacher_logits(), config)
+        history = stage.train(model, task, recipe)
 
-    # From masks to smaller layers, which must compute the same.
-    recipe.load_best()
-    masked_logits = task.predict(model, task.validation)
-    small = recipe.finish()
-    difference = (task.predict(small, task.validation) - masked_logits).abs().max().item()
-    if difference > LOGIT_TOLERANCE:
-        raise UserError(f"smaller and masked model differ by {difference:.2e} in logits; nothing was saved")
-    log.info("Masked and smaller model agree to %.1e in logits", difference)
+        # From masks to smaller layers, which must compute the same.
+        recipe.load_best()
+        masked_logits = task.predict(model, task.validation)
+        small = recipe.finish()
+        difference = (task.predict(small, task.validation) - masked_logits).abs().max().item()
+        if not difference <= LOGIT_TOLERANCE:
+            raise UserError(f"smaller and masked model differ by {difference:.2e} in logits; nothing was saved")
+        log.info("Masked and smaller model agree to %.1e in logits", difference)
 
-    log.info("Accuracy before pruning %.4f", before["accuracy"])
-    metrics = recipe.sparsity() | {"accuracy_before": before["accuracy"], "logit_difference": difference}
-    output = config.models_dir / f"pruning_with_finetuning_{datetime.now():%Y%m%d_%H%M%S}"
-    stage.save(output, small, task, history, **metrics)
+        log.info("Accuracy before pruning %.4f", before["accuracy"])
+        metrics = recipe.sparsity() | {"accuracy_before": before["accuracy"], "logit_difference": difference}
+        stage.save(small, task, history, **metrics)
 
 
 if __name__ == "__main__":

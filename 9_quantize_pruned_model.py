@@ -18,28 +18,30 @@ from compression.checkpoint import (
     identify,
     is_made_from,
     load_classifier,
-    make_folder,
     read_stage,
     save_checkpoint,
 )
 from compression.config import StageConfig, run_script
+from compression.outputs import Output, owned
 from compression.quantization import StorageFields, bytes_by_part, pack
-from compression.runtime import UserError, log, pick_device, pick_dtype
+from compression.runtime import MODELS, UserError, log, pick_device, pick_dtype, shown
 
 # Fields that do not change the result; the path of the input is among them because the input itself is compared.
-NOT_RESULT = ("models_dir", "output_dir", "pruned_model_path", "skip_existing")
+NOT_RESULT = ("models_dir", "output_dir", "pruned_model_path", "overwrite", "skip_existing")
 
 
 @dataclass
 class QuantizationConfig(StorageFields, StageConfig):
     pruned_model_path: Path | None = None
     """The model to quantize; by default the newest pruned one in models_dir."""
-    models_dir: Path = Path("models")
+    models_dir: Path = MODELS
     """Where checkpoints are read and written."""
     output_dir: Path | None = None
     """Where to write; by default pruned_quantized_final in models_dir."""
     load_in_8bit: bool = False
     """8-bit weights (LLM.int8) instead of 4-bit ones."""
+    overwrite: bool = False
+    """Replace an earlier result that was made with other settings or from another model."""
     skip_existing: bool = False
     """Do nothing if the output exists and was made with this configuration from this model."""
 
@@ -63,34 +65,41 @@ def log_sizes(bytes_before: dict[str, int], bytes_after: dict[str, int]) -> None
         log.info("%-12s %10.2f %10.2f %7.3f", part, before / 1e6, after / 1e6, after / before)
 
 
-def describe(folder: Path, inputs: dict[str, Any], config: QuantizationConfig, metrics: dict[str, Any]) -> dict:
-    """stage.json: the model's own stage with `_quantized` behind it, and the data that the model was trained on."""
-    parent = read_stage(folder) or {}
-    name = f"{parent['stage']}_quantized" if parent else "quantized"
-    return describe_stage(name, config.as_dict(), inputs, metrics, parent.get("data"))
+def stage_name(folder: Path) -> str:
+    """What `stage.json` of the result says: the model's own stage with `_quantized` behind it."""
+    parent = (read_stage(folder) or {}).get("stage")
+    return f"{parent}_quantized" if parent else "quantized"
 
 
 def main(config: QuantizationConfig) -> None:
-    folder, output = (
-        find_unquantized(config.pruned_model_path, config.models_dir),
-        config.output_dir or config.models_dir / "pruned_quantized_final",
-    )
+    folder = find_unquantized(config.pruned_model_path, config.models_dir)
+    path = config.output_dir or config.models_dir / "pruned_quantized_final"
+    output = Output(path, "--output_dir", stage_name(folder))
     inputs = {"parent": identify(folder)}
     settings = {name: value for name, value in config.as_dict().items() if name not in NOT_RESULT}
-    if config.skip_existing and is_made_from(output, settings, inputs):
-        log.info("%s exists and matches configuration and inputs: skipped", output)
+    same = is_made_from(path, settings, inputs)
+    if config.skip_existing and same:
+        log.info("%s exists and matches configuration and inputs: skipped", shown(path))
         return
-    make_folder(output.parent, "--output_dir")
+    output.check([folder], shared=[config.models_dir])
+    output.check_same(same, config.overwrite)
+    with owned(path):
+        quantize(config, folder, output, inputs)
 
+
+def quantize(config: QuantizationConfig, folder: Path, output: Output, inputs: dict[str, Any]) -> None:
+    """Load, pack, save: what is packed is a copy, so both sizes are measured."""
     model, tokenizer = load_classifier(folder, pick_device())
     packed = pack(
         model, config.storage(bits=8 if config.load_in_8bit else 4), pick_dtype(config.compute_dtype, "Compute dtype")
     )
 
     sizes = {"bytes_before": bytes_by_part(model), "bytes_after": bytes_by_part(packed)}
-    save_checkpoint(output, packed, tokenizer, describe(folder, inputs, config, sizes))
+    trained_on = (read_stage(folder) or {}).get("data")
+    stage = describe_stage(output.kind, config.as_dict(), inputs, sizes, trained_on)
+    save_checkpoint(output.path, packed, tokenizer, stage)
     log_sizes(**sizes)
-    log.info("%s -> %s", folder, output)
+    log.info("%s -> %s", shown(folder), shown(output.path))
 
 
 if __name__ == "__main__":

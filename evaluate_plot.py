@@ -6,6 +6,7 @@ Reads what exists of `models` under models/ and the validation sentences; writes
 .pdf. Times are of several runs in which the models take turns: the median, and the 10th and 90th percentile.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 import csv
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compression.checkpoint import find_newest, load_classifier, new_file
+from compression.checkpoint import find_newest, load_classifier
 from compression.config import StageConfig, run_script
 from compression.data import encode, load_sentiment
 from compression.evaluation.classification import classification_metrics, predict
 from compression.evaluation.efficiency import interleaved_times, measure_latency, size_on_disk
 from compression.flops import count_parameters
+from compression.outputs import check_files, new_files
 from compression.plots import plot_model_comparison, save_figure
-from compression.runtime import UserError, log, pick_device
+from compression.runtime import MODELS, RESULTS, UserError, log, pick_device, shown
 
+FILES = ("model_comparison.csv", "model_comparison.png", "model_comparison.pdf")
 # What stage.json calls the stage (the newest checkpoint of it is taken), and the name in the figure.
 models = [
     ("teacher", "Teacher"),
@@ -38,9 +41,9 @@ models = [
 class ComparisonConfig(StageConfig):
     data_dir: str | None = None
     """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
-    models_dir: Path = Path("models")
+    models_dir: Path = MODELS
     """Where the checkpoints are."""
-    output_dir: Path = Path("results")
+    output_dir: Path = RESULTS
     """Where table and figure go."""
     max_length: int = 128
     """Sentences are cut at this number of tokens for accuracy."""
@@ -91,8 +94,8 @@ def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, 
 
 
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the rows as CSV, whole or not at all."""
-    with new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    """Write the rows as CSV."""
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -107,18 +110,19 @@ def main(config: ComparisonConfig) -> None:
         )
     if absent := [name for name, folder in newest.items() if not folder]:
         log.info("Not there, so not compared: %s", "; ".join(absent))
+    check_files(config.output_dir, FILES, "--output_dir")
     rows = compare(found, config)
     figure = plot_model_comparison(rows)
-    paths = [config.output_dir / f"model_comparison.{extension}" for extension in ("csv", "png", "pdf")]
-    write_table(rows, paths[0])
-    for path in paths[1:]:
-        save_figure(figure, path)
+    with new_files(config.output_dir, FILES, "--output_dir") as temporary:
+        write_table(rows, temporary / FILES[0])
+        for name in FILES[1:]:
+            save_figure(figure, temporary / name)
     for row in rows:
         log.info(
             "%-24s accuracy %.4f   inference %7.2f ms   load %6.3f s   %6.1f MB", row["model"], row["accuracy"],
             row["inference_median_ms"], row["load_median_s"], row["weights_bytes"] / 1e6,
         )  # fmt: skip
-    log.info("Written: %s", ", ".join(map(str, paths)))
+    log.info("Written: %s", ", ".join(shown(config.output_dir / name) for name in FILES))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The three steps for a layer can be imported from here: compute_gqa_group_importa
 prune_attention_by_gqa_groups. The method's fields are documented in compression/gqa_pruning.py.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +27,11 @@ from compression.checkpoint import (
     identify,
     load_language_model,
     save_checkpoint,
-    write_json,
 )
 from compression.config import run_script
 from compression.evaluation.language_model import evaluation_windows, measure
 from compression.evaluation.perplexity import perplexity
+from compression.files import write_json
 from compression.global_pruning import CalibrationText
 from compression.gqa_pruning import (
     GQAPruningFields,
@@ -44,8 +45,8 @@ from compression.gqa_pruning import (
     select_gqa_groups_to_prune,
 )
 from compression.plots import plot_rates, save_figure
-from compression.pruning_run import FAST, RunFields, calibration_text, compare, write_table
-from compression.runtime import UserError, log, log_file, pick_device, pick_dtype, seed_everything
+from compression.pruning_run import FAST, Results, RunFields, calibration_text, compare, write_table
+from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.structures import DECODERS, family_of, layers_of
 
 __all__ = ["compute_gqa_group_importance", "prune_attention_by_gqa_groups", "select_gqa_groups_to_prune"]
@@ -70,6 +71,7 @@ def main(config: GQAAwarePruningConfig) -> None:
     base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
     config.check_zero_shot()
     inputs = {"parent": identify(base)}
+    output = Results(config, "gqa_pruning", base, inputs)
     seed_everything(config.seed)
     device = pick_device(config.device_map)
     load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
@@ -82,9 +84,8 @@ def main(config: GQAAwarePruningConfig) -> None:
         check_ratio(config, layers_of(model), config.pruning_ratio)
     else:
         check_target(config.target_perplexity, perplexity(model, text.held_out, text.batch_size))
-    saved = config.saved_parts(inputs)
 
-    with log_file(config.folder / "logs"):
+    with output.running() as saved:
         # What the dense model is, and what removing each layer of it would cost.
         dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
         removal = None
@@ -106,17 +107,16 @@ def main(config: GQAAwarePruningConfig) -> None:
         selected = results["reduction"]["selected_layers"] = pruning.removed()
         log.info("Of the parameters of --layers %s %.2f %% are gone", config.layers, 100 * selected)
 
-        log.info("Base model: %s (%s)", base, describe_source(base))
+        log.info("Base model: %s (%s)", shown(base), describe_source(base))
         data = {"calibration": [corpus.describe() for corpus in corpora]}
         stage = describe_stage("gqa_pruning", config.as_dict(), inputs, results, data)
-        folder = config.folder
-        save_checkpoint(folder / "models", pruning.model, tokenizer, stage)
-        write_analysis(folder / "analysis", pruning, removal, trials.perplexities)
-        write_json(
-            folder / "evaluation" / "evaluation_results.json", results | {"data": data, "stage": stage["environment"]}
-        )
-        log.info("-> %s", folder)
-    saved.remove()
+        if processes().is_main_process:
+            with output.written(saved) as folder:
+                save_checkpoint(folder / "models", pruning.model, tokenizer, stage)
+                write_analysis(folder / "analysis", pruning, removal, trials.perplexities)
+                evaluation = results | {"data": data, "stage": stage["environment"]}
+                write_json(folder / "evaluation" / "evaluation_results.json", evaluation)
+        processes().wait_for_everyone()
 
 
 class Trials:

@@ -6,6 +6,7 @@ Writes an ordinary checkpoint of the model's own class. Model with adapter and m
 else nothing is written.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +15,16 @@ import torch
 from compression.checkpoint import (
     describe_stage,
     identify,
+    is_made_from,
     load_language_model,
-    make_folder,
     read_stage,
     require_language_model,
     save_checkpoint,
 )
 from compression.config import StageConfig, run_script
 from compression.lora import load_adapter, require_adapter
-from compression.runtime import RESULTS, UserError, log, pick_device
+from compression.outputs import Output, owned
+from compression.runtime import RESULTS, UserError, log, pick_device, shown
 
 # The merged weights as they are written, rounded to float32, against W x + B A x. Both run in float64: two orders of
 # summation in float32 alone come near to this.
@@ -38,20 +40,26 @@ class MergeConfig(StageConfig):
     """The adapter."""
     output_dir: Path = RESULTS / "recovered_merged"
     """Where the merged model goes; its weights are float32."""
+    overwrite: bool = False
+    """Replace an earlier result that was merged from another model or adapter."""
     seed: int = 0
     """Fixes the tokens that the two models are compared on."""
 
-    def check(self) -> None:
-        for name in ("pruned_model", "lora_dir"):
-            if self.output_dir.resolve() == getattr(self, name).resolve():
-                raise UserError(f"--output_dir {self.output_dir}: is --{name} itself; name another folder")
 
-
-@torch.inference_mode()
 def main(config: MergeConfig) -> None:
     require_language_model(config.pruned_model, "--pruned_model")
     require_adapter(config.lora_dir, "--lora_dir")
-    make_folder(config.output_dir.parent, "--output_dir")
+    output = Output(config.output_dir, "--output_dir", "merged")
+    output.check([config.pruned_model, config.lora_dir])
+    inputs = {"parent": identify(config.pruned_model), "adapter": identify(config.lora_dir)}
+    output.check_same(is_made_from(config.output_dir, {}, inputs), config.overwrite)
+    with owned(config.output_dir):
+        merge(config, inputs)
+
+
+@torch.inference_mode()
+def merge(config: MergeConfig, inputs: dict[str, dict[str, str]]) -> None:
+    """Merge, compare, save."""
     model, tokenizer = load_language_model(config.pruned_model, pick_device(), torch.float64)
     adapted = load_adapter(model, config.lora_dir, "--lora_dir")
     if ((read_stage(config.lora_dir) or {}).get("config") or {}).get("load_in_4bit"):
@@ -71,10 +79,9 @@ def main(config: MergeConfig) -> None:
         )
     log.info("Adapted and merged model agree to %.1e in logits", difference)
 
-    inputs = {"parent": identify(config.pruned_model), "adapter": identify(config.lora_dir)}
     stage = describe_stage("merged", config.as_dict(), inputs, {"logit_difference": difference}, {})
     save_checkpoint(config.output_dir, merged.float(), tokenizer, stage)
-    log.info("-> %s", config.output_dir)
+    log.info("-> %s", shown(config.output_dir))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from typing import ClassVar
 
 from compression.config import run_script
 from compression.evaluation.language_model import EvaluationFields
+from compression.outputs import Output, check_place
 from compression.recovery import RecoveryFields, recover
-from compression.runtime import RESULTS, UserError
+from compression.runtime import RESULTS
 
 
 @dataclass
@@ -36,14 +37,18 @@ class PostTrainingConfig(RecoveryFields):
 
     def check(self) -> None:
         super().check()
-        if not self.output_name or Path(self.output_name).name != self.output_name:
-            raise UserError(f"--output_name {self.output_name!r}: allowed is a plain folder name")
-        if self.output_dir is not None and self.output_dir.resolve() == self.pruned_model.resolve():
-            raise UserError(f"--output_dir {self.output_dir}: is the model itself; name another folder")
+        self.check_name("output_name")
+
+    def output(self) -> Output:
+        """Where the result goes."""
+        if self.output_dir is not None:
+            return Output(self.output_dir, "--output_dir", "recovery")
+        return Output(self.results_dir / self.output_name, "--output_name", "recovery")
 
 
 def main(config: PostTrainingConfig) -> None:
-    recover(config, config.pruned_model, config.output_dir or config.results_dir / config.output_name)
+    check_place(config.output().path, config.output().flag, shared=[config.results_dir])
+    recover(config, config.pruned_model, config.output())
 
 
 if __name__ == "__main__":

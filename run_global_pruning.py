@@ -7,6 +7,8 @@ ordinary checkpoint), analysis/ (what removing each part costs, every structure'
 The method's fields are documented in compression/global_pruning.py; `--preset paper` is the formula as published.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
+import shutil
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import ClassVar, Literal
@@ -15,22 +17,17 @@ import torch
 
 from compression.assets import LLM_FOLDER, describe_source, ensure_llm
 from compression.calibration import removal_perplexities
-from compression.checkpoint import (
-    describe_stage,
-    identify,
-    load_language_model,
-    new_file,
-    read_json,
-    save_checkpoint,
-    write_json,
-)
+from compression.checkpoint import SavedParts, describe_stage, identify, load_language_model, save_checkpoint
 from compression.config import run_script
 from compression.evaluation.language_model import EvaluationFields, evaluation_windows, measure
+from compression.files import link_or_copy, read_json, write_json
 from compression.global_pruning import GlobalPruning, PruningFields
+from compression.integrity import RUN_FILE
+from compression.outputs import Output
 from compression.plots import plot_removal, plot_retained, save_figure
-from compression.pruning_run import FAST, RunFields, calibration_text, compare, write_table
+from compression.pruning_run import FAST, Results, RunFields, calibration_text, compare, write_table
 from compression.recovery import RecoveryFields, recover
-from compression.runtime import UserError, log, log_file, pick_device, pick_dtype, seed_everything
+from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.structures import DECODERS, family_of
 from compression.surgery import to_stock
 
@@ -62,11 +59,12 @@ class GlobalPruningConfig(PruningFields, RunFields):
     def recovery(self) -> RecoveryFields:
         """How the pruned model is trained on."""
         evaluations = [what for what in RecoveryFields.evaluations if self.evaluates(what)]
-        shared = ("finetune_method", "finetune_samples", "lora_r", "dataset", "data_dir", "resume", "seed")
+        shared = ("finetune_method", "finetune_samples", "lora_r", "dataset", "data_dir", "resume", "overwrite", "seed")
         evaluation = [field.name for field in fields(EvaluationFields) if field.name != "run_evaluation"]
         return RecoveryFields(
             **{name: getattr(self, name) for name in {*shared, *evaluation}},
             run_evaluation=",".join(evaluations) or "none",
+            skip_existing=self.resume,
             max_length=min(RecoveryFields.max_length, self.sequence_length),
             dtype=self.dtype if self.finetune_method == "lora" else "auto",
         )
@@ -76,15 +74,15 @@ def main(config: GlobalPruningConfig) -> None:
     base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
     config.check_zero_shot()
     inputs = {"parent": identify(base)}
+    output = Results(config, "global_pruning", base, inputs)
     seed_everything(config.seed)
     device = pick_device(config.device_map)
     model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
     family_of(model, DECODERS)  # refuses an unsupported architecture at once
     corpora, text, analysis_windows = calibration_text(config, tokenizer)
     tests = evaluation_windows(config, tokenizer)
-    saved = config.saved_parts(inputs)
 
-    with log_file(config.folder / "logs"):
+    with output.running() as saved:
         # What the dense model is: perplexities, and what removing each part of it would cost.
         dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
         removal = None
@@ -97,24 +95,24 @@ def main(config: GlobalPruningConfig) -> None:
         small = pruning.prune()
         if config.uniform:
             small = to_stock(small)
-        results = compare(base, dense, small, tokenizer, tests, config)
+        results = saved.json("results", lambda: compare(base, dense, small, tokenizer, tests, config))
 
-        log.info("Base model: %s (%s)", base, describe_source(base))
+        log.info("Base model: %s (%s)", shown(base), describe_source(base))
         data = {"calibration": [corpus.describe() for corpus in corpora]}
         stage = describe_stage("global_pruning", config.as_dict(), inputs, results, data)
-        write(config, small, tokenizer, pruning, removal, results, stage)
+        if processes().is_main_process:
+            with output.written(saved) as folder:
+                write(folder, config, small, tokenizer, pruning, removal, results, stage)
+        processes().wait_for_everyone()
         if config.finetune:
-            finetune(config)
-    saved.remove()
+            finetune(config, output, saved)
 
 
-def write(config, model, tokenizer, pruning, removal, results, stage) -> None:
-    """Checkpoint, analysis, evaluation and plots; each file is replaced whole."""
-    folder = config.folder
+def write(folder, config, model, tokenizer, pruning, removal, results, stage) -> None:
+    """Checkpoint, analysis, evaluation and plots."""
     save_checkpoint(folder / "models", model, tokenizer, stage)
     if config.save_bin:
-        with new_file(folder / "models" / "pruned_model.bin") as temporary:
-            torch.save(model.state_dict(), temporary)
+        torch.save(model.state_dict(), folder / "models" / "pruned_model.bin")
 
     rows = list(pruning.table.values())
     write_table(folder / "analysis" / "global_group_table.csv", rows)
@@ -128,19 +126,22 @@ def write(config, model, tokenizer, pruning, removal, results, stage) -> None:
         write_json(folder / "analysis" / "block_removal_ppl.json", {"dense": removal["dense"]} | blocks)
         save_figure(plot_removal(removal), folder / "analysis" / "removal_perplexity.png")
     save_figure(plot_retained(rows), folder / "analysis" / "retained.png")
-    write_json(
-        folder / "evaluation" / "evaluation_results.json",
-        results | {"data": stage["data"], "stage": stage["environment"]},
-    )
-    log.info("-> %s", folder)
+    evaluation = results | {"data": stage["data"], "stage": stage["environment"]}
+    write_json(folder / "evaluation" / "evaluation_results.json", evaluation)
 
 
-def finetune(config: GlobalPruningConfig) -> None:
-    """Train the written model on, into a folder beside it, and add what it is then to the evaluation."""
-    folder = config.folder
-    found = recover(config.recovery(), folder / "models", folder / "finetuned")
-    path = folder / "evaluation" / "evaluation_results.json"
-    write_json(path, read_json(path) | {"finetuned": found["after"]})
+def finetune(config: GlobalPruningConfig, output: Results, saved: SavedParts) -> None:
+    """Train the written model on; then it lies beside it, and what it is stands in the evaluation."""
+    trained = Output(saved.folder / "finetuned", "--output_name", "recovery")
+    found = recover(config.recovery(), config.folder / "models", trained)
+    if processes().is_main_process:
+        with output.written(saved) as folder:
+            anew = shutil.ignore_patterns("logs", RUN_FILE)
+            shutil.copytree(config.folder, folder, ignore=anew, copy_function=link_or_copy, dirs_exist_ok=True)
+            shutil.copytree(trained.path, folder / "finetuned", copy_function=link_or_copy)
+            path = folder / "evaluation" / "evaluation_results.json"
+            write_json(path, read_json(path) | {"finetuned": found["after"]})
+    processes().wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.assets import LLM_FOLDER, ensure_llm
 from compression.calibration import removal_perplexities
-from compression.checkpoint import describe_stage, identify, load_language_model, save_checkpoint, write_json
+from compression.checkpoint import describe_stage, identify, load_language_model, save_checkpoint
+from compression.files import write_json
 from compression.config import run_script
 from compression.evaluation.language_model import evaluation_windows
 from compression.evaluation.perplexity import perplexity

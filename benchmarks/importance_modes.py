@@ -15,9 +15,10 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compression.checkpoint import find_newest, read_stage, require, write_json
+from compression.checkpoint import find_newest, read_stage, require
+from compression.files import write_json
 from compression.config import StageConfig, run_script
-from compression.runtime import RESULTS, ROOT, fingerprint, log
+from compression.runtime import MODELS, RESULTS, ROOT, fingerprint, log
 
 MODES = ("l2", "kd_grad", "l2+kd_grad", "fisher")
 
@@ -36,7 +37,7 @@ class ModesConfig(StageConfig):
     """Passes over it: two of pruning, the rest finetuning."""
     data_dir: str | None = None
     """Folder with SST-2, as for the stages."""
-    models_dir: Path = Path("models")
+    models_dir: Path = MODELS
     """Where the student and the teacher are."""
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compression.checkpoint import find_newest, identify, read_json, read_stage, require, write_json
+from compression.checkpoint import find_newest, identify, read_stage, require
+from compression.files import read_json, write_json
 from compression.config import StageConfig, run_script
-from compression.runtime import RESULTS, ROOT, UserError, log
+from compression.runtime import MODELS, RESULTS, ROOT, UserError, log
 
 
 @dataclass
@@ -30,7 +31,7 @@ class KillConfig(StageConfig):
     """Share of the training data."""
     data_dir: str | None = None
     """Folder with SST-2, as for the stages."""
-    models_dir: Path = Path("models")
+    models_dir: Path = MODELS
     """Where the student and the teacher are."""
     seed: int = 0
     """Fixes the moments of the kills."""

@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 
 from compression.assets import LLM, LLM_FOLDER, ensure_llm
 from compression.calibration import removal_perplexities
-from compression.checkpoint import load_language_model, read_json, write_json
+from compression.checkpoint import load_language_model
+from compression.files import read_json, write_json
 from compression.config import StageConfig, run_script
 from compression.corpus import load_corpus, sample_windows, tokenize, windows
 from compression.evaluation.perplexity import perplexity

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from compression import quantization
-from compression.checkpoint import find_newest, load_classifier, write_json
+from compression.checkpoint import find_newest, load_classifier
+from compression.files import write_json
 from compression.config import StageConfig, run_script
 from compression.evaluation.efficiency import interleaved_times
 from compression.flops import count_parameters

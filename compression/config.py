@@ -1,16 +1,21 @@
 """A script's configuration: a dataclass, presets of it, a command line made from it, and its dump beside the output."""
 
+import math
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import tyro
 
-from compression.runtime import UserError, log, quiet_libraries, setup_logging
+from compression.files import disk_error
+from compression.runtime import ROOT, UserError, log, quiet_libraries, setup_logging
+
+LARGEST_WHOLE_NUMBER = 2**31 - 1
 
 
 @dataclass
@@ -35,7 +40,18 @@ class StageConfig:
         return cls.preset("fast")
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            values = getattr(self, field.name)
+            for value in values if isinstance(values, tuple) else (values,):
+                self._check_number(field.name, value)
         self.check()
+
+    @staticmethod
+    def _check_number(name: str, value: Any) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value}: allowed are finite numbers")
+        if isinstance(value, int) and abs(value) > LARGEST_WHOLE_NUMBER:
+            raise UserError(f"--{name} {value}: allowed is at most {LARGEST_WHOLE_NUMBER}")
 
     def check(self) -> None:
         """Refuse bad values.
@@ -51,9 +67,20 @@ class StageConfig:
             allowed = f"at least {low}" if high == float("inf") else f"{low} to {high}"
             raise UserError(f"--{name} {value}: allowed is {allowed}")
 
+    def check_name(self, name: str) -> None:
+        """Raise UserError unless the field is the name of a folder and no path."""
+        value = getattr(self, name)
+        if value in ("", ".", "..") or Path(value).name != value or not value.isprintable():
+            raise UserError(f"--{name} {value!r}: allowed is a plain folder name")
+
     def as_dict(self) -> dict[str, Any]:
-        """The resolved configuration as plain JSON values."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        """The resolved configuration as plain JSON values; paths inside the repository are relative to it."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return {name: _noted(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _noted(path: Path) -> str:
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 Config = TypeVar("Config", bound=StageConfig)
@@ -91,18 +118,47 @@ def _split_presets(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def run_script(config_class: type[Config], main: Callable[[Config], None]) -> None:
-    """Parse the command line, run `main`, and end a user's mistake in one line on stderr and exit status 2."""
+    """Parse the command line, run `main`, and end a user's mistake in one line on stderr and exit status 2.
+
+    With `--dry_run` the flags are checked and nothing is run.
+    """
     setup_logging()
     quiet_libraries()
     description = textwrap.dedent(sys.modules[main.__module__].__doc__ or "")
+    arguments = [argument for argument in sys.argv[1:] if argument != "--dry_run"]
+    signal.signal(signal.SIGTERM, _terminated)
     try:
-        main(parse(config_class, sys.argv[1:], description))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        config = parse(config_class, arguments, description)
+        if len(arguments) == len(sys.argv) - 1:
+            main(config)
+    except UserError as error:
+        _end(str(error))
+    except torch.OutOfMemoryError as error:
+        _end(f"{str(error).splitlines()[0]}; use a smaller batch, --amp auto or a smaller model")
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        _end(f"{reason}; check that the path is right, readable and writable, and that the disk has space")
+    except Terminated:
+        log.info("Terminated; run again with --resume where the script has it.")
+        raise SystemExit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         log.info("Interrupted; run again with --resume where the script has it.")
-        raise SystemExit(130) from None
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _end(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+class Terminated(BaseException):
+    """The process was asked to end: what is half-written is removed on the way out."""
+
+
+def _terminated(*_: Any) -> None:
+    raise Terminated

@@ -18,7 +18,8 @@ from peft import (
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from compression.checkpoint import load_tensors, settle
+from compression.checkpoint import check_finite, load_tensors
+from compression.files import settle
 from compression.runtime import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,6 +41,7 @@ def add_lora(model: PreTrainedModel, r: int, alpha: float, dropout: float, proje
 
 def write_adapter(adapted: PeftModel, folder: Path) -> None:
     """Write the adapters alone into a folder that is there: adapter_config.json and adapter_model.safetensors."""
+    check_finite(get_peft_model_state_dict(adapted), "the adapter", "nothing was saved")
     adapted.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()  # a form with nothing filled in
 

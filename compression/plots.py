@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 
-from compression.checkpoint import new_file
+from compression.files import new_file
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; shapes tell the models apart in grey print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")

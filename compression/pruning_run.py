@@ -1,6 +1,9 @@
 """What a run that prunes a language model needs, whatever the method: fields, calibration text, records."""
 
 import csv
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.assets import LLM
-from compression.checkpoint import SavedParts, contents, load_language_model, new_file, short_hash
+from compression.checkpoint import SavedParts, contents, is_made_from, load_language_model, short_hash
 from compression.corpus import Corpus, load_corpus, sample_windows, tokenize
 from compression.evaluation.language_model import EvaluationFields, efficiency_ratios, measure, measure_efficiency
+from compression.files import new_file
 from compression.global_pruning import CalibrationText
-from compression.runtime import RESULTS, Dtype, UserError, device_named, log
+from compression.integrity import RUN_FILE, seal
+from compression.outputs import STATES_END, Output, owned
+from compression.runtime import MODELS, RESULTS, Dtype, device_named, fingerprint, log, log_file, shown
 
+FINETUNING = ("finetune", "finetune_method", "finetune_samples", "lora_r")
 NOT_RESULT = (
-    "resume", "output_name", "results_dir", "models_dir", "base_model", "save_bin", "finetune", "finetune_method",
-    "finetune_samples", "lora_r",
+    "resume", "overwrite", "output_name", "results_dir", "models_dir", "base_model", "save_bin", *FINETUNING,
 )  # fmt: skip
 FAST = EvaluationFields.fast_evaluation | dict(num_samples=4, repair_samples=16, held_out_samples=1, analysis_samples=1)
 
@@ -32,7 +38,7 @@ class RunFields(EvaluationFields):
     """Results go to results/NAME."""
     results_dir: Path = RESULTS
     """Where results go."""
-    models_dir: Path = Path("models")
+    models_dir: Path = MODELS
     """Where a fetched model goes."""
     dataset: str = "wikitext2"
     """Calibration text: wikitext2, c4, ptb, or a text file."""
@@ -58,6 +64,8 @@ class RunFields(EvaluationFields):
     """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32. Scores are float32 always."""
     resume: bool = False
     """Go on behind what a killed run with the same settings had finished."""
+    overwrite: bool = False
+    """Replace an earlier result that was made with other settings or from another model."""
     seed: int = 42
     """Fixes which windows calibration takes."""
 
@@ -70,19 +78,61 @@ class RunFields(EvaluationFields):
         self.check_range("analysis_samples", 0)
         if self.device_map != "auto":
             device_named(self.device_map)
-        if self.output_name in ("", "..") or Path(self.output_name).name != self.output_name:
-            raise UserError(f"--output_name {self.output_name!r}: allowed is a plain folder name")
+        self.check_name("output_name")
 
     @property
     def folder(self) -> Path:
         """Where the results go."""
         return self.results_dir / self.output_name
 
-    def saved_parts(self, inputs: dict[str, Any]) -> SavedParts:
-        """What a killed run with the same settings and inputs had finished, if this one is to go on behind it."""
-        settings = {name: value for name, value in self.as_dict().items() if name not in NOT_RESULT}
-        name = f".{self.output_name}_{short_hash(settings, contents(inputs))}.resume"
-        return SavedParts(self.results_dir / name, self.resume)
+    def result_fields(self) -> dict[str, Any]:
+        """The fields that the pruned model depends on."""
+        return {name: value for name, value in self.as_dict().items() if name not in NOT_RESULT}
+
+
+class Results:
+    """The folder of a run's results: model, analysis and evaluation are replaced together or not at all.
+
+    Args:
+        config: of the run.
+        kind: what its records say the run is.
+        base: the folder of the dense model.
+        inputs: what identifies what the run is made from, see `checkpoint.describe_stage`.
+
+    Raises:
+        UserError: what lies there must not be replaced.
+    """
+
+    def __init__(self, config: RunFields, kind: str, base: Path, inputs: dict[str, Any]):
+        self.config, self.base, self.inputs = config, base, inputs
+        self.output = Output(config.folder, "--output_name", kind, RUN_FILE)
+        self.output.check([base], shared=[config.results_dir, config.models_dir])
+        settings = config.result_fields()
+        if (config.folder / "finetuned").exists():
+            settings |= {name: getattr(config, name) for name in FINETUNING}
+        self.output.check_same(is_made_from(config.folder, settings, inputs, RUN_FILE), config.overwrite)
+
+    @contextmanager
+    def running(self) -> Iterator[SavedParts]:
+        """The folder is this run's alone while it lasts; gives what a killed run had finished, and keeps the log."""
+        config = self.config
+        key = short_hash(config.result_fields(), contents(self.inputs))
+        states = config.folder.with_name(f".{config.output_name}_{key}{STATES_END}")
+        with owned(config.folder, states):
+            saved = SavedParts(states, config.resume)
+            with log_file(saved.folder / "logs"):
+                yield saved
+            saved.remove()
+
+    @contextmanager
+    def written(self, saved: SavedParts) -> Iterator[Path]:
+        """Yield a temporary folder to put the results into; on success it takes the place of the results' folder."""
+        with self.output.written() as temporary:
+            yield temporary
+            shutil.copytree(saved.folder / "logs", temporary / "logs", dirs_exist_ok=True)
+            record = {"stage": self.output.kind, "config": self.config.as_dict(), "inputs": self.inputs}
+            seal(temporary, record | {"environment": fingerprint()}, RUN_FILE)
+        log.info("-> %s", shown(self.config.folder))
 
 
 def calibration_text(

@@ -21,7 +21,6 @@ from compression.checkpoint import (
     identify,
     is_made_from,
     load_language_model,
-    make_folder,
     read_stage,
     require_language_model,
     save_checkpoint,
@@ -33,8 +32,19 @@ from compression.distillation import distillation_loss
 from compression.evaluation.language_model import EvaluationFields, evaluation_windows, measure
 from compression.evaluation.perplexity import perplexity
 from compression.lora import PROJECTIONS, add_lora, write_adapter
+from compression.outputs import STATES_END, Output, owned
 from compression.quantization import nf4_base
-from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything
+from compression.runtime import (
+    ROOT,
+    Dtype,
+    UserError,
+    log,
+    pick_device,
+    pick_dtype,
+    processes,
+    seed_everything,
+    shown,
+)
 from compression.sequences import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
 from compression.training import Recipe, TrainingFields, clean_up, fit
 
@@ -65,6 +75,8 @@ class RecoveryFields(TrainingFields, EvaluationFields):
     """Dropout on the adapters' input."""
     lora_projections: str = ",".join(PROJECTIONS)
     """The projections that get adapters, separated by commas."""
+    overwrite: bool = False
+    """Replace an earlier result that was made with other settings or inputs."""
     load_in_4bit: bool = False
     """The frozen weights under the adapters are in 4 bits (NF4)."""
     dtype: Dtype = "auto"
@@ -153,7 +165,7 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return output.logits[:, :-1][batch["targets"][:, 1:]]
 
 
-def recover(config: RecoveryFields, pruned: Path, output: Path) -> dict[str, Any]:
+def recover(config: RecoveryFields, pruned: Path, output: Output) -> dict[str, Any]:
     """Train a language model on and write the result.
 
     Args:
@@ -164,9 +176,10 @@ def recover(config: RecoveryFields, pruned: Path, output: Path) -> dict[str, Any
         The metrics, as in `stage.json`: what `measure` finds `before` and `after`.
 
     Raises:
-        UserError: an input that is missing or of the wrong kind.
+        UserError: an input that is missing or of the wrong kind, or an output that must not be replaced.
     """
     require_language_model(pruned, "--pruned_model")
+    output.check(filter(None, [pruned, config.teacher]))
     config.check_zero_shot()
     teacher = find_teacher(config, pruned)
     inputs = {"parent": identify(pruned)} | ({"teacher": identify(teacher)} if teacher else {})
@@ -177,39 +190,42 @@ def recover(config: RecoveryFields, pruned: Path, output: Path) -> dict[str, Any
     )
     train, data = training_data(config, tokenizer, model)
     inputs["data"] = {"name": data["name"], "sha256": train.digest()}
-    if config.skip_existing and is_made_from(output, config.result_fields(), inputs):
-        log.info("%s exists and matches configuration and inputs: skipped", output)
-        return read_stage(output)["metrics"]
+    same = is_made_from(output.path, config.result_fields(), inputs)
+    if config.skip_existing and same:
+        log.info("%s exists and matches configuration and inputs: skipped", shown(output.path))
+        return read_stage(output.path)["metrics"]
+    output.check_same(same, config.overwrite)
     recipe = LanguageModelling(config, len(train), teacher and load_teacher(teacher, model, config))
     held_out, tests = validation_windows(config, tokenizer), evaluation_windows(config, tokenizer)
-    make_folder(output.parent, "--output_dir")
-
-    # What the model is before; the same folder names keep runs with other settings or inputs apart.
+    # The same folder names keep runs with other settings or inputs apart.
     key = short_hash(config.result_fields(), contents(inputs), processes().num_processes)
-    work_dir = output.parent / f".{output.name}_{key}.resume"
-    saved = SavedParts(output.parent / f".{output.name}_{key}.parts", config.resume)
-    before = saved.json("before", lambda: measure(model, tokenizer, tests, config))
+    work_dir, parts = (
+        output.path.with_name(f".{output.path.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}")
+    )
+    with owned(output.path, work_dir, parts):
+        saved = SavedParts(parts, config.resume)
+        before = saved.json("before", lambda: measure(model, tokenizer, tests, config))
 
-    adapted = None
-    if config.finetune_method == "lora":
-        adapted = add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.projections)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info("Trained: %.2f million weights of %.2f", trained / 1e6, before["parameters"]["total"] / 1e6)
-    history = fit(
-        model, recipe, train, lambda model: {"validation_perplexity": perplexity(model.eval(), held_out)},
-        work_dir, padding_token(tokenizer),
-    )  # fmt: skip
+        adapted = None
+        if config.finetune_method == "lora":
+            adapted = add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.projections)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        log.info("Trained: %.2f million weights of %.2f", trained / 1e6, before["parameters"]["total"] / 1e6)
+        history = fit(
+            model, recipe, train, lambda model: {"validation_perplexity": perplexity(model.eval(), held_out)},
+            work_dir, padding_token(tokenizer),
+        )  # fmt: skip
 
-    metrics = {"before": before, "after": measure(model.eval(), tokenizer, tests, config), "trained": trained}
-    stage = describe_stage("recovery", config.as_dict(), inputs, metrics, data)
-    files = {"training_history.json": history}
-    if adapted is None:
-        save_checkpoint(output, model, tokenizer, stage, files)
-    else:
-        save_folder(output, lambda folder: write_adapter(adapted, folder), stage, files)
-    clean_up(work_dir)
-    saved.remove()
-    log.info("-> %s", output)
+        metrics = {"before": before, "after": measure(model.eval(), tokenizer, tests, config), "trained": trained}
+        stage = describe_stage("recovery", config.as_dict(), inputs, metrics, data)
+        files = {"training_history.json": history}
+        if adapted is None:
+            save_checkpoint(output.path, model, tokenizer, stage, files)
+        else:
+            save_folder(output.path, lambda folder: write_adapter(adapted, folder), stage, files)
+        clean_up(work_dir)
+        saved.remove()
+    log.info("-> %s", shown(output.path))
     return metrics
 
 
@@ -227,7 +243,7 @@ def find_teacher(config: RecoveryFields, pruned: Path) -> Path | None:
     if not config.kd_weight:
         return None
     parent = (read_stage(pruned) or {}).get("parent")
-    if config.teacher is None and parent is None:
+    if config.teacher is None and not isinstance(parent, str):
         raise UserError(
             f"--kd_weight {config.kd_weight}: needs a teacher, and {pruned} does not say what it was made from "
             "(stage.json); name the dense model: --teacher"

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compression.checkpoint import read_stage, write_json, write_text
+from compression.checkpoint import read_stage
+from compression.files import write_json, write_text
+from compression.outputs import new_files
 from compression.plots import plot_accuracy_against_cost, save_figure
 from compression.runtime import ROOT
 
+REPORT_FILES = ("final_report.json", "final_report.md", "final_report.png")
 Report = dict[str, Any]
 Entry = dict[str, Any]
 
@@ -86,18 +89,18 @@ def data_warnings(entries: Sequence[Entry], data_name: str) -> list[str]:
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write `final_report.json`, `.md` and `.png`; each is replaced whole, and none before all three are made.
+    """Write the files of `REPORT_FILES`; each is replaced whole, and none before all three are made.
 
     Returns:
         The paths written.
     """
     report = json.loads(json.dumps(report))  # what the markdown and plot show is what the JSON holds
     markdown, figure = build_markdown(report), plot_accuracy_against_cost(report)
-    paths = [Path(folder) / f"final_report.{extension}" for extension in ("json", "md", "png")]
-    save_figure(figure, paths[2])
-    write_text(paths[1], markdown)
-    write_json(paths[0], report)
-    return paths
+    with new_files(folder, REPORT_FILES, "--output_dir") as temporary:
+        write_json(temporary / REPORT_FILES[0], report)
+        write_text(temporary / REPORT_FILES[1], markdown)
+        save_figure(figure, temporary / REPORT_FILES[2])
+    return [Path(folder) / name for name in REPORT_FILES]
 
 
 def build_markdown(report: Report) -> str:

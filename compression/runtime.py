@@ -32,8 +32,15 @@ class UserError(Exception):
     """An error that the user can mend: one line naming the flag or path, what was found and what is allowed."""
 
 
+def shown(path: Path) -> str:
+    """A path as a user would type it: relative where it lies under the current folder."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def setup_logging() -> None:
     """Log plain lines to stdout; on several processes only the first one speaks."""
+    logging.raiseExceptions = False  # a full disk ends the run in one line, not the log file in a traceback
     log.handlers = [logging.StreamHandler(sys.stdout)]
     log.setLevel(logging.INFO if int(os.environ.get("LOCAL_RANK", "0")) == 0 else logging.ERROR)
     log.propagate = False

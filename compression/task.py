@@ -1,5 +1,7 @@
 """What the training stages of the classifier track share: inputs, tokenized data, training, saving."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,17 +13,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compression.checkpoint import (
     contents,
     describe_stage,
+    find_all,
     identify,
     is_made_from,
     load_classifier,
-    make_folder,
+    require_classifier,
     save_checkpoint,
     short_hash,
 )
 from compression.data import Encoded, SentimentData, encode, load_sentiment
 from compression.distillation import teacher_logits
 from compression.evaluation.classification import predict
-from compression.runtime import UserError, log, pick_device, processes, seed_everything
+from compression.outputs import STATES_END, Output, fresh_path, owned
+from compression.runtime import log, pick_device, processes, seed_everything, shown
 from compression.training import Recipe, TrainingConfig, clean_up, fit
 
 
@@ -58,20 +62,24 @@ class Stage:
         name: what `stage.json` calls it.
         config: the resolved configuration.
         parent: the checkpoint that the stage starts from.
+        output: the folder in `models_dir` that the stage writes: its name, or with a `*` at its end a new one each
+            time, with the time in the star's place.
         teacher: the checkpoint that it learns from, if any.
 
     Raises:
-        UserError: an input that is not there.
+        UserError: an input that is not there or of the wrong kind, or an output that must not be replaced.
     """
 
-    def __init__(self, name: str, config: TrainingConfig, parent: Path, teacher: Path | None = None):
+    def __init__(self, name: str, config: TrainingConfig, parent: Path, output: str, teacher: Path | None = None):
         self.name, self.config, self.parent, self.teacher = name, config, Path(parent), teacher
         self.inputs: dict[str, Any] = {"parent": identify(parent)}
         if teacher is not None:
+            require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
             self.inputs["teacher"] = identify(teacher)
         self.inputs["data"] = {"name": self.data.name, "sha256": self.data.digest()}
-        self.work_dir = Path(config.models_dir) / f".{name}_{self.fingerprint()}.resume"
-        make_folder(config.models_dir, "--models_dir")
+        self.prefix = output.removesuffix("_*") if output.endswith("*") else None
+        self.output = Output(Path(config.models_dir) / output.removesuffix("_*"), "--models_dir", name)
+        self.work_dir = Path(config.models_dir) / f".{name}_{self.fingerprint()}{STATES_END}"
 
     def fingerprint(self) -> str:
         """A hash of what the result depends on: settings, inputs, number of processes (each draws its own dropout)."""
@@ -81,16 +89,30 @@ class Stage:
     def data(self) -> SentimentData:
         return load_sentiment(self.config.data_dir)
 
-    def is_done(self, *outputs: Path) -> bool:
-        """Whether `--skip_existing` is given and one of the outputs was made with these settings from these inputs."""
+    def is_done(self) -> bool:
+        """Whether `--skip_existing` is given and a result was made with these settings from these inputs."""
         if not self.config.skip_existing:
             return False
+        outputs = find_all(self.config.models_dir, self.name) if self.prefix else [self.output.path]
         for output in outputs:
             if is_made_from(output, self.config.result_fields(), self.inputs):
-                log.info("%s exists and matches configuration and inputs: skipped", output)
+                log.info("%s exists and matches configuration and inputs: skipped", shown(output))
                 clean_up(self.work_dir)  # left if the run was killed right after saving its result
                 return True
         return False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The output is this run's alone while it lasts; refused before any work where it must not be replaced."""
+        paths = [self.work_dir]
+        if self.prefix is None:
+            paths.append(self.output.path)
+            inputs = [self.parent, *filter(None, [self.teacher])]
+            self.output.check(inputs, shared=[self.config.models_dir])
+            same = is_made_from(self.output.path, self.config.result_fields(), self.inputs)
+            self.output.check_same(same, self.config.overwrite)
+        with owned(*paths):
+            yield
 
     def load_model(self, num_labels: int | None = None) -> tuple[PreTrainedModel, SentimentTask]:
         """The parent checkpoint on this process's device, and the data tokenized for it."""
@@ -105,34 +127,21 @@ class Stage:
         """The teacher's logits [rows, classes] on the training sentences of this stage, computed once and kept."""
         train = self.data.train.sample(self.config.train_fraction, self.config.seed)
         model, tokenizer = load_classifier(self.teacher, pick_device())
-        if model.config.num_labels != 2:
-            raise UserError(f"--teacher_path {self.teacher}: it has {model.config.num_labels} labels, allowed is 2")
-        return teacher_logits(
-            model, self.teacher, encode(tokenizer, train, self.config.max_length), tokenizer.pad_token_id
-        )
+        encoded = encode(tokenizer, train, self.config.max_length)
+        return teacher_logits(model, self.teacher, encoded, tokenizer.pad_token_id, self.config.models_dir)
 
     def train(self, model: PreTrainedModel, task: SentimentTask, recipe: Recipe) -> list[dict[str, Any]]:
         """Train in place; returns the history."""
         pad_token_id = task.tokenizer.pad_token_id
         return fit(model, recipe, task.train, task.evaluate, self.work_dir, pad_token_id)
 
-    def save(
-        self,
-        output: Path,
-        model: PreTrainedModel,
-        task: SentimentTask,
-        history: list[dict[str, Any]],
-        **metrics: Any,
-    ) -> None:
+    def save(self, model: PreTrainedModel, task: SentimentTask, history: list[dict[str, Any]], **metrics: Any) -> None:
         """Write the checkpoint with its metrics, then drop the states to resume from."""
         metrics = task.evaluate(model) | metrics
         stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, self.data.describe())
-        save_checkpoint(output, model, task.tokenizer, stage, {"training_history.json": history})
+        output = fresh_path(self.config.models_dir, self.prefix) if self.prefix else self.output.path
+        files = {"training_history.json": history}
+        save_checkpoint(output, model, task.tokenizer, stage, files, new=self.prefix is not None)
         clean_up(self.work_dir)
-        log.info(
-            "Accuracy %.4f on %s (%d sentences) -> %s",
-            metrics["accuracy"],
-            self.data.name,
-            len(task.validation),
-            output,
-        )
+        accuracy, sentences = metrics["accuracy"], len(task.validation)
+        log.info("Accuracy %.4f on %s (%d sentences) -> %s", accuracy, self.data.name, sentences, shown(output))

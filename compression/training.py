@@ -4,7 +4,6 @@ What differs between the stages is a `Recipe`: its loss, its learning rate and w
 """
 
 import importlib.util
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,18 +17,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compression.checkpoint import load_tensors, new_folder, read_json, save_tensors, write_json
+from compression.checkpoint import load_tensors, read_state, save_tensors
 from compression.config import StageConfig
 from compression.data import TrainingData, length_grouped_order
-from compression.runtime import UserError, log, seed_step
+from compression.files import new_folder, remove_folder
+from compression.integrity import STATE_FILE, seal
+from compression.runtime import MODELS, UserError, log, seed_step
 from compression.schedule import warmup_then_linear_decay
 
 # Fields that do not change the result (but for rounding, and the draws of dropout that go with the cut into parts);
 # paths of inputs are not in it because the inputs themselves are compared.
 NOT_RESULT = (
-    "resume", "skip_existing", "track", "save_steps", "gradient_accumulation_steps", "gradient_checkpointing",
-    "models_dir", "results_dir", "output_dir", "output_name", "data_dir", "teacher", "student", "teacher_path",
-    "student_path", "pruned_model_path", "pruned_model",
+    "resume", "skip_existing", "overwrite", "track", "save_steps", "gradient_accumulation_steps",
+    "gradient_checkpointing", "models_dir", "results_dir", "output_dir", "output_name", "data_dir", "teacher",
+    "student", "teacher_path", "student_path", "pruned_model_path", "pruned_model",
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ class TrainingConfig(TrainingFields):
 
     data_dir: str | None = None
     """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
-    models_dir: Path = Path("models")
+    models_dir: Path = MODELS
     """Where checkpoints are read and written."""
     max_length: int = 128
     """Sentences are cut at this number of tokens."""
@@ -167,7 +168,7 @@ def fit(
         The history: one dictionary per epoch.
 
     Raises:
-        UserError: a tracker that is not installed.
+        UserError: a tracker that is not installed, a damaged state, a loss or gradient that is not finite.
     """
     config = recipe.config
     accelerator = Accelerator(
@@ -216,7 +217,7 @@ def fit(
 
 def clean_up(work_dir: Path) -> None:
     """Remove the states to resume from, once the result is saved."""
-    shutil.rmtree(work_dir, ignore_errors=True)
+    remove_folder(work_dir)
 
 
 def pick_precision(amp: str) -> str:
@@ -263,6 +264,7 @@ class _Run:
         self.step, self.epoch = 0, 1
         self.history: list[dict[str, Any]] = []
         self.sums: dict[str, Tensor] = {}
+        self.health = Health(accelerator.device)
 
     def train_epoch(self, train: TrainingData, pad_token_id: int) -> None:
         """The steps of the current epoch that are still to do."""
@@ -292,7 +294,9 @@ class _Run:
         self._backward(train, last, total, pad_token_id)
         accelerator.unscale_gradients()
         recipe.after_backward(self.step)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        if accelerator.scaler is None:  # with fp16, steps whose gradients overflow are skipped
+            self.health.watch("the gradient's norm", norm, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         recipe.after_step(self.step)
@@ -318,6 +322,8 @@ class _Run:
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         with self.accelerator.autocast():
             terms = self.recipe.loss(self.wrapped, batch, self.step)
+        for name, term in terms.items():
+            self.health.watch(f"the term {name}" if name != "loss" else "the loss", term.detach(), self.step)
         self.accelerator.backward(terms["loss"] * share)
         for name, term in terms.items():
             self._add(name, term.detach().double() * (share * total))
@@ -327,6 +333,7 @@ class _Run:
 
     def mean_losses(self) -> dict[str, float]:
         """Means of the loss terms by the weights of the epoch's rows; the sums end with this call."""
+        self.health.check()
         rows = self.sums.pop("rows")
         means = {name: self.accelerator.reduce(value / rows, "mean").item() for name, value in self.sums.items()}
         self.sums = {}
@@ -334,6 +341,7 @@ class _Run:
 
     def save(self) -> None:
         """Save the state to resume from; the one before is removed once the new one is complete."""
+        self.health.check()
         sums = {name: self.accelerator.reduce(value, "mean").item() for name, value in self.sums.items()}
         if self.accelerator.is_main_process:
             target = self.work_dir / f"step_{self.step:08d}_epoch_{self.epoch:04d}"
@@ -347,10 +355,10 @@ class _Run:
                     "step": self.step, "epoch": self.epoch, "history": self.history, "sums": sums,
                     "recipe": self.recipe.state(), "scaler": scaler.state_dict() if scaler else None,
                 }  # fmt: skip
-                write_json(folder / "state.json", state)
+                seal(folder, state, STATE_FILE)
             for folder in older:
                 if folder != target:
-                    shutil.rmtree(folder)
+                    remove_folder(folder)
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
@@ -364,7 +372,7 @@ class _Run:
             self.accelerator.wait_for_everyone()
             return
         folder = saved[-1]
-        state = read_json(folder / "state.json")
+        state = read_state(folder, self.work_dir)
         self.model.load_state_dict(load_tensors(folder / "model.safetensors"), strict=False)
         moments = _nested(load_tensors(folder / "optimizer.safetensors"))
         groups = self.optimizer.state_dict()["param_groups"]
@@ -378,7 +386,40 @@ class _Run:
         log.info("Resumed at epoch %d, step %d", self.epoch, self.step)
 
     def _saved(self) -> list[Path]:
-        return sorted(path.parent for path in self.work_dir.glob("step_*/state.json"))
+        return sorted(self.work_dir.glob("step_*"))
+
+
+class Health:
+    """Whether what training computes is finite; on a GPU it is looked at now and then, for a look waits for the GPU.
+
+    Raises:
+        UserError: from `watch` or `check`, once something was not finite: what, and at which step it began.
+    """
+
+    STEPS_UNSEEN = 50
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.first: dict[str, Tensor] = {}
+
+    def watch(self, what: str, value: Tensor, step: int) -> None:
+        """Take note of a value of a step."""
+        never, now = (torch.tensor(at, dtype=torch.double, device=self.device) for at in (float("inf"), step))
+        here = torch.where(value.isfinite(), never, now)
+        self.first[what] = torch.minimum(self.first.get(what, never), here)
+        if self.device.type == "cpu" or step % self.STEPS_UNSEEN == 0:
+            self.check()
+
+    def check(self) -> None:
+        """Raise where anything was not finite so far."""
+        steps = {what: step.item() for what, step in self.first.items()}
+        step = min(steps.values(), default=float("inf"))
+        if step < float("inf"):
+            what = next(name for name, first in steps.items() if first == step)
+            raise UserError(
+                f"training broke down at step {int(step) + 1}: {what} is not finite; nothing was saved; use a lower "
+                "--learning_rate, other weights of the losses, or --amp no"
+            )
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

@@ -40,7 +40,9 @@ def test_table_and_figures_hold_every_model_there_is(models_dir, tmp_path):
         "--models_dir", models_dir, "--data_dir", tmp_path, "--output_dir", output, "--inference_runs", 3,
         "--load_runs", 2, "--sequence_length", 8,
     )  # fmt: skip
-    assert {path.name for path in output.iterdir()} == {f"model_comparison.{end}" for end in ("csv", "png", "pdf")}
+    assert {path.name for path in output.iterdir()} == {
+        ".written.json", *(f"model_comparison.{end}" for end in ("csv", "png", "pdf"))
+    }
     with (output / "model_comparison.csv").open(newline="") as file:
         teacher, student, quantized = csv.DictReader(file)
     assert [row["model"] for row in (teacher, student, quantized)] == ["Teacher", "Student", "Student, 4 bits"]

@@ -471,7 +471,7 @@ def test_command_writes_a_checkpoint_that_a_new_process_loads(base, tmp_path):
         "models/config.json", "models/generation_config.json", "models/model.safetensors", "models/pruned_decoder.py",
         "models/stage.json", "models/tokenizer.json", "models/tokenizer_config.json",
         "analysis/layer_rates.csv", "analysis/layer_rates.json", "analysis/layer_rates.png",
-        "evaluation/evaluation_results.json", *logs,
+        "evaluation/evaluation_results.json", "run.json", *logs,
     }  # fmt: skip
     assert not list(tmp_path.glob(".*"))
     found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
@@ -544,7 +544,7 @@ def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
     assert run_killed("killed", 6).returncode == -9
     assert not (tmp_path / "killed" / "one" / "models").exists()
     (folder,) = (tmp_path / "killed").glob(".one_*.resume")
-    assert {"dense.json", "removal.json"} < {path.name for path in folder.iterdir()}
+    assert {"dense", "removal"} < {path.name for path in folder.iterdir()}
     assert "scored 3\n" in run_killed("killed", 0).stdout
     for name in ("models/model.safetensors", "models/config.json", "analysis/layer_rates.csv"):
         assert (tmp_path / "killed" / "one" / name).read_bytes() == (tmp_path / "whole" / "one" / name).read_bytes()

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 import evaluate_lora_model
 import merge_and_save_lora
 import post_training
-from compression.checkpoint import load_language_model, load_tensors, read_json, read_stage
+from compression.checkpoint import load_language_model, load_tensors, read_stage
+from compression.files import read_json
 from compression.config import run_script
 from compression.corpus import load_corpus, tokenize, windows
 from compression.evaluation.perplexity import perplexity

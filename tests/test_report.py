@@ -11,7 +11,8 @@ from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
 from compression import report as report_module
-from compression.checkpoint import describe_stage, identify, read_stage, save_checkpoint, write_json
+from compression.checkpoint import describe_stage, identify, read_stage, save_checkpoint
+from compression.files import write_json
 from compression.flops import count_macs
 from compression.plots import LARGEST_MARKER, SHAPES, _unit_area, pareto_front, plot_accuracy_against_cost
 from compression.report import (

@@ -1,0 +1,228 @@
+"""What a run may write where: nothing is replaced that this project did not write as the same kind of output.
+
+Before any work: the place is no folder that holds more than one output (the root, the home folder, the repository,
+models, results), is no input of the run, and does not contain one or lie inside one; and what lies there, if anything,
+is an earlier output of the same kind, all of its files as they were written and no other file among them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from compression.files import (
+    locked,
+    new_folder,
+    read_object,
+    real_path,
+    remove_folder,
+    remove_leftovers,
+    scratch_folder,
+    sync,
+    write_json,
+    writing,
+)
+from compression.integrity import STAGE_FILE, differing, files_in, read_record, sha256_of
+from compression.runtime import MODELS, RESULTS, ROOT, UserError, log, processes
+
+# In a folder for loose files that a user names: the sha256 of those that this project wrote there.
+WRITTEN_FILE = ".written.json"
+STATES_END = ".resume"
+"""The end of the hidden folders that hold what a killed run goes on from."""
+KEPT_LOGITS = ".teacher_logits_"
+"""The beginning of the hidden folders that hold teachers' logits, computed once."""
+FETCHED = "fetched"
+"""The kind of every folder with a `source.json`, wherever it came from."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A folder that a run writes.
+
+    Attributes:
+        path: where; an earlier output there is replaced once the new one is complete.
+        flag: what named it, for error texts.
+        kind: what its record says it is; None: nothing that lies there may be replaced.
+        record: the name of the record, see `integrity`.
+    """
+
+    path: Path
+    flag: str
+    kind: str | None
+    record: str = STAGE_FILE
+
+    def check(self, inputs: Iterable[Path] = (), shared: Iterable[Path] = ()) -> None:
+        """Refuse a place that must not be written, before any work.
+
+        Args:
+            inputs: what the run reads.
+            shared: folders that hold more than this output, besides those that always do.
+
+        Raises:
+            UserError: names the flag, what was found, and what to do.
+        """
+        check_place(self.path, self.flag, inputs, shared)
+        self.check_replaceable()
+
+    def check_replaceable(self) -> None:
+        """Raise UserError unless nothing lies there, or an untouched output of the same kind."""
+        path = real_path(self.path, self.flag)
+        if not path.exists():
+            return
+        if not path.is_dir():
+            raise self._refusal("is a file")
+        if not any(path.iterdir()):
+            return
+        record = None if self.kind is None else read_record(path, self.record)
+        if record is None:
+            raise self._refusal("holds files that are not an earlier result of this command")
+        found = FETCHED if "source" in record else record.get("stage")
+        if found != self.kind:
+            raise self._refusal(f"holds a result of another kind ({found!r}, not {self.kind!r})")
+        known = record.get("files")
+        if not isinstance(known, dict):
+            raise self._refusal(
+                f"holds a result whose {self.record} has no checksums, so what else is there is unknown"
+            )
+        if foreign := [name for name in files_in(path) if name not in known and name != self.record]:
+            raise self._refusal(f"holds files that were put there by hand ({_some(foreign)})")
+        if changed := [name for name in differing(path, self.record) if (path / name).exists()]:
+            raise self._refusal(f"holds files that were changed since they were written ({_some(changed)})")
+
+    def check_same(self, same: bool, overwrite: bool) -> None:
+        """Raise UserError where a result with other settings or inputs would be replaced unasked."""
+        path = real_path(self.path, self.flag)
+        if not same and not overwrite and path.is_dir() and any(path.iterdir()):
+            raise UserError(
+                f"{self.flag} {self.path}: holds a result with other settings or inputs; keep it by naming another "
+                "place, or replace it: --overwrite"
+            )
+
+    def _refusal(self, found: str) -> UserError:
+        return UserError(f"{self.flag} {self.path}: {found}; nothing was touched; name another place, or move it away")
+
+    @contextmanager
+    def written(self) -> Iterator[Path]:
+        """Yield an empty temporary folder; on success it takes the output's place, see `files.new_folder`."""
+        with new_folder(self.path, self.check_replaceable) as temporary:
+            yield temporary
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_place(path: Path, flag: str, inputs: Iterable[Path] = (), shared: Iterable[Path] = ()) -> None:
+    """Raise UserError where a folder to write is, contains or lies in what a run must leave alone: see `Output`."""
+    target = real_path(path, flag)
+    for folder in inputs:
+        given = real_path(folder)
+        if target == given:
+            raise UserError(f"{flag} {path}: is an input of this run; name another place")
+        if given.is_relative_to(target):
+            raise UserError(f"{flag} {path}: contains an input of this run ({folder}); name another place")
+        if target.is_relative_to(given):
+            raise UserError(f"{flag} {path}: lies inside an input of this run ({folder}); name another place")
+    known = {Path("/"): "the root folder", Path.home(): "the home folder", ROOT: "this repository", Path.cwd(): "the"
+             " current folder"}  # fmt: skip
+    known |= dict.fromkeys([MODELS, RESULTS, *shared], "a folder of several results")
+    for folder, name in known.items():
+        if real_path(folder).is_relative_to(target):
+            is_it = real_path(folder) == target
+            raise UserError(f"{flag} {path}: {'is' if is_it else 'contains'} {name}; name a folder of its own")
+
+
+@contextmanager
+def owned(*paths: Path) -> Iterator[None]:
+    """Let no other process write these paths, and remove what killed runs left beside them.
+
+    Raises:
+        UserError: another process writes one of them just now (names it), or they cannot be written.
+    """
+    if not processes().is_main_process:
+        yield
+        return
+    with ExitStack() as stack:
+        for path in map(real_path, paths):
+            with writing(path):
+                stack.enter_context(locked(path, wait=0))
+        for parent in {real_path(path).parent for path in paths}:
+            remove_leftovers(parent)
+        yield
+
+
+def remove_states(folder: Path) -> list[Path]:
+    """Remove what a folder holds to resume from and teachers' logits, but for those of runs that go on just now.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    for path in sorted(Path(folder).glob(".*")):
+        if path.is_dir() and (path.name.endswith(STATES_END) or path.name.startswith(KEPT_LOGITS)):
+            try:
+                with locked(path, wait=0):
+                    remove_folder(path)
+            except UserError as problem:
+                log.info("%s", problem)
+                continue
+            removed.append(path)
+    return removed
+
+
+def fresh_path(parent: Path, prefix: str) -> Path:
+    """A path under `parent` that is not taken: the prefix and the time, or the next second that is free."""
+    now = datetime.now()
+    while (path := Path(parent) / f"{prefix}_{now:%Y%m%d_%H%M%S}").exists():
+        now += timedelta(seconds=1)
+    return path
+
+
+# Loose files in a folder that holds others too.
+
+
+def check_files(folder: Path, names: Sequence[str], flag: str) -> None:
+    """Raise UserError where files of these names lie in the folder that this project did not write there."""
+    folder = real_path(folder, flag)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{flag} {folder}: is a file; name a folder")
+    known = _written(folder)
+    for name in names:
+        path = folder / name
+        if path.is_symlink() or path.is_dir() or (path.exists() and sha256_of(path) not in known.get(name, [])):
+            raise UserError(
+                f"{flag} {folder}: holds a {name} that is not an earlier result or was changed since; nothing was "
+                "touched; name another place, or move it away"
+            )
+
+
+@contextmanager
+def new_files(folder: Path, names: Sequence[str], flag: str) -> Iterator[Path]:
+    """Yield a temporary folder to write files of these names to; on success they go into the folder, one by one.
+
+    Which files are its own is noted in the folder before they get there, so that a kill in between leaves none that
+    the next run would take for the user's.
+
+    Raises:
+        UserError: see `check_files`, or a disk that takes no more.
+    """
+    folder = real_path(folder, flag)
+    record = folder / WRITTEN_FILE
+    with writing(record), locked(record), scratch_folder(record) as temporary:
+        yield temporary
+        check_files(folder, names, flag)
+        written = {name: sha256_of(temporary / name) for name in names}
+        known = _written(folder)
+        write_json(record, known | {name: [*known.get(name, []), digest] for name, digest in written.items()})
+        for name in names:
+            sync(temporary / name)
+            os.replace(temporary / name, folder / name)
+        sync(folder)
+        write_json(record, known | {name: [digest] for name, digest in written.items()})
+
+
+def _written(folder: Path) -> dict[str, list[str]]:
+    path = folder / WRITTEN_FILE
+    return read_object(path) if path.is_file() else {}
