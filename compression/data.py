@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compression.assets import SentimentSource, ensure_sentiment
 from compression.runtime import UserError
+from compression.text_files import read_text
 
 HELD_OUT_ROWS = 1000
 FILM_SHARES = {"validation": 0.1, "selection": 0.1}
@@ -94,15 +95,15 @@ def load_sentiment(data_dir: str | None = None) -> SentimentData:
 
 def _read_tsv(path: Path) -> Split:
     sentences, labels = [], []
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        if file.readline().rstrip("\r\n").split("\t") != ["sentence", "label"]:
-            raise UserError(f"{path}: the first line must be 'sentence<TAB>label', as in GLUE's SST-2")
-        for number, line in enumerate(file, start=2):
-            sentence, _, label = line.rstrip("\r\n").rpartition("\t")
-            if label not in ("0", "1") or not sentence.strip():
-                raise UserError(f"{path}, line {number}: found {line.strip()!r}, expected sentence<TAB>0 or 1")
-            sentences.append(sentence.strip())
-            labels.append(int(label))
+    header, *lines = read_text(path, "--data_dir").removesuffix("\n").split("\n")
+    if header.split("\t") != ["sentence", "label"]:
+        raise UserError(f"{path}: the first line must be 'sentence<TAB>label', as in GLUE's SST-2")
+    for number, line in enumerate(lines, start=2):
+        sentence, _, label = line.rpartition("\t")
+        if label not in ("0", "1") or not sentence.strip():
+            raise UserError(f"{path}, line {number}: found {line.strip()[:60]!r}, expected sentence<TAB>0 or 1")
+        sentences.append(sentence.strip())
+        labels.append(int(label))
     if not sentences:
         raise UserError(f"{path}: holds no sentences; get SST-2 again with: python download_model.py")
     return Split(sentences, labels)
@@ -111,8 +112,15 @@ def _read_tsv(path: Path) -> Split:
 def _read_saved_dataset(path: Path) -> tuple[Split, Split]:
     from datasets import load_from_disk
 
-    splits = load_from_disk(str(path))
-    parts = [(list(splits[name]["sentence"]), list(splits[name]["label"])) for name in ("train", "validation")]
+    try:
+        splits = load_from_disk(str(path))
+        parts = [(list(splits[name]["sentence"]), list(splits[name]["label"])) for name in ("train", "validation")]
+    except Exception as error:  # of several libraries; whichever it is, the data was not read
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--data_dir {path}: cannot be read as a datasets folder with train and validation, sentence and label "
+            f"({reason}); get SST-2 again with: python download_model.py"
+        ) from None
     for sentences, labels in parts:
         if not set(labels) <= {0, 1} or not all(isinstance(text, str) and text.strip() for text in sentences):
             raise UserError(
