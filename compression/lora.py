@@ -106,7 +106,7 @@ def require_adapter(folder: Path, flag: str) -> None:
 
 
 def _check_settings(settings: Any) -> None:
-    """Raise ValueError unless adapter_config.json is an object with fields of their types, of which it may lack some."""
+    """Raise ValueError unless adapter_config.json is an object whose fields are of their types; some may be missing."""
     if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG} holds a {type(settings).__name__}; allowed is an object")
     for name, (allowed, what) in SETTINGS.items():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_bert, tiny_distilbert
+from conftest import VOCABULARY, tiny_bert, tiny_decoder, tiny_distilbert
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -12,6 +12,7 @@ from compression.data import Encoded, Split, batches, encode
 from compression.evaluation import efficiency
 from compression.evaluation.classification import classification_metrics, paired_difference, predict
 from compression.evaluation.efficiency import interleaved_times, measure_latency, size_on_disk
+from compression.evaluation.language_model import EvaluationFields, check_positions, evaluation_windows
 from compression.runtime import UserError
 
 CPU = torch.device("cpu")
@@ -164,3 +165,14 @@ def test_size_on_disk_counts_weights_and_folder(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "more.txt").write_bytes(bytes(5))
     assert size_on_disk(tmp_path) == {"weights_bytes": 500, "folder_bytes": 512}
+
+
+@pytest.mark.parametrize("kind", ["ppl", "efficiency"])
+def test_windows_beyond_the_models_positions_are_refused(kind):
+    model = tiny_decoder()
+    check_positions(model, "analysis_length", 64)
+    with pytest.raises(UserError, match="^--analysis_length 65: allowed is at most 64, the model's positions$"):
+        check_positions(model, "analysis_length", 65)
+    with pytest.raises(UserError, match="^--eval_length 65: allowed is at most 64, the model's positions$"):
+        evaluation_windows(EvaluationFields(run_evaluation=kind, eval_length=65), None, model)
+    assert evaluation_windows(EvaluationFields(run_evaluation="none", eval_length=65), None, model) == {}
