@@ -6,7 +6,6 @@ import pytest
 from conftest import save_decoder, tiny_decoder
 from transformers import AutoTokenizer
 
-from compression.evaluation import zeroshot
 from compression.evaluation.zeroshot import check_tasks, zero_shot
 from compression.runtime import UserError
 
