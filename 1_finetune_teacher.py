@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from compression.assets import TEACHER, ensure_teacher
 from compression.config import run_script
+from compression.data import model_inputs
 from compression.task import Stage
 from compression.training import Recipe, TrainingConfig
 
@@ -32,7 +33,7 @@ class FineTuning(Recipe):
     """Cross-entropy on the labels."""
 
     def loss(self, model, batch, step):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = model(**model_inputs(model, batch)).logits
         return {"loss": F.cross_entropy(logits.float(), batch["labels"])}
 
 

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from compression.assets import STUDENT, ensure_student
 from compression.checkpoint import require_classifier
 from compression.config import run_script
+from compression.data import model_inputs
 from compression.distillation import distillation_loss
 from compression.task import Stage
 from compression.training import Recipe, TrainingConfig
@@ -57,7 +58,7 @@ class Distillation(Recipe):
         self.alpha = 1.0 if config.variant == "soft_labels" else config.alpha
 
     def loss(self, model, batch, step):
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = model(**model_inputs(model, batch)).logits
         teacher = self.teacher_logits[batch["rows"]]
         return distillation_loss(logits, teacher, batch["labels"], self.config.temperature, self.alpha)
 

@@ -10,10 +10,10 @@
 #
 # A run that was killed goes on where it was. Results: results/NAME (NAME: gqa, or --output_name).
 set -euo pipefail
-cd "$(dirname "$0")"
 case "${1:-}" in
     -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
 esac
-source setup_env.sh
+source "$(dirname -- "$0")/setup_env.sh"
 
-python gqa_aware_pruning.py --resume "$@"
+# In this shell's place, so that signals reach it.
+exec python "$repository/gqa_aware_pruning.py" --resume "$@"

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # The classifier track from nothing to the report.
 #
-#   bash run_pipeline.sh [--fast] [--fresh] [--data_dir DIR] [--models_dir DIR] [--teacher MODEL] [--student MODEL]
-#                        [--preset conservative|aggressive] [flags of every training stage, such as --seed 1]
+#   bash run_pipeline.sh [--fast] [--fresh] [--overwrite] [--data_dir DIR] [--models_dir DIR]
+#                        [--teacher MODEL] [--student MODEL] [--preset conservative|aggressive]
+#                        [flags of every training stage, such as --seed 1]
 #
-# A stage is skipped if its output exists and was made with the same settings from the same inputs, and a stage that
-# was killed continues where it was; --fresh runs all of them again.
+# The flags of all stages are checked before the first one works. A stage is skipped if its output exists and was made
+# with the same settings from the same inputs, and a stage that was killed continues where it was. --overwrite replaces
+# outputs of the same stage with other settings; --fresh runs all stages again, with --overwrite.
 set -euo pipefail
-cd "$(dirname "$0")"
 
-train=() data=() models=() fast=() teacher=() student=() preset=() skip=(--skip_existing) resume=(--resume)
-models_dir=models
+train=() data=() models=() fast=() teacher=() student=() preset=() skip=(--skip_existing) resume=(--resume) overwrite=()
+models_dir=
 while [ $# -gt 0 ]; do
     case "$1" in
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-        -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
-        --fresh) skip=() resume=() ;;
+        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --fresh) skip=() resume=() overwrite=(--overwrite) ;;
+        --overwrite) overwrite=(--overwrite) ;;
         --fast) fast=(--fast) ;;
         --data_dir) data=("$1" "${2:?$1 needs a folder}"); shift ;;
         --models_dir) models_dir="${2:?$1 needs a folder}" models=("$1" "$2"); shift ;;
@@ -26,22 +28,32 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-source setup_env.sh
+source "$(dirname -- "$0")/setup_env.sh"
 
-stage() {
-    echo "--- $1"
-    python "$@"
-}
+models_dir="${models_dir:-$repository/models}"
 everywhere=("${data[@]}" "${models[@]}")
 common=("${fast[@]}" "${train[@]}" "${everywhere[@]}" "${skip[@]}" "${resume[@]}")
-stage download_model.py "${teacher[@]}" "${student[@]}" "${everywhere[@]}"
-stage 1_finetune_teacher.py "${teacher[@]}" "${common[@]}"
-stage 2_distill_student.py "${student[@]}" "${common[@]}"
-stage 2_distill_student.py --variant soft_labels "${student[@]}" "${common[@]}"
-stage 8_pruning_with_finetuning.py "${preset[@]}" "${common[@]}"
-stage 9_quantize_pruned_model.py --pruned_model_path "$models_dir/student_model" \
-    --output_dir "$models_dir/student_quantized_model" "${models[@]}" "${skip[@]}"
-stage 9_quantize_pruned_model.py "${models[@]}" "${skip[@]}"
-stage 10_qat_kd_4bit.py "${common[@]}"
-stage 7_evaluate_and_generate_report.py "${fast[@]}" "${everywhere[@]}"
-stage evaluate_plot.py "${fast[@]}" "${everywhere[@]}"
+
+# Call $1 with each stage and its flags, in order.
+every_stage() {
+    "$1" download_model.py "${teacher[@]}" "${student[@]}" "${everywhere[@]}"
+    "$1" 1_finetune_teacher.py "${teacher[@]}" "${common[@]}" "${overwrite[@]}"
+    "$1" 2_distill_student.py "${student[@]}" "${common[@]}" "${overwrite[@]}"
+    "$1" 2_distill_student.py --variant soft_labels "${student[@]}" "${common[@]}" "${overwrite[@]}"
+    "$1" 8_pruning_with_finetuning.py "${preset[@]}" "${common[@]}"
+    "$1" 9_quantize_pruned_model.py --pruned_model_path "$models_dir/student_model" \
+        --output_dir "$models_dir/student_quantized_model" "${models[@]}" "${skip[@]}" "${overwrite[@]}"
+    "$1" 9_quantize_pruned_model.py "${models[@]}" "${skip[@]}" "${overwrite[@]}"
+    "$1" 10_qat_kd_4bit.py "${common[@]}"
+    "$1" 7_evaluate_and_generate_report.py "${fast[@]}" "${everywhere[@]}"
+    "$1" evaluate_plot.py "${fast[@]}" "${everywhere[@]}"
+}
+
+work() {
+    echo "--- $1"
+    run python "$repository/$1" "${@:2}"
+}
+
+every_stage plan
+check_plan
+every_stage work

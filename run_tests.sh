@@ -9,4 +9,4 @@ ruff format --check .
 # Two workers with one thread each: most tests wait for small programs, and two programs with two threads each slow each
 # other down.
 export OMP_NUM_THREADS=1
-python -m pytest -q -n 2 --dist loadfile "$@"
+exec python -m pytest -q -n 2 --dist loadfile "$@"

@@ -6,6 +6,7 @@ Calibration takes `train`, choices take `validation`, reported perplexities take
 import bz2
 import csv
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from compression.assets import NotOnHub, ensure_reviews, hub_snapshot
 from compression.data import part_of_film
 from compression.runtime import UserError, log
+from compression.text_files import read_text
 
 Part = Literal["train", "validation", "test"]
 # Files of each part under --data_dir, the first that is there: WikiText-2's raw form before its tokenised one.
@@ -68,7 +70,9 @@ class Corpus:
         return {"name": self.name, "part": self.part, "source": self.source, "sha256": digest}
 
 
-def load_corpus(name: str, part: Part, data_dir: str | None = None, use_hub: bool = True) -> Corpus:
+def load_corpus(
+    name: str, part: Part, data_dir: str | None = None, use_hub: bool = True, flag: str = "--dataset"
+) -> Corpus:
     """Load one part of a text collection.
 
     Rows (lines of a file) are joined by blank lines, as is usual for perplexities on WikiText-2.
@@ -78,12 +82,13 @@ def load_corpus(name: str, part: Part, data_dir: str | None = None, use_hub: boo
             and 10 % `test`.
         data_dir: a folder with files such as `wikitext2/wiki.test.raw` or `ptb/ptb.test.txt`. Without it the hub is
             asked, and for wikitext2 the embedded film plots stand in where there is no hub.
+        flag: what named the text, for error texts.
 
     Raises:
-        UserError: there is no such text; says which files are looked for.
+        UserError: there is no such text; says which files are looked for. Or it is not text in UTF-8.
     """
-    if Path(name).is_file():
-        return _part_of_file(Path(name), part)
+    if os.path.isfile(name):  # False for any path that cannot be looked at: too long, a loop of links
+        return _part_of_file(Path(name), part, flag)
     if name not in FILES:
         raise UserError(f"text {name!r}: no such file; allowed is a text file or one of {', '.join(FILES)}")
     if data_dir is not None:
@@ -99,16 +104,16 @@ def load_corpus(name: str, part: Part, data_dir: str | None = None, use_hub: boo
     return _embedded_plots(part)
 
 
-def _part_of_file(path: Path, part: Part) -> Corpus:
-    text = path.read_text(encoding="utf-8", errors="replace")
+def _part_of_file(path: Path, part: Part, flag: str) -> Corpus:
+    text = read_text(path, flag)
     first, last = (int(share * len(text)) for share in PARTS_OF_A_FILE[part])
     return Corpus(path.name, part, "a local file", text[first:last])
 
 
 def _from_folder(name: str, part: Part, folder: Path) -> Corpus:
     for file in FILES[name][part]:
-        if (path := folder / name / file).is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if os.path.lexists(path := folder / name / file):
+            lines = read_text(path, "--data_dir").splitlines()
             return Corpus(name, part, "a local folder", _join(lines))
     wanted = " or ".join(f"{name}/{file}" for file in FILES[name][part])
     raise UserError(f"--data_dir {folder}: has no {wanted}; name another folder, or leave the flag out to ask the hub")

@@ -3,27 +3,30 @@
 import bz2
 import csv
 import hashlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from compression.assets import SentimentSource, ensure_sentiment
 from compression.runtime import UserError
+from compression.text_files import read_text
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 HELD_OUT_ROWS = 1000
 FILM_SHARES = {"validation": 0.1, "selection": 0.1}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Sentences with their labels: 0 negative, 1 positive."""
+    """Sentences, or pairs of them, with their labels: 0 negative, 1 positive."""
 
-    sentences: list[str]
+    sentences: list[str] | list[tuple[str, str]]
     labels: list[int]
 
     def __len__(self) -> int:
@@ -94,15 +97,15 @@ def load_sentiment(data_dir: str | None = None) -> SentimentData:
 
 def _read_tsv(path: Path) -> Split:
     sentences, labels = [], []
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        if file.readline().rstrip("\r\n").split("\t") != ["sentence", "label"]:
-            raise UserError(f"{path}: the first line must be 'sentence<TAB>label', as in GLUE's SST-2")
-        for number, line in enumerate(file, start=2):
-            sentence, _, label = line.rstrip("\r\n").rpartition("\t")
-            if label not in ("0", "1") or not sentence.strip():
-                raise UserError(f"{path}, line {number}: found {line.strip()!r}, expected sentence<TAB>0 or 1")
-            sentences.append(sentence.strip())
-            labels.append(int(label))
+    header, *lines = read_text(path, "--data_dir").removesuffix("\n").split("\n")
+    if header.split("\t") != ["sentence", "label"]:
+        raise UserError(f"{path}: the first line must be 'sentence<TAB>label', as in GLUE's SST-2")
+    for number, line in enumerate(lines, start=2):
+        sentence, _, label = line.rpartition("\t")
+        if label not in ("0", "1") or not sentence.strip():
+            raise UserError(f"{path}, line {number}: found {line.strip()[:60]!r}, expected sentence<TAB>0 or 1")
+        sentences.append(sentence.strip())
+        labels.append(int(label))
     if not sentences:
         raise UserError(f"{path}: holds no sentences; get SST-2 again with: python download_model.py")
     return Split(sentences, labels)
@@ -111,8 +114,15 @@ def _read_tsv(path: Path) -> Split:
 def _read_saved_dataset(path: Path) -> tuple[Split, Split]:
     from datasets import load_from_disk
 
-    splits = load_from_disk(str(path))
-    parts = [(list(splits[name]["sentence"]), list(splits[name]["label"])) for name in ("train", "validation")]
+    try:
+        splits = load_from_disk(str(path))
+        parts = [(list(splits[name]["sentence"]), list(splits[name]["label"])) for name in ("train", "validation")]
+    except Exception as error:  # of several libraries; whichever it is, the data was not read
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--data_dir {path}: cannot be read as a datasets folder with train and validation, sentence and label "
+            f"({reason}); get SST-2 again with: python download_model.py"
+        ) from None
     for sentences, labels in parts:
         if not set(labels) <= {0, 1} or not all(isinstance(text, str) and text.strip() for text in sentences):
             raise UserError(
@@ -167,18 +177,24 @@ class TrainingData(Protocol):
 
 def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
     """Rows of token ids as input_ids and attention_mask [rows, length of the longest]."""
-    tensors = [torch.tensor(row) for row in ids]
-    input_ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad_token_id)
+    input_ids = _padded(ids, pad_token_id)
     lengths = torch.tensor([len(row) for row in ids])
     return {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
 
 
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenized sentences: token ids per row (no padding), and labels [rows]."""
+    """Tokenized sentences or pairs: token ids per row (no padding), labels [rows], and token types."""
 
     ids: list[list[int]]
     labels: Tensor
+    token_types: list[list[int]] | None = None
+    """Which sentence of a pair each token is of, as `ids`; None where all are zero, as with single sentences."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -192,18 +208,38 @@ class Encoded:
         return torch.ones(len(self.ids), dtype=torch.long)
 
     def digest(self) -> str:
-        """A hash of the token ids: the same for the same data and tokenizer."""
-        return hashlib.sha256(repr(self.ids).encode()).hexdigest()
+        """A hash of the token ids and types: the same for the same data and tokenizer."""
+        content = self.ids if self.token_types is None else (self.ids, self.token_types)
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
     def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
-        """A batch padded to its longest row: input_ids and attention_mask [rows, length], labels [rows]."""
-        return pad([self.ids[row] for row in rows], pad_token_id) | {"labels": self.labels[rows]}
+        """A batch padded to its longest row: input_ids and attention_mask [rows, length], labels [rows].
+
+        With pairs also token_type_ids [rows, length].
+        """
+        batch = pad([self.ids[row] for row in rows], pad_token_id)
+        if self.token_types is not None:
+            batch["token_type_ids"] = _padded([self.token_types[row] for row in rows], 0)
+        return batch | {"labels": self.labels[rows]}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> Encoded:
-    """Tokenize, cutting rows at `max_length` tokens."""
-    ids = tokenizer(split.sentences, truncation=True, max_length=max_length, padding=False)["input_ids"]
-    return Encoded(ids, torch.tensor(split.labels))
+    """Tokenize sentences or pairs, cutting rows at `max_length` tokens (of a pair the longer sentence first)."""
+    found = tokenizer(split.sentences, truncation=True, max_length=max_length, padding=False)
+    types = found.get("token_type_ids")
+    return Encoded(found["input_ids"], torch.tensor(split.labels), types if types and any(map(any, types)) else None)
+
+
+def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a classifier takes of a batch, on the batch's device: all its inputs but the labels.
+
+    Token types go to the architectures that have them (BERT), not to the others (DistilBERT).
+
+    Args:
+        model: may be wrapped for several processes.
+    """
+    takes = inspect.signature(type(getattr(model, "module", model)).forward).parameters
+    return {name: batch[name] for name in INPUTS if name in batch and name in takes}
 
 
 def batches(encoded: Encoded, batch_size: int, pad_token_id: int) -> Iterator[dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from compression import importance
 from compression.allocation import Pool, keep, reachable_sparsity
+from compression.data import model_inputs
 from compression.distillation import distillation_loss
 from compression.masks import MaskedLinear, add_masks, remove_masks
 from compression.runtime import UserError, log
@@ -253,7 +254,7 @@ class GradualPruning(Recipe):
     # The loop's hooks.
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = model(**model_inputs(model, batch)).logits
         teacher = self.teacher_logits[batch["rows"]]
         return distillation_loss(logits, teacher, batch["labels"], self.temperature(step), self.alpha(step))
 

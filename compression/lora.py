@@ -5,7 +5,10 @@ A [r, in] and B [out, r], of which only A and B are trained. PEFT puts them into
 model itself stays of its class, dense or pruned, and computes with its adapter.
 """
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from peft import (
     LoraConfig,
@@ -21,8 +24,11 @@ from transformers import PreTrainedModel
 from compression.checkpoint import check_finite, load_tensors
 from compression.files import settle
 from compression.runtime import UserError
+from compression.text_files import parse_json, read_text
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What PEFT and safetensors raise on damaged files, and on fields of a type that they did not expect.
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -56,24 +62,30 @@ def load_adapter(model: PreTrainedModel, folder: Path, flag: str) -> PeftModel:
         The handle that merges the adapters.
 
     Raises:
-        UserError: there is no LoRA adapter in the folder, or it is of another model.
+        UserError: there is no LoRA adapter in the folder, or it is damaged, not finite, or of another model.
     """
     require_adapter(folder, flag)
     try:
+        _check_settings(parse_json(read_text(Path(folder) / CONFIG, flag)))
         config = PeftConfig.from_pretrained(folder)
         weights = load_tensors(Path(folder) / WEIGHTS)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{flag} {folder}: cannot be read as an adapter ({str(error).splitlines()[0]}); make it again with: "
-            "python post_training.py"
-        ) from None
+    except UNREADABLE as error:
+        raise _unreadable(flag, folder, error) from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{flag} {folder}: is an adapter of type {config.peft_type}; allowed is LORA")
+    for name in sorted(weights):
+        if not weights[name].isfinite().all():
+            raise _unreadable(flag, folder, f"{name} has values that are not finite")
+    ranks = [tensor.shape[0] for name, tensor in weights.items() if "lora_A" in name]
+    if (wanted := max([config.r, *config.rank_pattern.values()])) > max(ranks, default=0):
+        raise _misfit(flag, folder, f"{CONFIG} asks for rank {wanted}, the weights have {max(ranks, default=0)}")
     config.base_model_name_or_path = model.name_or_path  # PEFT warns of another path, which says nothing of the weights
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise _misfit(flag, folder, str(error).splitlines()[0]) from None
+    except UNREADABLE as error:
+        raise _unreadable(flag, folder, error) from None
     shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     wanted = {name: list(tensor.shape) for name, tensor in wanted.items()}
@@ -93,6 +105,51 @@ def require_adapter(folder: Path, flag: str) -> None:
     for name in (CONFIG, WEIGHTS):
         if not (Path(folder) / name).is_file():
             raise UserError(f"{flag} {folder}: no adapter there (no {name}); make it with: python post_training.py")
+
+
+def _check_settings(settings: Any) -> None:
+    """Raise ValueError unless adapter_config.json is an object whose fields are of their types; some may be missing."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{CONFIG} holds a {type(settings).__name__}; allowed is an object")
+    for name, (allowed, what) in SETTINGS.items():
+        if name in settings and not allowed(settings[name]):
+            raise ValueError(f"{name} in {CONFIG} is {str(settings[name])[:40]}; allowed is {what}")
+
+
+def _is_number(value: Any, low: float, high: float = math.inf) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_projections(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _maps(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "peft_type": (lambda value: isinstance(value, str), "text"),
+    "r": (_is_rank, "a whole number from 1"),
+    "lora_alpha": (lambda value: _is_number(value, 0), "a number from 0"),
+    "lora_dropout": (lambda value: _is_number(value, 0, 1), "a number from 0 to 1"),
+    "target_modules": (_is_projections, "a list of names"),
+    "rank_pattern": (_maps(_is_rank), "whole numbers from 1 by name"),
+    "alpha_pattern": (_maps(lambda value: _is_number(value, 0)), "numbers from 0 by name"),
+    # PEFT imports the module that it names.
+    "megatron_config": (lambda value: value is None, "null"),
+}
+
+
+def _unreadable(flag: str, folder: Path, what: object) -> UserError:
+    return UserError(
+        f"{flag} {folder}: cannot be read as an adapter ({(str(what) or type(what).__name__).splitlines()[0]}); "
+        "make it again with: python post_training.py"
+    )
 
 
 def _misfit(flag: str, folder: Path, what: str) -> UserError:

@@ -29,7 +29,13 @@ def plot_accuracy_against_cost(report: dict[str, Any]) -> Figure:
 
     A marker's area is proportional to the size of the weights on disk. Models are named in a legend, not beside
     their markers: models of equal cost and close accuracy lie on top of one another, and so would labels.
+
+    Raises:
+        ValueError: a number is not finite; names the model.
     """
+    for entry in report["models"]:
+        quality = (entry["quality"][name] for name in ("accuracy", "accuracy_standard_error"))
+        _require_finite(entry["name"], *quality, entry["macs"]["gflops"], entry["size"]["weights_bytes"])
     figure = Figure(figsize=(14, 5.6), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     entries, length = report["models"], report["config"]["flops_sequence_length"]
@@ -45,6 +51,11 @@ def plot_accuracy_against_cost(report: dict[str, Any]) -> Figure:
     handles = [_legend_marker(against_gflops, entry, *look) for entry, *look in _looks(entries)]
     _add_legends(against_gflops, handles, max(megabytes))
     return figure
+
+
+def _require_finite(model: str, *numbers: float) -> None:
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{model}: a number to draw is not finite, among {', '.join(map(str, numbers))}")
 
 
 def _looks(entries: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, str]]:
@@ -128,7 +139,12 @@ def plot_model_comparison(rows: list[dict[str, Any]]) -> Figure:
     Args:
         rows: one per model, as `evaluate_plot.py` writes them to its table. Spread is one standard error of the
             accuracy, and the 10th to 90th percentile of the times.
+
+    Raises:
+        ValueError: a number is not finite; names the model.
     """
+    for row in rows:
+        _require_finite(row["model"], *(value for value in row.values() if isinstance(value, int | float)))
     figure = Figure(figsize=(11, 2.4 + 0.8 * len(rows)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharey=True)
@@ -210,7 +226,8 @@ def plot_removal(removal: dict[str, Any]) -> Figure:
     """Perplexity without each layer, each attention and each MLP, on a logarithmic axis.
 
     Args:
-        removal: see `calibration.removal_perplexities`.
+        removal: see `calibration.removal_perplexities`. What is not finite is left out: without an important layer a
+            perplexity can exceed all numbers.
     """
     figure = Figure(figsize=(max(6, 0.32 * len(removal["layer"])), 3.2), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -220,7 +237,8 @@ def plot_removal(removal: dict[str, Any]) -> Figure:
     ):
         axes.plot(removal[part], marker=shape, markersize=4, linewidth=1, color=colour, label=f"without {label}")
     axes.axhline(removal["dense"], color="0.4", linewidth=1, linestyle="--", label="dense model")
-    axes.set_yscale("log")
+    if np.isfinite([*removal["layer"], *removal["attention"], *removal["mlp"], removal["dense"]]).any():
+        axes.set_yscale("log")
     axes.set_xlabel("Layer")
     axes.set_ylabel("Perplexity")
     axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=8)

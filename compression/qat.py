@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compression.data import model_inputs
 from compression.distillation import hidden_state_loss, layer_map, soft_label_loss
 from compression.quantization import StorageFields, add_fake_quantization, remove_fake_quantization
 from compression.runtime import UserError
@@ -85,9 +86,8 @@ class QuantizationAwareDistillation(Recipe):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         config = self.config
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        student = model(**inputs, output_hidden_states=self.teacher is not None)
-        teacher = self._teacher(inputs, batch["rows"])
+        student = model(**model_inputs(model, batch), output_hidden_states=self.teacher is not None)
+        teacher = self._teacher(batch)
         terms = {
             "cross_entropy": nn.functional.cross_entropy(student.logits.float(), batch["labels"]),
             "soft_label_loss": soft_label_loss(student.logits, teacher["logits"], config.temperature),
@@ -104,10 +104,10 @@ class QuantizationAwareDistillation(Recipe):
         return {"loss": loss} | terms
 
     @torch.no_grad()
-    def _teacher(self, inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Any]:
+    def _teacher(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         if self.teacher is None:
-            return {"logits": self.teacher_logits[rows]}
-        return self.teacher(**inputs, output_hidden_states=True)
+            return {"logits": self.teacher_logits[batch["rows"]]}
+        return self.teacher(**model_inputs(self.teacher, batch), output_hidden_states=True)
 
     def after_step(self, step: int) -> None:
         for layer in self.layers.values():

@@ -13,11 +13,22 @@ from compression.checkpoint import read_stage
 from compression.files import write_json, write_text
 from compression.outputs import new_files
 from compression.plots import plot_accuracy_against_cost, save_figure
-from compression.runtime import ROOT
+from compression.runtime import ROOT, UserError
 
 REPORT_FILES = ("final_report.json", "final_report.md", "final_report.png")
 Report = dict[str, Any]
 Entry = dict[str, Any]
+
+
+# The fields of stage.json that are read, with their types; any may be missing or null.
+FIELDS: dict[str, tuple[type, str]] = {
+    "stage": (str, "text"),
+    "parent": (str, "text"),
+    "created": (str, "text"),
+    "seed": (int, "a whole number"),
+    "data": (dict, "an object"),
+    "config": (dict, "an object"),
+}
 
 
 def describe_lineage(folder: Path) -> dict[str, Any]:
@@ -25,18 +36,31 @@ def describe_lineage(folder: Path) -> dict[str, Any]:
 
     Returns:
         stage, created, seed, config and a digest of it, data; `ancestors` lists the parent, its parent, and so on.
+
+    Raises:
+        UserError: a field is of another type than the project writes.
     """
+    lineage = _fields(folder)
+    config = lineage["config"]
+    ancestors = _ancestors(lineage["parent"])
+    return lineage | {"ancestors": ancestors, "config_digest": None if config is None else digest(config)}
+
+
+def _fields(folder: Path) -> dict[str, Any]:
     stage = read_stage(folder) or {}
-    config = stage.get("config")
-    lineage = {name: stage.get(name) for name in ("stage", "parent", "created", "seed", "data", "config")}
-    return lineage | {"ancestors": _ancestors(stage), "config_digest": None if config is None else digest(config)}
+    for name, (kind, what) in FIELDS.items():
+        if stage.get(name) is not None and not isinstance(stage[name], kind):
+            raise UserError(
+                f"{folder}/stage.json: {name} is {str(stage[name])[:40]!r}; allowed is {what}; make the model again"
+            )
+    return {name: stage.get(name) for name in FIELDS}
 
 
-def _ancestors(stage: dict[str, Any]) -> list[str]:
+def _ancestors(parent: str | None) -> list[str]:
     ancestors: list[str] = []
-    while (parent := stage.get("parent")) and parent not in ancestors:
+    while parent and parent not in ancestors:
         ancestors.append(parent)
-        stage = read_stage(ROOT / parent) or {}
+        parent = _fields(ROOT / parent)["parent"]
     return [relative_path(ancestor) for ancestor in ancestors]
 
 

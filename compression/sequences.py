@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compression.data import pad
 from compression.runtime import UserError, log
+from compression.text_files import parse_json, read_json_lines, read_text
 
 INSTRUCTION_FILES = (".json", ".jsonl")
 # The sections that alpaca-style data is commonly laid out in.
@@ -73,30 +74,42 @@ def read_instructions(path: Path) -> list[dict[str, str]]:
         UserError: the file is malformed; names the row.
     """
     rows = _parse(Path(path))
-    for number, row in enumerate(rows, start=1):
+    for number, row in rows:
         known = isinstance(row, dict) and {"input": ""} | row
-        if not known or not all(isinstance(known.get(name), str) for name in ("instruction", "input", "output")):
+        if not known or not all(_is_text(known.get(name)) for name in ("instruction", "input", "output")):
             raise UserError(
-                f"--dataset {path}: row {number} is {json.dumps(row)[:60]}; "
+                f"--dataset {path}: row {number} is {_shown(row)}; "
                 "a row must have instruction, input and output as text"
             )
     if not rows:
         raise UserError(f"--dataset {path}: holds no rows; each must have instruction, input and output")
-    return rows
+    return [row for _, row in rows]
 
 
-def _parse(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string that can be written down: JSON can spell halves of characters."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
+def _shown(row: Any) -> str:
+    """The start of a row, for error texts."""
     try:
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        rows = json.loads(text)
+        return json.dumps(row)[:60]
+    except RecursionError:
+        return f"a {type(row).__name__} that is nested too deeply"
+
+
+def _parse(path: Path) -> list[tuple[int, Any]]:
+    """Rows with their numbers, from 1: those of the lines in a file of JSON lines."""
+    if path.suffix == ".jsonl":
+        return list(read_json_lines(path, "--dataset"))
+    try:
+        rows = parse_json(read_text(path, "--dataset"))
     except ValueError as error:
-        kind = "JSON lines" if path.suffix == ".jsonl" else "JSON"
-        raise UserError(f"--dataset {path}: is no valid {kind} ({error}); mend the file or name another") from None
+        raise UserError(f"--dataset {path}: is no valid JSON ({error}); mend the file or name another") from None
     if not isinstance(rows, list):
         raise UserError(f"--dataset {path}: holds a {type(rows).__name__}; allowed is a list of rows")
-    return rows
+    return list(enumerate(rows, start=1))
 
 
 def of_instructions(

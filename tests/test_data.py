@@ -2,11 +2,12 @@
 
 import bz2
 import csv
+import hashlib
 
 import pytest
 import torch
 
-from compression.data import Encoded, Split, batches, length_grouped_order, load_sentiment
+from compression.data import Encoded, Split, batches, encode, length_grouped_order, load_sentiment
 from compression.runtime import UserError
 
 
@@ -104,3 +105,19 @@ def test_evaluation_batches_say_their_rows(encoded):
     assert sorted(seen.tolist()) == list(range(700))
     for batch in batches(encoded, 64, 0):
         assert batch["labels"].tolist() == batch["rows"].tolist()
+
+
+def test_single_sentences_have_no_token_types_and_the_digest_that_they_had(tokenizer):
+    encoded = encode(tokenizer, Split(["a b", "c"], [0, 1]), 9)
+    assert encoded.ids == [[2, 5, 6, 3], [2, 7, 3]]
+    assert encoded.digest() == hashlib.sha256(repr(encoded.ids).encode()).hexdigest()
+    assert set(encoded.collate([0, 1], 0)) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_pairs_carry_which_sentence_a_token_is_of(tokenizer):
+    pairs = encode(tokenizer, Split([("a b", "c"), ("d", "e f g")], [0, 1]), 6)
+    assert pairs.ids == [[2, 5, 6, 3, 7, 3], [2, 8, 3, 9, 10, 3]], "the longer sentence of a pair is cut"
+    short = Encoded([*pairs.ids, [2, 5, 3, 6, 3]], torch.tensor([0, 1, 0]), [*pairs.token_types, [0, 0, 0, 1, 1]])
+    batch = short.collate([2, 1], pad_token_id=9)
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
+    assert pairs.digest() != Encoded(pairs.ids, pairs.labels).digest(), "the teacher's logits depend on the types"

@@ -75,3 +75,9 @@ def test_panels_show_the_numbers_of_the_table():
 def test_without_any_model_the_first_command_is_named():
     result = run("--models_dir", "nowhere", expect=2)
     assert "no model to compare; make the first with: python 1_finetune_teacher.py" in result.stderr
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_not_drawn(bad):
+    with pytest.raises(ValueError, match="^B: a number to draw is not finite, among 0.9, "):
+        plot_model_comparison([{"model": "A", "accuracy": 0.9}, {"model": "B", "accuracy": 0.9, "load_p90_s": bad}])

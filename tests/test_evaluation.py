@@ -4,13 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_bert, tiny_distilbert
+from conftest import VOCABULARY, tiny_bert, tiny_decoder, tiny_distilbert
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
-from compression.data import Encoded, batches
+from compression.data import Encoded, Split, batches, encode
 from compression.evaluation import efficiency
 from compression.evaluation.classification import classification_metrics, paired_difference, predict
 from compression.evaluation.efficiency import interleaved_times, measure_latency, size_on_disk
+from compression.evaluation.language_model import EvaluationFields, check_positions, evaluation_windows
+from compression.runtime import UserError
 
 CPU = torch.device("cpu")
 
@@ -62,6 +65,38 @@ def test_predictions_are_in_the_order_of_the_rows(tiny_model):
         alone = torch.cat([tiny_model(input_ids=torch.tensor([row])).logits for row in rows])
     torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
     assert alone.std(dim=0).min() > 1e-3, "rows that all look alike would hide a wrong order"
+
+
+PAIRS = [("a b c", "d"), ("e", "f g"), ("h i j k", "l m n"), ("o", "p")]
+
+
+def test_pairs_are_predicted_as_by_the_tokenizers_own_output(tokenizer, tiny_model):
+    encoded = encode(tokenizer, Split(PAIRS, [0, 1, 0, 1]), 7)
+    logits = predict(tiny_model, encoded, tokenizer.pad_token_id, batch_size=3)
+    inputs = tokenizer(PAIRS, truncation=True, max_length=7, padding=True, return_tensors="pt")
+    assert inputs["token_type_ids"].any(), "pairs of one type would test nothing"
+    of_bert = isinstance(tiny_model, BertForSequenceClassification)
+    with torch.no_grad():
+        expected = tiny_model(**{name: inputs[name] for name in inputs if of_bert or name != "token_type_ids"}).logits
+        without = tiny_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+    assert ((expected - without).abs().max() > 1e-3) == of_bert
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(tiny_model, bad):
+    tiny_model.name_or_path = "models/teacher_model"
+    tiny_model.classifier.bias.data[1] = bad
+    with pytest.raises(UserError, match="^models/teacher_model: its logits are not finite on 2 of 2 sentences"):
+        predict(tiny_model, Encoded([[5, 6], [7]], torch.tensor([0, 1])), 0)
+
+
+def test_models_of_other_than_two_labels_are_refused():
+    sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=50)
+    model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
+    model.name_or_path = "models/three"
+    with pytest.raises(UserError, match="^models/three: has 3 labels; allowed is 2"):
+        predict(model, Encoded([[5, 6], [7]], torch.tensor([0, 1])), 0)
 
 
 def test_models_take_turns_in_rotating_order():
@@ -130,3 +165,14 @@ def test_size_on_disk_counts_weights_and_folder(tmp_path):
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "more.txt").write_bytes(bytes(5))
     assert size_on_disk(tmp_path) == {"weights_bytes": 500, "folder_bytes": 512}
+
+
+@pytest.mark.parametrize("kind", ["ppl", "efficiency"])
+def test_windows_beyond_the_models_positions_are_refused(kind):
+    model = tiny_decoder()
+    check_positions(model, "analysis_length", 64)
+    with pytest.raises(UserError, match="^--analysis_length 65: allowed is at most 64, the model's positions$"):
+        check_positions(model, "analysis_length", 65)
+    with pytest.raises(UserError, match="^--eval_length 65: allowed is at most 64, the model's positions$"):
+        evaluation_windows(EvaluationFields(run_evaluation=kind, eval_length=65), None, model)
+    assert evaluation_windows(EvaluationFields(run_evaluation="none", eval_length=65), None, model) == {}

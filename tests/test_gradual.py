@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_distilbert
+from conftest import VOCABULARY, tiny_bert, tiny_distilbert
 
 from compression.gradual import GradualPruning, GradualPruningConfig
 from compression.runtime import UserError
@@ -170,3 +170,13 @@ def test_state_round_trip_gives_the_same_next_decision(recipe_of):
     for kind in KINDS:
         for one, other in zip(first.kept()[kind], second.kept()[kind], strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_bert_is_pruned_with_the_token_types_of_pairs():
+    recipe = GradualPruning(tiny_bert(), torch.zeros(ROWS, 2), config())
+    ids = torch.randint(1, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1]),
+             "rows": torch.arange(4)}  # fmt: skip
+    types = (torch.arange(6) > 2).long().expand(4, 6)
+    losses = [recipe.loss(recipe.model, seen, 0)["loss"] for seen in (batch, batch | {"token_type_ids": types})]
+    assert losses[0] != losses[1]

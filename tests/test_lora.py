@@ -142,3 +142,71 @@ def test_unreadable_and_foreign_adapters(adapter):
     assert "cannot be read as an adapter" in refused(adapter)
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "task_type": "CAUSAL_LM"}))
     assert "is an adapter of type PeftType.IA3; allowed is LORA" in refused(adapter)
+
+
+def change(adapter, **fields):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("r", "8", "r in adapter_config.json is 8; allowed is a whole number from 1"),
+        ("r", None, "r in adapter_config.json is None"),
+        ("r", True, "r in adapter_config.json is True"),
+        ("r", 10**9, "adapter_config.json asks for rank 1000000000, the weights have 4"),
+        ("r", 8, "adapter_config.json asks for rank 8, the weights have 4"),
+        ("rank_pattern", {"q_proj": 10**9}, "asks for rank 1000000000"),
+        ("rank_pattern", [4], "rank_pattern in adapter_config.json is [4]; allowed is whole numbers from 1 by name"),
+        ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern in adapter_config.json is"),
+        ("lora_alpha", float("inf"), "lora_alpha in adapter_config.json is inf; allowed is a number from 0"),
+        ("lora_alpha", [16], "lora_alpha in adapter_config.json is [16]"),
+        ("lora_dropout", "a", "lora_dropout in adapter_config.json is a; allowed is a number from 0 to 1"),
+        ("target_modules", 7, "target_modules in adapter_config.json is 7; allowed is a list of names"),
+        ("target_modules", [1], "target_modules in adapter_config.json is [1]"),
+        ("peft_type", ["LORA"], "peft_type in adapter_config.json is ['LORA']; allowed is text"),
+        ("peft_type", "LOBA", "cannot be read as an adapter ("),
+        ("task_type", 3, "cannot be read as an adapter ("),
+        ("layers_to_transform", {"a": "b"}, "the adapter does not fit the model ("),
+        ("bias", 3, "cannot be read as an adapter ("),
+        ("modules_to_save", 3, "cannot be read as an adapter ("),
+        ("megatron_config", {"a": 1}, "megatron_config in adapter_config.json is {'a': 1}; allowed is null"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_named(adapter, field, value, message):
+    change(adapter, **{field: value})
+    assert message in refused(adapter)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]", "adapter_config.json holds a list; allowed is an object"),
+        (b"null", "adapter_config.json holds a NoneType; allowed is an object"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b"{}", "is an adapter of type None; allowed is LORA"),
+        (b"", "adapter_config.json: is empty"),
+        (b"\xff\xfe{\0}\0", "byte 0 begins as UTF-16"),
+    ],
+)
+def test_settings_that_are_no_object_are_refused(adapter, content, message):
+    (adapter / "adapter_config.json").write_bytes(content)
+    assert message in refused(adapter)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(adapter, bad):
+    weights = load_tensors(adapter / "adapter_model.safetensors")
+    name = sorted(weights)[3]
+    weights[name][1, 2] = bad
+    save_file(weights, adapter / "adapter_model.safetensors")
+    assert f"cannot be read as an adapter ({name} has values that are not finite)" in refused(adapter)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_are_cut_off_are_refused(adapter, name, share):
+    content = (adapter / name).read_bytes()
+    (adapter / name).write_bytes(content[: int(share * len(content)) - (share == 0.999)])
+    refused(adapter)

@@ -106,6 +106,15 @@ def test_all_losses_count_and_the_projection_is_trained(train, tmp_path, teacher
     assert all(torch.equal(value, frozen[name]) for name, value in recipe.teacher.state_dict().items())
 
 
+def test_on_pairs_the_teacher_gets_the_token_types_and_the_student_what_it_takes(train):
+    recipe = recipe_of(tiny_bert())
+    batch = train.collate([0, 1], 0) | {"rows": torch.tensor([0, 1])}
+    types = batch["attention_mask"] * torch.tensor([0, 1]).repeat(100)[: batch["input_ids"].shape[1]]
+    without, with_types = (recipe.loss(recipe.model, seen, 0) for seen in (batch, batch | {"token_type_ids": types}))
+    assert with_types["cross_entropy"] == without["cross_entropy"], "a DistilBERT has no token types"
+    assert with_types["soft_label_loss"] != without["soft_label_loss"]
+
+
 def test_trained_values_are_the_packed_ones(train, tmp_path):
     recipe = recipe_of(wide_teacher(), double_quant=True)
     run_fit(recipe, train, tmp_path)

@@ -14,7 +14,15 @@ from compression import report as report_module
 from compression.checkpoint import describe_stage, identify, read_stage, save_checkpoint
 from compression.files import write_json
 from compression.flops import count_macs
-from compression.plots import LARGEST_MARKER, SHAPES, _unit_area, pareto_front, plot_accuracy_against_cost
+from compression.plots import (
+    LARGEST_MARKER,
+    SHAPES,
+    _unit_area,
+    pareto_front,
+    plot_accuracy_against_cost,
+    plot_removal,
+    save_figure,
+)
 from compression.report import (
     build_markdown,
     data_warnings,
@@ -292,3 +300,46 @@ def test_fast_preset_only_times_less(script):
     assert fast["latency_repeats"] < full["latency_repeats"]
     assert fast["throughput_repeats"] < full["throughput_repeats"]
     assert fast["flops_sequence_length"] == full["flops_sequence_length"], "GFLOPs must stay comparable"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("parent", ["models/a"]),
+        ("parent", {}),
+        ("parent", 3),
+        ("config", []),
+        ("data", "SST-2"),
+        ("seed", "1"),
+        ("stage", 5),
+    ],
+)
+def test_fields_of_a_wrong_type_in_a_stage_are_named(tmp_path, field, value):
+    write_json(tmp_path / "parent" / "stage.json", {field: value})
+    with pytest.raises(UserError, match=rf"parent/stage.json: {field} is .*; allowed is .*; make the model again"):
+        describe_lineage(tmp_path / "parent")
+    write_json(tmp_path / "child" / "stage.json", {"parent": str(tmp_path / "parent")})
+    with pytest.raises(UserError, match=rf"parent/stage.json: {field} is "):
+        describe_lineage(tmp_path / "child")
+
+
+def test_a_stage_that_says_nothing_is_not_recorded(tmp_path):
+    write_json(tmp_path / "stage.json", {})
+    lineage = describe_lineage(tmp_path)
+    assert lineage.pop("ancestors") == [] and set(lineage.values()) == {None}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("group", "name"), [("quality", "accuracy"), ("macs", "gflops"), ("size", "weights_bytes")])
+def test_numbers_that_are_not_finite_are_not_drawn(report, group, name, bad):
+    report["models"][2][group][name] = bad
+    with pytest.raises(ValueError, match="^Pruned Student: a number to draw is not finite, among .*(nan|inf)"):
+        plot_accuracy_against_cost(report)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_removal_perplexities_beyond_all_numbers_are_left_out(tmp_path, bad):
+    for values in ([9.0, bad], [bad, bad]):
+        path = tmp_path / "removal.png"
+        save_figure(plot_removal({"layer": values, "attention": values, "mlp": values, "dense": values[0]}), path)
+        assert imread(path).std() > 0

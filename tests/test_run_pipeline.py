@@ -1,38 +1,73 @@
-"""Which commands run_pipeline.sh runs, with which flags."""
+"""What the shell scripts run, with which flags, from where; and what becomes of signals."""
 
+import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("run_pipeline.sh", "run_gqa_aware_pruning.sh", "finetune_gqa_aware_pruned.sh", "setup_env.sh")
+# Stands in for python: logs what it is to run, fails or waits where it is told to, and says which signal ended it.
+STAND_IN = """#!/bin/bash
+case "$1" in -c) exit 0 ;; --version) echo Python 3; exit 0 ;; esac
+[ "$1" = -P ] && shift
+[ -f {folder}/folder ] && pwd >> {folder}/folder
+echo "$@" >> {folder}/log
+for name in INT TERM; do trap "echo $name >> {folder}/signals; kill -KILL \\$waits; exit 99" $name; done
+if [ -f {folder}/waits ] && grep -q "$(cat {folder}/waits)" <<< "$1"; then sleep 60 & waits=$!; wait $waits; fi
+[ -f {folder}/fails ] && grep -q "$(cat {folder}/fails)" <<< "$1" && exit 3
+exit 0
+"""
 
 
 @pytest.fixture
-def commands(tmp_path):
-    """Runs the script with a stand-in for python; returns the commands by script, and the exit status."""
-    shutil.copy(ROOT / "run_pipeline.sh", tmp_path)
-    (tmp_path / "setup_env.sh").write_text(f'export PATH="{tmp_path}:$PATH"\n')
-    (tmp_path / "python").write_text(
-        f'#!/bin/bash\necho "$@" >> {tmp_path}/log\n[ -f {tmp_path}/fails ] && exit 3 || exit 0\n'
-    )
-    (tmp_path / "python").chmod(0o755)
+def project(tmp_path):
+    """A copy of the scripts in a folder whose .venv holds the stand-in."""
+    folder = tmp_path / "a project"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for script in SCRIPTS:
+        shutil.copy(ROOT / script, folder)
+    (folder / "requirements.txt").write_text("torch\n")
+    (folder / ".venv" / "installed.txt").write_text("torch\nPython 3\n")
+    (folder / ".venv" / "bin" / "activate").write_text(f'export PATH="{folder}/.venv/bin:$PATH"\n')
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(STAND_IN.format(folder=tmp_path))
+    python.chmod(0o755)
+    return folder
 
-    def run(*flags):
-        result = subprocess.run(["bash", tmp_path / "run_pipeline.sh", *flags], capture_output=True, text=True)
+
+@pytest.fixture
+def commands(project, tmp_path):
+    """Runs a script with the stand-in; returns what subprocess says, and the commands without the project's folder."""
+
+    def run(*flags, script="run_pipeline.sh", cwd=tmp_path):
+        environment = os.environ | {"PYTHON": str(project / ".venv" / "bin" / "python")}
+        command = ["bash", os.path.relpath(project / script, cwd), *flags]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
         log = tmp_path / "log"
         lines = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)
-        return result, lines
+        assert all(line.startswith(f"{project}/") for line in lines)
+        return result, [line.replace(f"{project}/", "") for line in lines]
 
     return run
+
+
+def stages(lines):
+    """The commands that do the work: behind the one that checks all flags."""
+    assert lines[0].startswith("compression/dry_run.py --then ")
+    assert lines[0].removeprefix("compression/dry_run.py --then ").split(" --then ") == lines[1:]
+    return lines[1:]
 
 
 def test_stages_run_in_order_and_only_what_changed(commands):
     result, lines = commands("--fast")
     assert result.returncode == 0
-    assert lines == [
+    assert stages(lines) == [
         "download_model.py",
         "1_finetune_teacher.py --fast --skip_existing --resume",
         "2_distill_student.py --fast --skip_existing --resume",
@@ -48,20 +83,27 @@ def test_stages_run_in_order_and_only_what_changed(commands):
 
 
 def test_fresh_runs_everything_again(commands):
-    _, lines = commands("--fresh")
+    lines = stages(commands("--fresh")[1])
     assert not any("--skip_existing" in line or "--resume" in line for line in lines) and len(lines) == 10
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--fresh"])
+def test_overwrite_goes_to_the_stages_whose_output_has_one_name(commands, flag):
+    lines = stages(commands(flag)[1])
+    assert [line.split("_")[0] for line in lines if "--overwrite" in line] == ["1", "2", "2", "9", "9"]
+    assert not any("--overwrite" in line for line in stages(commands()[1]))
 
 
 @pytest.mark.parametrize("flags", [("--data_dir", "/a b", "--models_dir", "m"), ("--data_dir=/a b", "--models_dir=m")])
 def test_data_and_models_reach_every_stage(commands, flags):
-    _, lines = commands(*flags)
+    lines = stages(commands(*flags)[1])
     assert len(lines) == 10 and all("--models_dir m" in line for line in lines)
     assert all("--data_dir /a b" in line for line in lines if not line.startswith("9_"))
     assert sum("--pruned_model_path m/student_model --output_dir m/student_quantized" in line for line in lines) == 1
 
 
 def test_flags_go_to_the_stages_that_have_them(commands):
-    _, lines = commands("--preset", "aggressive", "--teacher", "t", "--student", "s", "--seed", "7")
+    lines = stages(commands("--preset", "aggressive", "--teacher", "t", "--student", "s", "--seed", "7")[1])
     having = {
         flag: [line.split("_")[0] for line in lines if flag in line] for flag in ("--preset", "--teacher", "--seed")
     }
@@ -69,11 +111,120 @@ def test_flags_go_to_the_stages_that_have_them(commands):
 
 
 def test_a_failing_stage_ends_the_pipeline(commands, tmp_path):
-    (tmp_path / "fails").touch()
+    (tmp_path / "fails").write_text("2_distill")
     result, lines = commands("--fast")
-    assert result.returncode == 3 and lines == ["download_model.py"]
+    assert result.returncode == 3
+    assert [line.split(".")[0] for line in lines[1:]] == ["download_model", "1_finetune_teacher", "2_distill_student"]
 
 
-def test_help_runs_nothing(commands):
-    result, lines = commands("--help")
-    assert "bash run_pipeline.sh [--fast]" in result.stdout and lines == []
+@pytest.mark.parametrize("script", ["run_pipeline.sh", "finetune_gqa_aware_pruned.sh"])
+def test_nothing_runs_where_a_flag_is_refused(commands, tmp_path, script):
+    (tmp_path / "fails").write_text("dry_run")
+    result, lines = commands("--preset", "nope", script=script)
+    assert result.returncode == 3 and len(lines) == 1 and lines[0].startswith("compression/dry_run.py")
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:3])
+def test_help_runs_nothing(commands, script):
+    result, lines = commands("--help", script=script)
+    assert f"bash {script} [" in result.stdout and "set -euo" not in result.stdout and lines == []
+    assert result.stdout.rstrip().endswith("."), "the help is cut off"
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:3])
+def test_the_users_folder_stays_the_current_one(commands, tmp_path, script):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "folder").touch()
+    result, lines = commands("--data_dir", "../texts", script=script, cwd=tmp_path / "elsewhere")
+    assert result.returncode == 0 and "--data_dir ../texts" in lines[-1] + lines[0]
+    assert set((tmp_path / "folder").read_text().splitlines()) == {str(tmp_path / "elsewhere")}
+
+
+def test_pruning_runs_with_its_flags(commands):
+    result, lines = commands("--layers", "10-14", script="run_gqa_aware_pruning.sh")
+    assert result.returncode == 0 and lines == ["gqa_aware_pruning.py --resume --layers 10-14"]
+
+
+def test_recovery_is_trained_and_merged(commands):
+    result, lines = commands("mine", "--kd_weight", "0.5", "--overwrite", script="finetune_gqa_aware_pruned.sh")
+    assert result.returncode == 0
+    assert stages(lines) == [
+        "post_training.py --pruned_model results/mine/models --output_name mine_lora --resume --kd_weight 0.5"
+        " --overwrite",
+        "merge_and_save_lora.py --pruned_model results/mine/models --lora_dir results/mine_lora"
+        " --output_dir results/mine_merged --overwrite",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["gqa", "--finetune_method", "full"], "use python post_training.py --pruned_model results/gqa/models"),
+        (["mine", "--finetune-method=full"], "--output_name mine_full --finetune_method full"),
+        (["--output_name", "x"], "--output_name: is set by NAME; instead use python post_training.py"),
+        (["gqa", "--output_dir=x"], "--output_dir: is set by NAME"),
+        (["gqa", "--results-dir", "x"], "--results-dir: is set by NAME"),
+        (["gqa", "--pruned_model", "x"], "--pruned_model: is set by NAME"),
+        (["gqa", "--lora_dir", "x"], "--lora_dir: is set by NAME"),
+        ([".."], "NAME '..': allowed is the plain name of a folder in results"),
+        ([""], "NAME '': allowed is"),
+        (["a/b"], "NAME 'a/b': allowed is"),
+    ],
+)
+def test_what_could_not_be_merged_is_refused_before_training(commands, flags, message):
+    result, lines = commands(*flags, script="finetune_gqa_aware_pruned.sh")
+    assert result.returncode == 2 and lines == [] and result.stdout == ""
+    assert result.stderr.startswith("error: ") and message in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_adapters_may_be_asked_for_by_name(commands):
+    result, lines = commands("gqa", "--finetune_method", "lora", script="finetune_gqa_aware_pruned.sh")
+    assert result.returncode == 0 and "--finetune_method lora" in stages(lines)[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("script", "waiting"),
+    [
+        ("run_pipeline.sh", "1_finetune"),
+        ("run_pipeline.sh", "dry_run"),
+        ("finetune_gqa_aware_pruned.sh", "post_training"),
+        ("run_gqa_aware_pruning.sh", "gqa_aware"),
+    ],
+)
+def test_a_signal_ends_the_command_and_the_script(project, tmp_path, script, waiting, number):
+    (tmp_path / "waits").write_text(waiting)
+    environment = os.environ | {"PYTHON": str(project / ".venv" / "bin" / "python")}
+    process = subprocess.Popen(["bash", project / script], env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: waiting in last_line(tmp_path / "log"))
+    time.sleep(0.2)  # until the stand-in waits
+    process.send_signal(number)
+    returned = process.wait(timeout=20)
+    assert (tmp_path / "signals").read_text().split() == [number.name[3:]], "once"
+    assert waiting in last_line(tmp_path / "log"), "another stage has run"
+    # Where the script has become the command, the status is the command's own.
+    assert returned == (99 if script == "run_gqa_aware_pruning.sh" else 128 + number)
+
+
+def test_ctrl_c_of_the_terminal_reaches_the_command_once(project, tmp_path):
+    """The terminal sends it to all processes of its group."""
+    (tmp_path / "waits").write_text("1_finetune")
+    environment = os.environ | {"PYTHON": str(project / ".venv" / "bin" / "python")}
+    process = subprocess.Popen(["bash", project / "run_pipeline.sh"], env=environment, start_new_session=True)
+    wait_for(lambda: "1_finetune" in last_line(tmp_path / "log"))
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert (tmp_path / "signals").read_text().split() == ["INT"]
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not come so far"
+        time.sleep(0.02)
+
+
+def last_line(path):
+    """The program of the last command."""
+    return path.read_text().splitlines()[-1].split(" --")[0] if path.exists() and path.read_text() else ""

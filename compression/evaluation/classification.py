@@ -7,19 +7,29 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compression.data import Encoded, batches
+from compression.data import Encoded, batches, model_inputs
+from compression.runtime import UserError
 
 
 @torch.inference_mode()
 def predict(model: PreTrainedModel, encoded: Encoded, pad_token_id: int, batch_size: int = 64) -> Tensor:
-    """Logits [rows, classes] on the CPU, in the order of the rows, in evaluation mode and full precision."""
+    """Logits [rows, 2] on the CPU, in the order of the rows, in evaluation mode and full precision.
+
+    Raises:
+        UserError: the model has another number of labels, or a logit is not finite.
+    """
+    name, labels = model.name_or_path or type(model).__name__, model.config.num_labels
+    if labels != 2:
+        raise UserError(f"{name}: has {labels} labels; allowed is 2, for the sentences are negative or positive")
     was_training = model.training
     model.eval()
-    logits = torch.empty(len(encoded), model.config.num_labels)
+    logits = torch.empty(len(encoded), labels)
     for batch in batches(encoded, batch_size, pad_token_id):
-        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        inputs = {key: tensor.to(model.device) for key, tensor in model_inputs(model, batch).items()}
         logits[batch["rows"]] = model(**inputs).logits.float().cpu()
     model.train(was_training)
+    if bad := int((~logits.isfinite()).any(-1).sum()):
+        raise UserError(f"{name}: its logits are not finite on {bad} of {len(encoded)} sentences; make the model again")
     return logits
 
 

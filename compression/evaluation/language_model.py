@@ -64,20 +64,38 @@ class EvaluationFields(StageConfig):
     def check_zero_shot(self) -> None:
         """Raise UserError early where zero-shot accuracy is asked for and its data cannot be had."""
         if self.evaluates("zeroshot"):
-            check_tasks(self.eval_zeroshot_tasks.split(","), self.data_dir)
+            check_tasks(self.eval_zeroshot_tasks.split(","), self.data_dir, self.eval_zeroshot_limit or None)
 
 
-def evaluation_windows(config: EvaluationFields, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def check_positions(model: PreTrainedModel, flag: str, length: int) -> None:
+    """Raise UserError where windows are longer than the model's positions.
+
+    Args:
+        flag: what asks for the windows, without its dashes. length: tokens per window.
+    """
+    positions = model.config.max_position_embeddings
+    if length > positions:
+        raise UserError(f"--{flag} {length}: allowed is at most {positions}, the model's positions")
+
+
+def evaluation_windows(
+    config: EvaluationFields, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
+) -> dict[str, Tensor]:
     """Windows [count, length] of the test part of each text that perplexity is measured on, by name.
 
+    Args:
+        model: whose positions `eval_length` is checked against.
+
     Raises:
-        UserError: a text that is not there, or that is shorter than a window.
+        UserError: a text that is not there, or that is shorter than a window; windows beyond the model's positions.
     """
+    if model is not None and (config.evaluates("ppl") or config.evaluates("efficiency")):
+        check_positions(model, "eval_length", config.eval_length)
     if not config.evaluates("ppl"):
         return {}
     found = {}
     for name in config.eval_ppl_datasets.split(","):
-        corpus = load_corpus(name, "test", config.data_dir)
+        corpus = load_corpus(name, "test", config.data_dir, flag="--eval_ppl_datasets")
         every = windows(tokenize(tokenizer, corpus), config.eval_length)
         found[corpus.name] = every[: config.eval_samples or None]
     return found
