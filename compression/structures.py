@@ -8,6 +8,7 @@ key-value heads survives any choice. Per-structure values (scores, masks) are ke
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 
 from torch import nn
@@ -86,6 +87,8 @@ class LayerParts:
     down: nn.Linear | None
     head_size: int
     gate: nn.Linear | None = None
+    biased: bool = False
+    """Whether an output projection has a bias, which stays also where the attention or FFN was removed."""
 
     @property
     def query_heads(self) -> int:
@@ -117,6 +120,11 @@ class LayerParts:
     def parameters(self) -> int:
         """Parameters of all structures of the layer (norms are not counted: they belong to none)."""
         return sum(self.count(kind) * self.structure_parameters(kind) for kind in KINDS)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left that the layer could add to the residual stream."""
+        return not (self.heads or self.neurons or self.biased)
 
     def split(self, kind: str) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
         """The layers that hold a kind's rows, and the one that holds its columns."""
@@ -156,12 +164,19 @@ def _parts(family: Family, layer: nn.Module, model: nn.Module) -> LayerParts:
     paths = {name: getattr(family, name) for name in ("q", "k", "v", "o", "up", "down", "gate")}
     linears = {name: path and _find(layer, path) for name, path in paths.items()}
     head_size = attrgetter(family.head_size)(layer) if family.head_size else head_dim(model.config)
-    return LayerParts(**linears, head_size=head_size)
+    biased = any(bias is not None for bias in map(partial(_output_bias, layer), (family.o, family.down)))
+    return LayerParts(**linears, head_size=head_size, biased=biased)
 
 
 def _find(layer: nn.Module, path: str) -> nn.Linear | None:
     parent, _, name = path.rpartition(".")
     return getattr(attrgetter(parent)(layer), name, None)
+
+
+def _output_bias(layer: nn.Module, path: str) -> nn.Parameter | None:
+    """The bias of an output projection, or what is left of it in its removed part's place."""
+    projection = _find(layer, path)
+    return (attrgetter(path.rpartition(".")[0])(layer) if projection is None else projection).bias
 
 
 def head_dim(config) -> int:
