@@ -8,10 +8,9 @@ key-value heads survives any choice. Per-structure values (scores, masks) are ke
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 
-from torch import nn
+from torch import Tensor, nn
 
 from compression.runtime import UserError
 
@@ -164,7 +163,7 @@ def _parts(family: Family, layer: nn.Module, model: nn.Module) -> LayerParts:
     paths = {name: getattr(family, name) for name in ("q", "k", "v", "o", "up", "down", "gate")}
     linears = {name: path and _find(layer, path) for name, path in paths.items()}
     head_size = attrgetter(family.head_size)(layer) if family.head_size else head_dim(model.config)
-    biased = any(bias is not None for bias in map(partial(_output_bias, layer), (family.o, family.down)))
+    biased = any(_bias(layer, path) is not None for path in (family.o, family.down))
     return LayerParts(**linears, head_size=head_size, biased=biased)
 
 
@@ -173,10 +172,16 @@ def _find(layer: nn.Module, path: str) -> nn.Linear | None:
     return getattr(attrgetter(parent)(layer), name, None)
 
 
-def _output_bias(layer: nn.Module, path: str) -> nn.Parameter | None:
-    """The bias of an output projection, or what is left of it in its removed part's place."""
+def _bias(layer: nn.Module, path: str) -> nn.Parameter | None:
+    """The bias of an output projection, also where it is all that is left of its part."""
     projection = _find(layer, path)
     return (attrgetter(path.rpartition(".")[0])(layer) if projection is None else projection).bias
+
+
+def output_bias(layer: nn.Module, kind: str) -> Tensor | float:
+    """What a decoder layer's attention or MLP adds to the residual stream when all its structures are gone."""
+    bias = _bias(layer, DECODER.o if kind == HEADS else DECODER.down)
+    return 0.0 if bias is None else bias
 
 
 def head_dim(config) -> int:

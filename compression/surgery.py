@@ -17,7 +17,7 @@ from transformers import (
 from compression.modeling import auto_map, pruned_classes
 from compression.modeling.pruned_decoder import remove_attention, remove_mlp
 from compression.runtime import UserError
-from compression.structures import DECODERS, HEADS, KINDS, NEURONS, LayerParts, family_of, head_dim, layers_of
+from compression.structures import DECODERS, HEADS, KINDS, LayerParts, family_of, head_dim, layers_of
 
 
 def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:

@@ -49,7 +49,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 
 class Removed(nn.Module):
-    """In the place of a removed part: adds to the residual stream the bias of its output projection, where it had one."""
+    """In the place of a removed part: adds to the residual stream the bias of its output projection, if it had one."""
 
     def __init__(self, projection):
         super().__init__()
