@@ -6,7 +6,14 @@ Heads keep the dense model's size, `head_dim`. Of a skipped part nothing is ther
 where the dense model has one; the norm before it is gone too.
 """
 
+import transformers
 from torch import nn
+
+# Older versions know no `per_layer_config`, and do not say so.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 14):
+    found = transformers.__version__
+    raise ImportError(f"pruned_decoder.py needs transformers 5.14 or newer, found {found}: pip install -U transformers")
+
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
