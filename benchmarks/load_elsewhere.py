@@ -33,7 +33,7 @@ import json, sys, torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 folder, sentences = sys.argv[1], json.load(sys.stdin)
 model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # or it asks, for the sake of the config
 with torch.no_grad():
     logits = model(**tokenizer(sentences, padding=True, return_tensors="pt")).logits
 assert "compression" not in sys.modules

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression import importance
-from compression.evaluation.perplexity import token_losses
-from compression.structures import KINDS, LayerParts, layers_of
+from compression.evaluation.perplexity import check_losses, exp_of_mean, suspect, token_losses
+from compression.runtime import UserError
+from compression.structures import HEADS, KINDS, NEURONS, LayerParts, layers_of, output_bias
 
 Method = Literal["fisher", "obs", "taylor", "taylor_2nd", "wanda", "magnitude"]
 Scores = dict[str, list[Tensor]]
@@ -48,9 +49,12 @@ def score_structures(
 
     Returns:
         For heads and for neurons a list over layers of fp32 scores [structures] on the model's device.
+
+    Raises:
+        UserError: a loss or score is not finite, and where that began.
     """
     passes = _whole_passes(model, windows, batch_size)
-    return _score(model, layers_of(model), passes, method, gradient_checkpointing)
+    return _score(model, dict(enumerate(layers_of(model))), passes, method, gradient_checkpointing)
 
 
 def score_layer(
@@ -66,18 +70,30 @@ def score_layer(
 
     Returns:
         For heads and for neurons the fp32 scores [structures] on the model's device.
+
+    Raises:
+        UserError: a loss or score is not finite, and where that began.
     """
     # Activations need no loss, so for them the pass ends behind the layer.
     last = index + 1 if method == "wanda" else None
-    passes = _passes_from(model, model.model.layers[index:last], entering, needs_gradient=method in ("obs", "fisher"))
-    scores = _score(model, [layers_of(model)[index]], passes, method, gradient_checkpointing)
+    passes = _passes_from(model, slice(index, last), entering, needs_gradient=method in ("obs", "fisher"))
+    scores = _score(model, {index: layers_of(model)[index]}, passes, method, gradient_checkpointing)
     return {kind: score for kind, (score,) in scores.items()}
 
 
 def _score(
-    model: PreTrainedModel, layers: list[LayerParts], passes: Passes, method: Method, gradient_checkpointing: bool
+    model: PreTrainedModel,
+    numbered: dict[int, LayerParts],
+    passes: Passes,
+    method: Method,
+    gradient_checkpointing: bool,
 ) -> Scores:
-    """Scores of these layers' structures; `passes` is not begun where no text is needed."""
+    """Scores of these layers' structures; `passes` is not begun where no text is needed.
+
+    Args:
+        numbered: the layers by their index.
+    """
+    layers = list(numbered.values())
     scores = {kind: [torch.zeros(parts.count(kind), device=model.device) for parts in layers] for kind in KINDS}
     if method == "magnitude":
         _add_weighted(scores, layers, None)
@@ -92,6 +108,11 @@ def _score(
         for kind in KINDS:
             for score in scores[kind]:
                 score /= tokens if method == "fisher" else batches
+    for kind in KINDS:
+        for index, score in zip(numbered, scores[kind], strict=True):
+            if not score.isfinite().all():
+                where = f"scores of the {kind} of layer {index}"
+                raise UserError(f"--importance_method {method}: {where} are not finite; {suspect(model)}")
     return scores
 
 
@@ -101,19 +122,21 @@ def _whole_passes(model: PreTrainedModel, windows: Tensor, batch_size: int) -> P
         yield ids, model.model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def _passes_from(model: PreTrainedModel, layers: nn.ModuleList, entering: "Entering", needs_gradient: bool) -> Passes:
+def _passes_from(model: PreTrainedModel, layers: slice, entering: "Entering", needs_gradient: bool) -> Passes:
     for ids, state, options in entering:
         state = state.detach().requires_grad_(needs_gradient)
-        for layer in layers:
-            state = layer(state, **options)
+        for layer, option in zip(model.model.layers[layers], options[layers], strict=True):
+            state = layer(state, **option)
         yield ids, model.model.norm(state)
 
 
 def _backward(model: PreTrainedModel, passes: Passes, mean: bool) -> tuple[int, int]:
     """Backward passes of all batches; the number of batches and of tokens."""
-    batches = tokens = 0
+    batches = tokens = windows = 0
     for ids, hidden in passes:
         losses = token_losses(model.lm_head, hidden, ids)
+        check_losses(model, losses, windows, "calibration")
+        windows += len(ids)
         (losses.mean() if mean else losses.sum()).backward()
         batches, tokens = batches + 1, tokens + ids.numel()
     return batches, tokens
@@ -251,7 +274,11 @@ def _score_by_curvature(
         _, tokens = _backward(model, passes, mean=False)
     for score, linear in tqdm(outer, desc="removal costs", leave=False, disable=None):
         inputs, gradients = (total / tokens for total in curvature.pop(linear))
-        score += importance.removal_costs(linear.weight.detach(), inputs, gradients, len(score)).to(score.device)
+        try:
+            costs = importance.removal_costs(linear.weight.detach(), inputs, gradients, len(score))
+        except torch.linalg.LinAlgError:  # what is not finite has no eigenvalues
+            costs = torch.full_like(score, torch.nan)
+        score += costs.to(score.device)
 
 
 @torch.no_grad()
@@ -314,7 +341,11 @@ def removal_perplexities(
         parts: which of layer, attention and mlp are looked at.
 
     Returns:
-        dense: of the model as it is; and each of the parts: a list over layers.
+        dense: of the model as it is; and each of the parts: a list over layers. What is removed leaves the bias of its
+        output projection behind, as in the smaller model.
+
+    Raises:
+        UserError: a perplexity is not finite, and without which part.
     """
     layers = model.model.layers
     totals = torch.zeros(len(layers), len(parts), dtype=torch.double)
@@ -323,61 +354,73 @@ def removal_perplexities(
         ids = ids.to(model.device)
         states, options = layer_inputs(model, ids)
         repeated = ids.repeat(len(parts), 1)
-        _, repeated_options = layer_inputs(model, repeated, stop_at_first=True)
+        _, repeated_options = first_input(model, repeated)
         dense += token_losses(model.lm_head, model.model.norm(states[-1]), ids).double().sum().item()
         tokens += len(ids) * (ids.shape[1] - 1)
         for index, layer in enumerate(layers):
-            state = torch.cat([_without(part, layer, states[index], options) for part in parts])
-            for later in layers[index + 1 :]:
-                state = later(state, **repeated_options)
+            state = torch.cat([_without(part, layer, states[index], options[index]) for part in parts])
+            for later, option in zip(layers[index + 1 :], repeated_options[index + 1 :], strict=True):
+                state = later(state, **option)
             losses = token_losses(model.lm_head, model.model.norm(state), repeated)
             totals[index] += losses.double().view(len(parts), -1).sum(1).cpu()
-    means = (totals / tokens).exp().T.tolist()
-    return {"dense": torch.tensor(dense / tokens).exp().item()} | dict(zip(parts, means, strict=True))
+    found = {"dense": exp_of_mean(model, dense, tokens, "the dense model")}
+    for place, part in enumerate(parts):
+        removed = ((index, f"the model without {_named(part, index)}") for index in range(len(layers)))
+        found[part] = [exp_of_mean(model, totals[index, place].item(), tokens, what) for index, what in removed]
+    return found
+
+
+def _named(part: str, index: int) -> str:
+    return f"layer {index}" if part == "layer" else f"the {part} of layer {index}"
 
 
 def _without(part: str, layer: nn.Module, state: Tensor, options: dict[str, Any]) -> Tensor:
-    """What leaves a layer that lacks the part."""
+    """What leaves a layer that lacks the part; the bias of the part's output projection stays."""
+    if part == "mlp":
+        state = state + layer.self_attn(hidden_states=layer.input_layernorm(state), **options)[0]
+    else:
+        state = state + output_bias(layer, HEADS)
     if part == "attention":
         return state + layer.mlp(layer.post_attention_layernorm(state))
-    if part == "mlp":
-        return state + layer.self_attn(hidden_states=layer.input_layernorm(state), **options)[0]
-    return state
+    return state + output_bias(layer, NEURONS)
 
 
-class Seen(Exception):
-    """What was wanted of the model has been seen."""
+class _Noting(nn.Module):
+    """In a layer's place: notes what the layer is given, and runs nothing."""
+
+    def forward(self, state: Tensor, **options: Any) -> Tensor:
+        self.state, self.options = state, options
+        return state
 
 
-def layer_inputs(
-    model: PreTrainedModel, ids: Tensor, stop_at_first: bool = False
-) -> tuple[list[Tensor] | Tensor, dict[str, Any]]:
-    """The states [windows, length, hidden] that enter each layer and leave the last one, and the layers' options.
+def first_input(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The state [windows, length, hidden] that enters the first layer, and each layer's options; no layer is run.
+
+    Layers differ in their options where some attend to a sliding window and others to all.
 
     Args:
         ids: token ids [windows, length].
-        stop_at_first: give the state that enters the first layer alone, without running any.
     """
-    states: list[Tensor] = []
-    options: dict[str, Any] = {}
-
-    def note(_, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-        states.append(inputs[0])
-        options.update(keywords)
-        if stop_at_first:
-            raise Seen
-
-    layers = model.model.layers
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    handles.append(model.model.norm.register_forward_pre_hook(note, with_kwargs=True))
+    layers, noting = model.model.layers, nn.ModuleList(_Noting() for _ in model.model.layers)
+    model.model.layers = noting
     try:
         model.model(input_ids=ids, use_cache=False)
-    except Seen:
-        pass
     finally:
-        for handle in handles:
-            handle.remove()
-    return (states[0] if stop_at_first else states), options
+        model.model.layers = layers
+    return noting[0].state, [layer.options for layer in noting]
+
+
+def layer_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """The states [windows, length, hidden] that enter each layer and leave the last one, and each layer's options.
+
+    Args:
+        ids: token ids [windows, length].
+    """
+    state, options = first_input(model, ids)
+    states = [state]
+    for layer, option in zip(model.model.layers, options, strict=True):
+        states.append(layer(states[-1], **option))
+    return states, options
 
 
 class Entering:
@@ -389,21 +432,23 @@ class Entering:
         windows: token ids [count, length]. The states of all of them are held.
         layer: which layer the text stands before at first.
 
-    Iterating gives (token ids [windows, length], states [windows, length, hidden], the layers' options) of each batch.
+    Iterating gives (token ids [windows, length], states [windows, length, hidden], each layer's options) of each batch.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, batch_size: int = 1, layer: int = 0):
-        self.batches = []
+        self.model, self.layer = model, 0
         with torch.no_grad():
-            for ids in windows.to(model.device).split(batch_size):
-                self.batches.append((ids, *layer_inputs(model, ids, stop_at_first=True)))
-        for before in model.model.layers[:layer]:
-            self.advance(before)
+            batches = windows.to(model.device).split(batch_size)
+            self.batches = [(ids, *first_input(model, ids)) for ids in batches]
+        for _ in range(layer):
+            self.advance()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[dict[str, Any]]]]:
         return iter(self.batches)
 
     @torch.no_grad()
-    def advance(self, layer: nn.Module) -> None:
+    def advance(self) -> None:
         """Go through the layer that the text stands before."""
-        self.batches = [(ids, layer(state, **options), options) for ids, state, options in self.batches]
+        layer, place = self.model.model.layers[self.layer], self.layer
+        self.batches = [(ids, layer(state, **options[place]), options) for ids, state, options in self.batches]
+        self.layer += 1

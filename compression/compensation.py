@@ -6,14 +6,23 @@ minimise |X_kept W' - X W|^2 + ridge * |W' - W_kept|^2. All of it is known from 
 is gone through once, layer by layer, and no activations are stored but the states between layers.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compression.calibration import Entering, Seen
-from compression.importance import RIDGE
+from compression.calibration import Entering
+from compression.evaluation.perplexity import suspect
+from compression.importance import RIDGE, damp
+from compression.runtime import UserError
 from compression.structures import HEADS, KINDS, layers_of
+
+
+class Seen(Exception):
+    """What was wanted of a layer has been seen."""
 
 
 @torch.no_grad()
@@ -25,11 +34,14 @@ def repair(model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tenso
     Args:
         kept: for heads and neurons one bool tensor [structures] per layer, True where the structure stays.
         windows: token ids [count, length].
+
+    Raises:
+        UserError: a projection has no finite solution.
     """
     entering = Entering(model, windows, batch_size)
-    for index, layer in enumerate(tqdm(model.model.layers, desc="repair", leave=False, disable=None)):
+    for index in tqdm(range(len(model.model.layers)), desc="repair", leave=False, disable=None):
         repair_layer(model, index, {kind: kept[kind][index] for kind in KINDS}, entering)
-        entering.advance(layer)
+        entering.advance()
 
 
 @torch.no_grad()
@@ -39,18 +51,33 @@ def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], en
     Args:
         kept: for heads and neurons a bool tensor [structures], True where the structure stays.
         entering: the text, standing before that layer.
+
+    Raises:
+        UserError: a projection has no finite solution.
     """
     layer, parts = model.model.layers[index], layers_of(model)[index]
     for kind in KINDS:
         mask, outer = kept[kind], parts.split(kind)[1] if parts.count(kind) else None
         if outer is not None and not mask.all():
             columns = mask.repeat_interleave(outer.in_features // len(mask)).to(outer.weight.device)
-            inputs = ((layer, state, options) for _, state, options in entering)
-            outer.weight.copy_(_solve(outer.weight, _gram(outer, inputs, attention=kind == HEADS), columns))
+            inputs = ((state, options[index]) for _, state, options in entering)
+            gram = _gram(layer, outer, inputs, attention=kind == HEADS)
+            solved = _solve(outer.weight, gram, columns)
+            if not solved.isfinite().all():
+                cure = "raise --repair_samples or take --compensation none" if gram.isfinite().all() else suspect(model)
+                raise UserError(f"--compensation lstsq: what repairs the {kind} of layer {index} is not finite; {cure}")
+            outer.weight.copy_(solved)
 
 
-def _gram(outer: nn.Linear, inputs, attention: bool) -> Tensor:
-    """X^T X [columns, columns] in fp32 of what goes into an output projection."""
+def _gram(
+    layer: nn.Module, outer: nn.Linear, inputs: Iterable[tuple[Tensor, dict[str, Any]]], attention: bool
+) -> Tensor:
+    """X^T X [columns, columns] in fp32 of what goes into a layer's output projection.
+
+    Args:
+        inputs: states [windows, length, hidden] that enter the layer, and its options.
+        attention: whether it is the attention's.
+    """
     gram = torch.zeros(outer.in_features, outer.in_features, device=outer.weight.device)
 
     def add(_, given: tuple[Tensor]) -> None:
@@ -61,9 +88,9 @@ def _gram(outer: nn.Linear, inputs, attention: bool) -> Tensor:
 
     handle = outer.register_forward_pre_hook(add)
     try:
-        for layer, state, option in inputs:
+        for state, options in inputs:
             try:
-                layer(state, **option)
+                layer(state, **options)
             except Seen:
                 pass
     finally:
@@ -74,13 +101,14 @@ def _gram(outer: nn.Linear, inputs, attention: bool) -> Tensor:
 def _solve(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
     """The projection [out, in] with these columns only that comes nearest to the whole one.
 
-    The ridge is on the change of the columns that stay: where the text says little, they keep their weights.
+    The ridge is on the change of the columns that stay: where the text says little, they keep their weights. Where
+    there is no solution, it is not finite.
     """
     solved = torch.zeros_like(weight)
     if columns.any():
-        kept = gram[columns][:, columns].double()
-        kept.diagonal().add_(RIDGE * kept.diagonal().mean())
+        kept = damp(gram[columns][:, columns].double(), RIDGE)
         lost = gram[columns][:, ~columns].double() @ weight[:, ~columns].double().T
-        change = torch.linalg.solve(kept, lost).T
+        change, singular = torch.linalg.solve_ex(kept, lost)
+        change = change.masked_fill(singular != 0, torch.nan).T
         solved[:, columns] = (weight[:, columns].double() + change).to(weight.dtype)
     return solved

@@ -24,6 +24,8 @@ from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder
 
 Kept = dict[str, list[Tensor]]
+# Methods whose scores compare across layers as they are.
+COMPARABLE = ("fisher", "obs")
 
 
 @dataclass
@@ -40,8 +42,9 @@ class PruningFields(StageConfig):
     """Removal perplexity under which the layer's value corrects, above it the block's own; none: 25th percentile."""
     epsilon: float = 0.15
     """A layer that would keep less than this share of its parameters is removed whole."""
-    normalize: Literal["none", "layer"] = "none"
-    """layer: scores are relative to their mean in each layer and kind, so that layers share the budget evenly."""
+    normalize: Literal["auto", "none", "layer"] = "auto"
+    """layer: scores are relative to their mean in each layer and kind, so that layers share the budget evenly; auto:
+    that for the methods whose scores do not compare across layers as they are."""
     protect_first: int = 0
     """So many layers at the start are left alone."""
     protect_last: int = 0
@@ -57,7 +60,11 @@ class PruningFields(StageConfig):
     round_to: int = 32
     """MLP widths are multiples of this, unless nothing is removed: matrix units are slow at odd widths."""
 
-    presets = {"paper": dict(importance_method="taylor", temperature=1.0, compensation="none", round_to=1)}
+    presets = {
+        "paper": dict(
+            importance_method="taylor", normalize="none", temperature=1.0, compensation="none", round_to=1
+        )
+    }  # fmt: skip
 
     def check(self) -> None:
         super().check()
@@ -70,6 +77,17 @@ class PruningFields(StageConfig):
         self.check_range("round_to", 1)
         if not self.attention_factors or min(self.attention_factors) <= 0:
             raise UserError(f"--attention_factors {self.attention_factors}: allowed are one or more above 0")
+
+    @property
+    def normalization(self) -> Literal["none", "layer"]:
+        """`normalize`, where it is auto: what suits the method."""
+        # Resolved here and not when the config is built: a preset is built before a flag names the method.
+        if self.normalize != "auto":
+            return self.normalize
+        return "none" if self.importance_method in COMPARABLE else "layer"
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"normalize": self.normalization}
 
 
 @dataclass(frozen=True)
@@ -178,7 +196,7 @@ class GlobalPruning:
         for kind in KINDS:
             for layer, score in zip(self.origin, scores[kind], strict=True):
                 density = score.cpu() / max(self.parameters[kind][layer], 1) * self._correction(layer, kind)
-                if self.config.normalize == "layer" and len(density):
+                if self.config.normalization == "layer" and len(density):
                     density = density / density.mean().clamp_min(torch.finfo(density.dtype).tiny)
                 densities[kind].append(density)
         return densities
@@ -240,6 +258,7 @@ class GlobalPruning:
 
     def _follow(self, kept: Kept, step: int) -> None:
         """Keep track of what is left, and of what went when."""
+        biased = [parts.biased for parts in layers_of(self.model)]
         stay = []
         for index, layer in enumerate(self.origin):
             for kind in KINDS:
@@ -247,7 +266,7 @@ class GlobalPruning:
                 for place in self.places[kind][index][~mask].tolist():
                     self.table[layer, kind, place]["removed_in_step"] = step
                 self.places[kind][index] = self.places[kind][index][mask]
-            if any(len(self.places[kind][index]) for kind in KINDS):
+            if biased[index] or any(len(self.places[kind][index]) for kind in KINDS):
                 stay.append(index)
         self.origin = [self.origin[index] for index in stay]
         self.places = {kind: [self.places[kind][index] for index in stay] for kind in KINDS}

@@ -343,7 +343,7 @@ class LayerwisePruning:
                 self._prune_layer(index, due, round_, streams)
                 due -= left - layers_of(self.model)[index].parameters
             for text in streams:
-                text.advance(self.model.model.layers[index])
+                text.advance()
 
     def _prune_layer(self, index: int, budget: float, round_: int, streams: list[Entering]) -> None:
         counts = self._counts(layers_of(self.model)[index], index, budget, round_ / self.config.iterative_rounds)

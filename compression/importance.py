@@ -76,9 +76,7 @@ def removal_costs(weight: Tensor, inputs: Tensor, gradients: Tensor, count: int,
     """
     values, vectors = torch.linalg.eigh(gradients.double())
     felt = (vectors * values.clamp_min(0).sqrt()).T.float() @ weight.float()  # its squares are felt by the loss
-    damped = inputs.double()
-    damped.diagonal().add_(ridge * damped.diagonal().mean())
-    inverse = torch.linalg.inv(damped).float()
+    inverse = torch.linalg.inv(damp(inputs.double(), ridge)).float()
     size, left = weight.shape[1] // count, list(range(count))
     costs, cost = torch.zeros(count), 0.0
     while left:
@@ -100,6 +98,15 @@ def removal_costs(weight: Tensor, inputs: Tensor, gradients: Tensor, count: int,
         left[place] = left[-1]
         left.pop()
     return costs.to(inputs.device)
+
+
+def damp(matrix: Tensor, ridge: float) -> Tensor:
+    """Add a share of the mean diagonal to the diagonal of E[x x^T] or X^T X, in place; gives it back.
+
+    Where nothing comes in at all, the least bit makes it invertible too.
+    """
+    matrix.diagonal().add_((ridge * matrix.diagonal().mean()).clamp_min(1e-30))
+    return matrix
 
 
 def _single_costs(felt: Tensor, inverse: Tensor, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
-from torch import nn
+from torch import Tensor, nn
 
 from compression.runtime import UserError
 
@@ -86,6 +86,8 @@ class LayerParts:
     down: nn.Linear | None
     head_size: int
     gate: nn.Linear | None = None
+    biased: bool = False
+    """Whether an output projection has a bias, which stays also where the attention or FFN was removed."""
 
     @property
     def query_heads(self) -> int:
@@ -117,6 +119,11 @@ class LayerParts:
     def parameters(self) -> int:
         """Parameters of all structures of the layer (norms are not counted: they belong to none)."""
         return sum(self.count(kind) * self.structure_parameters(kind) for kind in KINDS)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left that the layer could add to the residual stream."""
+        return not (self.heads or self.neurons or self.biased)
 
     def split(self, kind: str) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
         """The layers that hold a kind's rows, and the one that holds its columns."""
@@ -156,12 +163,25 @@ def _parts(family: Family, layer: nn.Module, model: nn.Module) -> LayerParts:
     paths = {name: getattr(family, name) for name in ("q", "k", "v", "o", "up", "down", "gate")}
     linears = {name: path and _find(layer, path) for name, path in paths.items()}
     head_size = attrgetter(family.head_size)(layer) if family.head_size else head_dim(model.config)
-    return LayerParts(**linears, head_size=head_size)
+    biased = any(_bias(layer, path) is not None for path in (family.o, family.down))
+    return LayerParts(**linears, head_size=head_size, biased=biased)
 
 
 def _find(layer: nn.Module, path: str) -> nn.Linear | None:
     parent, _, name = path.rpartition(".")
     return getattr(attrgetter(parent)(layer), name, None)
+
+
+def _bias(layer: nn.Module, path: str) -> nn.Parameter | None:
+    """The bias of an output projection, also where it is all that is left of its part."""
+    projection = _find(layer, path)
+    return (attrgetter(path.rpartition(".")[0])(layer) if projection is None else projection).bias
+
+
+def output_bias(layer: nn.Module, kind: str) -> Tensor | float:
+    """What a decoder layer's attention or MLP adds to the residual stream when all its structures are gone."""
+    bias = _bias(layer, DECODER.o if kind == HEADS else DECODER.down)
+    return 0.0 if bias is None else bias
 
 
 def head_dim(config) -> int:

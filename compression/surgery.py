@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from compression.modeling import auto_map, pruned_classes
-from compression.modeling.pruned_decoder import NoAttention, NoMLP
+from compression.modeling.pruned_decoder import remove_attention, remove_mlp
 from compression.runtime import UserError
-from compression.structures import DECODERS, HEADS, KINDS, NEURONS, LayerParts, family_of, head_dim, layers_of
+from compression.structures import DECODERS, HEADS, KINDS, LayerParts, family_of, head_dim, layers_of
 
 
 def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:
@@ -59,7 +59,8 @@ def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> Pre
         model: a LLaMA-class language model, dense or already pruned. It is used up: its weights are cut down in place
             and become the result's, so that no second copy of a large model is needed.
         kept: for heads (key-value heads with their query heads) and neurons one bool tensor [structures] per layer,
-            True where the structure stays. An attention or MLP of which nothing stays is taken out; so is a layer.
+            True where the structure stays. An attention or MLP of which nothing stays is taken out, but for the bias of
+            its output projection; a layer of which not even a bias stays is taken out whole.
 
     Returns:
         A model of the pruned class of that family, in evaluation mode.
@@ -72,13 +73,13 @@ def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> Pre
         raise UserError("nothing is left of any layer's attention: choose a lower pruning ratio")
     layers = attrgetter(family.layers)(model)
     for index, parts in enumerate(layers_of(model)):
-        here = {kind: kept[kind][index] for kind in KINDS}
-        shrink_layer(parts, here)
-        if not here[HEADS].any():
-            layers[index].input_layernorm, layers[index].self_attn = nn.Identity(), NoAttention()
-        if not here[NEURONS].any():
-            layers[index].post_attention_layernorm, layers[index].mlp = nn.Identity(), NoMLP()
-    stay = [index for index, parts in enumerate(layers_of(model)) if parts.heads or parts.neurons]
+        here = {kind: kept[kind][index] for kind in KINDS if parts.count(kind)}
+        for kind, mask in here.items():
+            if mask.any():
+                shrink_layer(parts, {kind: mask})
+            else:
+                (remove_attention if kind == HEADS else remove_mlp)(layers[index])
+    stay = [index for index, parts in enumerate(layers_of(model)) if not parts.empty]
     model.model.layers = nn.ModuleList(layers[index] for index in stay)
     return to_pruned(model, stay)
 

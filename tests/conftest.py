@@ -65,6 +65,9 @@ DECODERS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8)),
 }
 
+# Qwen2 and Qwen3: layers that attend to a window, shorter than the tests' texts, and layers that attend to all.
+MIXED = dict(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2)
+
 
 def tiny_decoder(family: str = "llama", seed: int = 0, **fields):
     """A language model with two query heads for each of four key-value heads."""

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import DECODERS, tiny_decoder
+from conftest import DECODERS, MIXED, tiny_decoder
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from compression.global_pruning import masked
 from compression.modeling import add_modeling_code
 from compression.runtime import UserError
 from compression.structures import HEADS, NEURONS, layers_of
@@ -42,8 +43,6 @@ def masked_logits(model, kept, ids):
         for kind, masks in kept.items():
             outer = parts.split(kind)[1]
             outer.weight.mul_(masks[index].repeat_interleave(outer.in_features // len(masks[index])))
-            if outer.bias is not None and not masks[index].any():
-                outer.bias.zero_()
     return masked(ids).logits
 
 
@@ -54,7 +53,10 @@ def test_smaller_model_computes_what_the_masked_one_does(model, ids):
     small = shrink_decoder(model, KEPT)
     torch.testing.assert_close(small(ids).logits, expected, atol=1e-5, rtol=0)
     sizes = [(parts.query_heads, parts.heads, parts.neurons) for parts in layers_of(small)]
-    assert sizes == [(6, 3, 24), (0, 0, 8), (4, 2, 0)], "two query heads for each key-value head, as in the dense model"
+    assert sizes[:3] == [(6, 3, 24), (0, 0, 8), (4, 2, 0)], (
+        "two query heads for each key-value head, as in the dense model"
+    )
+    assert sizes[3:] == [(0, 0, 0)] * (model.config.model_type == "llama"), "a layer is left as its bias or not at all"
     eager = copy.deepcopy(small)
     eager.set_attn_implementation("eager")
     torch.testing.assert_close(eager(ids).logits, expected, atol=1e-5, rtol=0)
@@ -67,6 +69,8 @@ def test_pruning_a_pruned_model_again(model, ids):
         HEADS: [torch.tensor([1, 0, 1]).bool(), torch.zeros(0).bool(), torch.tensor([0, 1]).bool()],
         NEURONS: [torch.arange(24) < 16, torch.arange(8) % 2 == 0, torch.zeros(0).bool()],
     }
+    for masks in again.values():  # a layer that is left as its biases
+        masks.extend([torch.zeros(0).bool()] * (len(layers_of(small)) - 3))
     masked = copy.deepcopy(small)
     for index, parts in enumerate(layers_of(masked)):
         for kind in (HEADS, NEURONS):
@@ -87,34 +91,81 @@ def test_generation_with_the_cache_gives_the_same_tokens(model, ids):
     assert tokens[0].shape == (2, 25) and torch.equal(*tokens), "the first layer has no attention"
 
 
-@torch.no_grad()
-def test_checkpoint_loads_here_and_elsewhere(model, ids, tokenizer, tmp_path):
-    small = shrink_decoder(model, KEPT)
-    expected = small(ids).logits
-    small.save_pretrained(tmp_path / "small")
-    add_modeling_code(small, tmp_path / "small")
-    tokenizer.save_pretrained(tmp_path / "small")
-    inside = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert type(inside) is type(small)
-    torch.testing.assert_close(inside(ids).logits, expected, atol=0, rtol=0)
+def save_elsewhere(model, folder):
+    """Save a model as small/ with its modeling file."""
+    model.save_pretrained(folder / "small")
+    add_modeling_code(model, folder / "small")
 
-    save_file({"ids": ids, "logits": expected}, tmp_path / "expected.safetensors")
+
+@torch.no_grad()
+def difference_elsewhere(model, ids, folder):
+    """How far a new process that loads small/ outside the project is from the model's logits."""
+    save_file({"ids": ids, "logits": model(ids).logits}, folder / "expected.safetensors")
     program = (
         "import sys, torch\n"
         "from safetensors.torch import load_file\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "AutoTokenizer.from_pretrained('small')\n"
+        "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained('small', trust_remote_code=True).eval()\n"
         "saved = load_file('expected.safetensors')\n"
         "print((model(saved['ids']).logits - saved['logits']).abs().max().item())\n"
         "assert 'compression' not in sys.modules\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout.split()[-1]) < 1e-6
+    return float(result.stdout.split()[-1])
 
 
 @torch.no_grad()
+def test_checkpoint_loads_here_and_elsewhere(model, ids, tmp_path):
+    small = shrink_decoder(model, KEPT)
+    expected = small(ids).logits
+    save_elsewhere(small, tmp_path)
+    inside = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert type(inside) is type(small)
+    torch.testing.assert_close(inside(ids).logits, expected, atol=0, rtol=0)
+    assert difference_elsewhere(small, ids, tmp_path) < 1e-6
+
+
+LAYOUTS = {
+    "llama": ("llama", dict(attention_bias=False, tie_word_embeddings=False)),
+    "llama, tied": ("llama", dict(attention_bias=False, mlp_bias=True)),
+    "llama, biases": ("llama", dict(mlp_bias=True, tie_word_embeddings=False)),
+    "llama, wide heads": ("llama", dict(mlp_bias=True, head_dim=16)),
+    "mistral, window": ("mistral", dict(sliding_window=4)),
+    "mistral, tied, wide heads": ("mistral", dict(head_dim=16, tie_word_embeddings=True)),
+    "qwen2, mixed": ("qwen2", MIXED),
+    "qwen2, tied": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen3, mixed, biases": ("qwen3", MIXED | dict(attention_bias=True)),
+    "qwen3, mixed, tied, wide heads": ("qwen3", MIXED | dict(head_dim=16, tie_word_embeddings=True)),
+    "qwen3, biases": ("qwen3", dict(attention_bias=True)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_masked_smaller_and_saved_model_of_every_layout_compute_the_same(layout, ids, tmp_path):
+    """Also where whole parts and layers go whose output projections have biases."""
+    family, fields = LAYOUTS[layout]
+    model = tiny_decoder(family, **fields)
+    with masked(model, KEPT):
+        expected = model(ids).logits
+    small = shrink_decoder(model, KEPT)
+    torch.testing.assert_close(small(ids).logits, expected, atol=1e-5, rtol=0)
+    small.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    torch.testing.assert_close(loaded(ids).logits, small(ids).logits, atol=0, rtol=0)
+    assert not any(report.values())
+
+
+@torch.no_grad()
+def test_biases_of_removed_parts_stay_elsewhere(ids, tmp_path):
+    small = shrink_decoder(tiny_decoder("llama", mlp_bias=True), KEPT)
+    kept = [name for name, _ in small.named_parameters() if name.endswith(("self_attn.bias", "mlp.bias"))]
+    assert kept == [f"model.layers.{place}.bias" for place in ("1.self_attn", "2.mlp", "3.self_attn", "3.mlp")]
+    save_elsewhere(small, tmp_path)
+    assert difference_elsewhere(small, ids, tmp_path) < 1e-6
+
+
 def test_uniform_model_is_one_of_the_stock_class(model, ids, tmp_path):
     stock_class = type(model)
     small = shrink_decoder(model, SAME)

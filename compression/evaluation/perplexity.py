@@ -5,11 +5,15 @@ before it. The perplexity is exp of the mean negative log-likelihood over all pr
 window's length, which goes with every figure.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
+
+from compression.runtime import UserError
 
 # Logits of so many tokens are held at a time. In fp32 a vocabulary of 49,152 takes 25 MB for them: larger blocks are
 # slower on the CPU, for the allocator gives blocks above 32 MB back to the system and asks for them anew each time.
@@ -31,10 +35,48 @@ def token_losses(logits_of, hidden: Tensor, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) -> float:
-    """Perplexity on windows of token ids [count, length]."""
+    """Perplexity on windows of token ids [count, length].
+
+    Raises:
+        UserError: it is not finite, and from which window on.
+    """
     total = 0.0
-    for ids in tqdm(windows.split(batch_size), desc="perplexity", leave=False, disable=None):
+    for place, ids in enumerate(tqdm(windows.split(batch_size), desc="perplexity", leave=False, disable=None)):
         ids = ids.to(model.device)
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        total += token_losses(model.lm_head, hidden, ids).double().sum().item()
-    return torch.tensor(total / (len(windows) * (windows.shape[1] - 1))).exp().item()
+        losses = token_losses(model.lm_head, hidden, ids)
+        check_losses(model, losses, place * batch_size, "perplexity")
+        total += losses.double().sum().item()
+    return exp_of_mean(model, total, len(windows) * (windows.shape[1] - 1), "the model")
+
+
+def exp_of_mean(model: PreTrainedModel, total: float, tokens: int, what: str) -> float:
+    """Perplexity, from the sum of the losses of so many tokens.
+
+    Args:
+        what: what the losses are those of, as an error says it.
+
+    Raises:
+        UserError: it is not finite.
+    """
+    found = torch.tensor(total / tokens, dtype=torch.double).exp().item()
+    if not math.isfinite(found):
+        raise UserError(f"perplexity of {what}: the mean loss is {total / tokens:g}; {suspect(model)}")
+    return found
+
+
+def check_losses(model: PreTrainedModel, losses: Tensor, first: int, use: str) -> None:
+    """Raise UserError where losses [windows, tokens] are not finite; it names the window, counted from `first`."""
+    wrong = ~losses.isfinite().all(1)
+    if wrong.any():
+        window = first + int(wrong.int().argmax())
+        raise UserError(f"{use}: the loss of window {window} is not finite; {suspect(model)}")
+
+
+def suspect(model: PreTrainedModel) -> str:
+    """Why a model's results are not finite, and what to do: the end of an error's line."""
+    name = getattr(model, "name_or_path", "") or "the model"
+    for weight, values in model.named_parameters():
+        if not values.isfinite().all():
+            return f"{name} has values that are not finite in {weight}: take a sound checkpoint"
+    return f"the weights of {name} are finite, so something overflows in {str(model.dtype)[6:]}: try --dtype float32"

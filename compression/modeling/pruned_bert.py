@@ -9,7 +9,14 @@ import math
 from functools import partial
 
 import torch
+import transformers
 from torch import nn
+
+# Older versions know no `per_layer_config`, and do not say so.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 14):
+    found = transformers.__version__
+    raise ImportError(f"pruned_bert.py needs transformers 5.14 or newer, found {found}: pip install -U transformers")
+
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 from transformers.activations import ACT2FN
 from transformers.models.bert.modeling_bert import (

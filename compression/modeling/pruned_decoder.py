@@ -2,10 +2,18 @@
 
 The dense model's sizes stay in the config; `per_layer_config` says what each layer has instead, for example
 `{"3": {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024}, "5": {"skip": ["attention"]}}`.
-Heads keep the dense model's size, `head_dim`. A skipped part is not there at all, nor is the norm before it.
+Heads keep the dense model's size, `head_dim`. Of a skipped part nothing is there but the bias of its output projection,
+where the dense model has one; the norm before it is gone too.
 """
 
+import transformers
 from torch import nn
+
+# Older versions know no `per_layer_config`, and do not say so.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 14):
+    found = transformers.__version__
+    raise ImportError(f"pruned_decoder.py needs transformers 5.14 or newer, found {found}: pip install -U transformers")
+
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -48,39 +56,70 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 
 class Removed(nn.Module):
-    """In the place of a removed part: adds nothing to the residual stream."""
+    """In the place of a removed part: adds to the residual stream the bias of its output projection, if it had one."""
+
+    def __init__(self, projection):
+        super().__init__()
+        self.register_parameter("bias", projection.bias)
+
+    def forward(self, hidden_states):
+        return 0 if self.bias is None else self.bias
 
 
 # An attention class that derived from nn.Module itself would, to transformers, be one that only knows its own kernel:
 # models of this file could not switch to another.
 class NoAttention(Removed):
-    def forward(self, hidden_states, **_):
-        return 0, None
+    """Keeps its place in the key-value cache, so that every layer's place is that of its index.
+
+    The length of the text so far is read off any place, the first most of all, and a place without numbers counts as
+    unused: it gets one number for each token.
+    """
+
+    def __init__(self, attention):
+        super().__init__(attention.o_proj)
+        self.layer_idx = attention.layer_idx
+
+    def forward(self, hidden_states, past_key_values=None, **_):
+        if past_key_values is not None:
+            batch, length, _ = hidden_states.shape
+            heads, size = self.cached_shape(past_key_values)
+            nothing = hidden_states.new_zeros(batch, heads, length, size)
+            past_key_values.update(nothing, nothing, self.layer_idx)
+        return super().forward(hidden_states), None
+
+    def cached_shape(self, cache):
+        """Heads and their width in this layer's place: as they are where the cache was made in advance."""
+        keys = cache.layers[self.layer_idx].keys if self.layer_idx < len(cache.layers) else None
+        return (1, 1) if keys is None or keys.ndim < 4 else (keys.shape[1], keys.shape[3])
 
 
 class NoMLP(Removed):
-    def forward(self, hidden_states):
-        return 0
+    def __init__(self, mlp):
+        super().__init__(mlp.down_proj)
+
+
+def remove_attention(layer):
+    """Take a layer's attention out, and the norm before it."""
+    layer.input_layernorm, layer.self_attn = nn.Identity(), NoAttention(layer.self_attn)
+
+
+def remove_mlp(layer):
+    """Take a layer's MLP out, and the norm before it."""
+    layer.post_attention_layernorm, layer.mlp = nn.Identity(), NoMLP(layer.mlp)
 
 
 def pruned_layers(config, layer_class):
-    """The layers that a config describes.
-
-    The key-value cache has places for the layers that have attention and no others: the length of the text so far is
-    read off its first place, which must be in use.
-    """
-    layers, place = nn.ModuleList(), 0
-    for layer_config in config.per_layer_config:
-        layer = layer_class(layer_config, place)
+    """The layers that a config describes."""
+    layers = nn.ModuleList()
+    for index, layer_config in enumerate(config.per_layer_config):
+        layer = layer_class(layer_config, index)
+        # Which attention kernel to use is asked of the whole model's config, where it can be changed.
+        layer.self_attn.config = config
         skip = getattr(layer_config, "skip", ())
         if "attention" in skip:
-            layer.input_layernorm, layer.self_attn = nn.Identity(), NoAttention()
-        else:
-            # Which attention kernel to use is asked of the whole model's config, where it can be changed.
-            layer.self_attn.config = config
-            place += 1
+            remove_attention(layer)
         if "mlp" in skip:
-            layer.post_attention_layernorm, layer.mlp = nn.Identity(), NoMLP()
+            remove_mlp(layer)
         layers.append(layer)
     return layers
 
