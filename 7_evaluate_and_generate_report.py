@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compression.checkpoint import find_all, load_classifier
+from compression.checkpoint import check_positions, find_all, load_classifier
 from compression.config import StageConfig, run_script
 from compression.data import encode, load_sentiment
 from compression.evaluation.classification import classification_metrics, paired_difference, predict
@@ -80,7 +80,7 @@ class EvaluationConfig(StageConfig):
     presets: ClassVar = {"fast": dict(max_length=64, latency_repeats=30, throughput_repeats=8)}
 
     def check(self) -> None:
-        for name in ("max_length", "flops_sequence_length", "latency_sequence_length"):
+        for name in ("flops_sequence_length", "latency_sequence_length"):
             self.check_range(name, 4, 512)
         for name in ("throughput_batch_size", "latency_repeats", "throughput_repeats"):
             self.check_range(name, 1)
@@ -106,6 +106,9 @@ def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: 
     """Measure every model that was found."""
     device, data = pick_device(), load_sentiment(config.data_dir)
     loaded = {name: load_classifier(folder, device) for name, folder in found.items()}
+    for model, _ in loaded.values():
+        for length in ("flops_sequence_length", "latency_sequence_length"):
+            check_positions(model, length, getattr(config, length))
     measured: dict[str, tuple[Entry, Tensor]] = {}
     for name, (model, tokenizer) in loaded.items():
         log.info("Evaluating %s on %d sentences of %s", name, len(data.validation), data.name)

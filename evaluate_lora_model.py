@@ -65,7 +65,7 @@ def main(config: LoraEvaluationConfig) -> None:
     check_files(folder, [name], "--output_file")
     config.check_zero_shot()
     models, tokenizer = load_models(config)
-    tests = evaluation_windows(config, tokenizer)
+    tests = evaluation_windows(config, tokenizer, models[BASE])
 
     figures = {}
     for role, model in models.items():

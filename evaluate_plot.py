@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compression.checkpoint import find_newest, load_classifier
+from compression.checkpoint import check_positions, find_newest, load_classifier
 from compression.config import StageConfig, run_script
 from compression.data import encode, load_sentiment
 from compression.evaluation.classification import classification_metrics, predict
@@ -72,6 +72,8 @@ def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, 
     loads = {name: lambda folder=folder: load_classifier(folder, device) for name, folder in found.items()}
     seconds = interleaved_times(loads, config.load_runs, device)
     loaded = {name: load() for name, load in loads.items()}
+    for model, _ in loaded.values():
+        check_positions(model, "sequence_length", config.sequence_length)
     log.info("Inference times, the models taking turns")
     classifiers = {name: model for name, (model, _) in loaded.items()}
     timings = measure_latency(classifiers, device, config.sequence_length, config.inference_runs, 1, 1, config.seed)

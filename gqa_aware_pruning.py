@@ -77,8 +77,8 @@ def main(config: GQAAwarePruningConfig) -> None:
     load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
     model, tokenizer = load()
     family_of(model, DECODERS)  # refuses an unsupported architecture at once
-    corpora, text, analysis_windows = calibration_text(config, tokenizer)
-    tests = evaluation_windows(config, tokenizer)
+    corpora, text, analysis_windows = calibration_text(config, tokenizer, model)
+    tests = evaluation_windows(config, tokenizer, model)
     limits = ratio_range(config, layers_of(model))
     if config.target_perplexity is None:
         check_ratio(config, layers_of(model), config.pruning_ratio)

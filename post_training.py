@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from compression.config import run_script
 from compression.evaluation.language_model import EvaluationFields
-from compression.outputs import Output, check_place
+from compression.outputs import check_place
 from compression.recovery import RecoveryFields, recover
 from compression.runtime import RESULTS
 
@@ -39,16 +39,13 @@ class PostTrainingConfig(RecoveryFields):
         super().check()
         self.check_name("output_name")
 
-    def output(self) -> Output:
-        """Where the result goes."""
-        if self.output_dir is not None:
-            return Output(self.output_dir, "--output_dir", "recovery")
-        return Output(self.results_dir / self.output_name, "--output_name", "recovery")
-
 
 def main(config: PostTrainingConfig) -> None:
-    check_place(config.output().path, config.output().flag, shared=[config.results_dir])
-    recover(config, config.pruned_model, config.output())
+    output, flag = config.output_dir, "--output_dir"
+    if output is None:
+        output, flag = config.results_dir / config.output_name, "--output_name"
+    check_place(output, flag, shared=[config.results_dir])
+    recover(config, config.pruned_model, output, flag)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from compression.evaluation.language_model import EvaluationFields, evaluation_w
 from compression.files import link_or_copy, read_json, write_json
 from compression.global_pruning import GlobalPruning, PruningFields
 from compression.integrity import RUN_FILE
-from compression.outputs import Output
 from compression.plots import plot_removal, plot_retained, save_figure
 from compression.pruning_run import FAST, Results, RunFields, calibration_text, compare, write_table
 from compression.recovery import RecoveryFields, recover
@@ -79,8 +78,8 @@ def main(config: GlobalPruningConfig) -> None:
     device = pick_device(config.device_map)
     model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
     family_of(model, DECODERS)  # refuses an unsupported architecture at once
-    corpora, text, analysis_windows = calibration_text(config, tokenizer)
-    tests = evaluation_windows(config, tokenizer)
+    corpora, text, analysis_windows = calibration_text(config, tokenizer, model)
+    tests = evaluation_windows(config, tokenizer, model)
 
     with output.running() as saved:
         # What the dense model is: perplexities, and what removing each part of it would cost.
@@ -132,13 +131,13 @@ def write(folder, config, model, tokenizer, pruning, removal, results, stage) ->
 
 def finetune(config: GlobalPruningConfig, output: Results, saved: SavedParts) -> None:
     """Train the written model on; then it lies beside it, and what it is stands in the evaluation."""
-    trained = Output(saved.folder / "finetuned", "--output_name", "recovery")
-    found = recover(config.recovery(), config.folder / "models", trained)
+    trained = saved.folder / "finetuned"
+    found = recover(config.recovery(), config.folder / "models", trained, "--output_name")
     if processes().is_main_process:
         with output.written(saved) as folder:
             anew = shutil.ignore_patterns("logs", RUN_FILE)
             shutil.copytree(config.folder, folder, ignore=anew, copy_function=link_or_copy, dirs_exist_ok=True)
-            shutil.copytree(trained.path, folder / "finetuned", copy_function=link_or_copy)
+            shutil.copytree(trained, folder / "finetuned", copy_function=link_or_copy)
             path = folder / "evaluation" / "evaluation_results.json"
             write_json(path, read_json(path) | {"finetuned": found["after"]})
     processes().wait_for_everyone()

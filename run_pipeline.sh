@@ -7,7 +7,8 @@
 #
 # The flags of all stages are checked before the first one works. A stage is skipped if its output exists and was made
 # with the same settings from the same inputs, and a stage that was killed continues where it was. --overwrite replaces
-# outputs of the same stage with other settings; --fresh runs all stages again, with --overwrite.
+# outputs of the same stage with other settings (the quantized models, which take seconds, always follow the models they
+# are made from); --fresh runs all stages again, with --overwrite.
 set -euo pipefail
 
 train=() data=() models=() fast=() teacher=() student=() preset=() skip=(--skip_existing) resume=(--resume) overwrite=()
@@ -15,7 +16,7 @@ models_dir=
 while [ $# -gt 0 ]; do
     case "$1" in
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-        -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
         --fresh) skip=() resume=() overwrite=(--overwrite) ;;
         --overwrite) overwrite=(--overwrite) ;;
         --fast) fast=(--fast) ;;
@@ -42,8 +43,8 @@ every_stage() {
     "$1" 2_distill_student.py --variant soft_labels "${student[@]}" "${common[@]}" "${overwrite[@]}"
     "$1" 8_pruning_with_finetuning.py "${preset[@]}" "${common[@]}"
     "$1" 9_quantize_pruned_model.py --pruned_model_path "$models_dir/student_model" \
-        --output_dir "$models_dir/student_quantized_model" "${models[@]}" "${skip[@]}" "${overwrite[@]}"
-    "$1" 9_quantize_pruned_model.py "${models[@]}" "${skip[@]}" "${overwrite[@]}"
+        --output_dir "$models_dir/student_quantized_model" "${models[@]}" "${skip[@]}" --overwrite
+    "$1" 9_quantize_pruned_model.py "${models[@]}" "${skip[@]}" --overwrite
     "$1" 10_qat_kd_4bit.py "${common[@]}"
     "$1" 7_evaluate_and_generate_report.py "${fast[@]}" "${everywhere[@]}"
     "$1" evaluate_plot.py "${fast[@]}" "${everywhere[@]}"

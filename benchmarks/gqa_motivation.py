@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from compression.assets import LLM_FOLDER, ensure_llm
 from compression.calibration import removal_perplexities
 from compression.checkpoint import describe_stage, identify, load_language_model, save_checkpoint
-from compression.files import write_json
 from compression.config import run_script
 from compression.evaluation.language_model import evaluation_windows
 from compression.evaluation.perplexity import perplexity
+from compression.files import write_json
 from compression.gqa_pruning import GQAPruningFields, LayerwisePruning, layer_rates, select_gqa_groups_to_prune
 from compression.importance import l2
 from compression.pruning_run import FAST, RunFields, calibration_text
@@ -115,8 +115,8 @@ def main(config: MotivationConfig) -> None:
     base, device = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name), pick_device(config.device_map)
     load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
     model, tokenizer = load()
-    _, text, analysis = calibration_text(config, tokenizer)
-    tests = evaluation_windows(config, tokenizer)
+    _, text, analysis = calibration_text(config, tokenizer, model)
+    tests = evaluation_windows(config, tokenizer, model)
     removal = removal_perplexities(model, analysis, config.gradient_batch_size, ("layer",))
     found = {"dense": {name: perplexity(model, ids) for name, ids in tests.items()}}
     log.info("dense: %s", found["dense"])

@@ -22,9 +22,9 @@ import torch
 from compression.assets import LLM, LLM_FOLDER, ensure_llm
 from compression.calibration import Method, score_structures
 from compression.checkpoint import load_language_model
-from compression.files import write_json
 from compression.config import StageConfig, run_script
 from compression.evaluation.perplexity import perplexity, token_losses
+from compression.files import write_json
 from compression.runtime import RESULTS, fingerprint, log, pick_device, pick_dtype
 
 FORWARD, KEPT = "forward pass only", "Taylor, all gradients kept"

@@ -16,8 +16,8 @@ from statistics import mean, stdev
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.checkpoint import find_newest, read_stage, require
-from compression.files import write_json
 from compression.config import StageConfig, run_script
+from compression.files import write_json
 from compression.runtime import MODELS, RESULTS, ROOT, fingerprint, log
 
 MODES = ("l2", "kd_grad", "l2+kd_grad", "fisher")

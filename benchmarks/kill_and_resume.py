@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.checkpoint import find_newest, identify, read_stage, require
-from compression.files import read_json, write_json
 from compression.config import StageConfig, run_script
+from compression.files import read_json, write_json
 from compression.runtime import MODELS, RESULTS, ROOT, UserError, log
 
 

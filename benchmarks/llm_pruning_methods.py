@@ -32,10 +32,10 @@ from transformers import PreTrainedModel
 from compression.assets import LLM, LLM_FOLDER, ensure_llm
 from compression.calibration import removal_perplexities
 from compression.checkpoint import load_language_model
-from compression.files import read_json, write_json
 from compression.config import StageConfig, run_script
 from compression.corpus import load_corpus, sample_windows, tokenize, windows
 from compression.evaluation.perplexity import perplexity
+from compression.files import read_json, write_json
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
 from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.structures import KINDS, layers_of

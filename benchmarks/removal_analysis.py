@@ -20,10 +20,10 @@ from torch import nn
 from compression.assets import LLM, LLM_FOLDER, ensure_llm
 from compression.calibration import removal_perplexities
 from compression.checkpoint import load_language_model
-from compression.files import write_json
 from compression.config import StageConfig, run_script
 from compression.corpus import load_corpus, sample_windows, tokenize
 from compression.evaluation.perplexity import perplexity
+from compression.files import write_json
 from compression.modeling.pruned_decoder import NoAttention, NoMLP
 from compression.runtime import RESULTS, fingerprint, log, pick_device
 

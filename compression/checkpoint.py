@@ -297,6 +297,17 @@ def load_language_model(
     return model.eval(), tokenizer
 
 
+def check_positions(model: PreTrainedModel, flag: str, length: int) -> None:
+    """Raise UserError where texts are longer than the model's positions.
+
+    Args:
+        flag: what asks for them, without its dashes. length: tokens of a text.
+    """
+    positions = model.config.max_position_embeddings
+    if length > positions:
+        raise UserError(f"--{flag} {length}: allowed is at most {positions}, the model's positions")
+
+
 _ANOTHER = "make or fetch that folder again"
 
 

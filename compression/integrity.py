@@ -8,6 +8,7 @@ other file, `record_sha256` that of the record itself. A folder made elsewhere h
 import hashlib
 import json
 import os
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from compression.runtime import UserError
 STAGE_FILE, SOURCE_FILE, RUN_FILE, STATE_FILE = "stage.json", "source.json", "run.json", "state.json"
 RECORDS = (STAGE_FILE, SOURCE_FILE, RUN_FILE, STATE_FILE)
 RECORD_SHA256 = "record_sha256"
+SETTLED_NANOSECONDS = 2 * 10**9
 
 
 def seal(folder: Path, record: dict[str, Any], name: str = STAGE_FILE) -> None:
@@ -95,13 +97,18 @@ def files_in(folder: Path) -> list[str]:
 def sha256_of(path: Path) -> str:
     """The sha256 of a file; it is read once per size and modification time."""
     status = os.stat(path)
-    return _sha256(real_path(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    # A file may change twice within one tick of the clock that its times are taken from.
+    is_settled = time.time_ns() - status.st_mtime_ns > SETTLED_NANOSECONDS
+    read = _known_sha256 if is_settled else _sha256
+    return read(real_path(path), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-@cache
 def _sha256(path: Path, *_: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_known_sha256 = cache(_sha256)
 
 
 def _entry(path: Path) -> dict[str, str | int]:

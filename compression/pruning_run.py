@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.assets import LLM
-from compression.checkpoint import SavedParts, contents, is_made_from, load_language_model, short_hash
+from compression.checkpoint import SavedParts, check_positions, contents, is_made_from, load_language_model, short_hash
 from compression.corpus import Corpus, load_corpus, sample_windows, tokenize
 from compression.evaluation.language_model import EvaluationFields, efficiency_ratios, measure, measure_efficiency
 from compression.files import new_file
@@ -136,9 +136,11 @@ class Results:
 
 
 def calibration_text(
-    config: RunFields, tokenizer: PreTrainedTokenizerBase
+    config: RunFields, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> tuple[list[Corpus], CalibrationText, Tensor]:
     """Windows for scores and repair (of the train part), for choices and for the analysis (of the validation part)."""
+    check_positions(model, "sequence_length", config.sequence_length)
+    check_positions(model, "analysis_length", config.analysis_length)
     train, held_out = (load_corpus(config.dataset, part, config.data_dir) for part in ("train", "validation"))
     length, seed = config.sequence_length, config.seed
     ids = tokenize(tokenizer, train)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import (
     SavedParts,
+    check_positions,
     contents,
     describe_stage,
     identify,
@@ -165,12 +166,13 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return output.logits[:, :-1][batch["targets"][:, 1:]]
 
 
-def recover(config: RecoveryFields, pruned: Path, output: Output) -> dict[str, Any]:
+def recover(config: RecoveryFields, pruned: Path, output: Path, flag: str = "--output_dir") -> dict[str, Any]:
     """Train a language model on and write the result.
 
     Args:
         pruned: the checkpoint, pruned or dense.
         output: where the adapters go, or with `full` the new checkpoint; each with its `stage.json`.
+        flag: what named that place.
 
     Returns:
         The metrics, as in `stage.json`: what `measure` finds `before` and `after`.
@@ -179,7 +181,8 @@ def recover(config: RecoveryFields, pruned: Path, output: Output) -> dict[str, A
         UserError: an input that is missing or of the wrong kind, or an output that must not be replaced.
     """
     require_language_model(pruned, "--pruned_model")
-    output.check(filter(None, [pruned, config.teacher]))
+    place = Output(output, flag, "recovery")
+    place.check(filter(None, [pruned, config.teacher]))
     config.check_zero_shot()
     teacher = find_teacher(config, pruned)
     inputs = {"parent": identify(pruned)} | ({"teacher": identify(teacher)} if teacher else {})
@@ -190,19 +193,17 @@ def recover(config: RecoveryFields, pruned: Path, output: Output) -> dict[str, A
     )
     train, data = training_data(config, tokenizer, model)
     inputs["data"] = {"name": data["name"], "sha256": train.digest()}
-    same = is_made_from(output.path, config.result_fields(), inputs)
+    same = is_made_from(output, config.result_fields(), inputs)
     if config.skip_existing and same:
-        log.info("%s exists and matches configuration and inputs: skipped", shown(output.path))
-        return read_stage(output.path)["metrics"]
-    output.check_same(same, config.overwrite)
+        log.info("%s exists and matches configuration and inputs: skipped", shown(output))
+        return read_stage(output)["metrics"]
+    place.check_same(same, config.overwrite)
     recipe = LanguageModelling(config, len(train), teacher and load_teacher(teacher, model, config))
-    held_out, tests = validation_windows(config, tokenizer), evaluation_windows(config, tokenizer)
+    held_out, tests = validation_windows(config, tokenizer), evaluation_windows(config, tokenizer, model)
     # The same folder names keep runs with other settings or inputs apart.
     key = short_hash(config.result_fields(), contents(inputs), processes().num_processes)
-    work_dir, parts = (
-        output.path.with_name(f".{output.path.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}")
-    )
-    with owned(output.path, work_dir, parts):
+    work_dir, parts = (output.with_name(f".{output.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}"))
+    with owned(output, work_dir, parts):
         saved = SavedParts(parts, config.resume)
         before = saved.json("before", lambda: measure(model, tokenizer, tests, config))
 
@@ -220,12 +221,12 @@ def recover(config: RecoveryFields, pruned: Path, output: Output) -> dict[str, A
         stage = describe_stage("recovery", config.as_dict(), inputs, metrics, data)
         files = {"training_history.json": history}
         if adapted is None:
-            save_checkpoint(output.path, model, tokenizer, stage, files)
+            save_checkpoint(output, model, tokenizer, stage, files)
         else:
-            save_folder(output.path, lambda folder: write_adapter(adapted, folder), stage, files)
+            save_folder(output, lambda folder: write_adapter(adapted, folder), stage, files)
         clean_up(work_dir)
         saved.remove()
-    log.info("-> %s", shown(output.path))
+    log.info("-> %s", shown(output))
     return metrics
 
 
@@ -274,11 +275,7 @@ def training_data(
     Raises:
         UserError: windows that are longer than the model's positions, or data that is malformed or not there.
     """
-    if config.max_length > model.config.max_position_embeddings:
-        raise UserError(
-            f"--max_length {config.max_length}: allowed is at most {model.config.max_position_embeddings}, "
-            "the model's positions"
-        )
+    check_positions(model, "max_length", config.max_length)
     if is_instruction_file(config.dataset):
         rows = read_instructions(Path(config.dataset))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import (
+    check_positions,
     contents,
     describe_stage,
     find_all,
@@ -121,7 +122,10 @@ class Stage:
         train = self.data.train.sample(self.config.train_fraction, self.config.seed)
         log.info("Data: %s (%s), %d training sentences", self.data.name, self.data.source, len(train))
         splits = (train, self.data.selection, self.data.validation)
-        return model, SentimentTask(tokenizer, *(encode(tokenizer, part, self.config.max_length) for part in splits))
+        encoded = [encode(tokenizer, part, self.config.max_length) for part in splits]
+        for part in encoded:
+            check_positions(model, "max_length", int(part.lengths.max()))
+        return model, SentimentTask(tokenizer, *encoded)
 
     def teacher_logits(self) -> Tensor:
         """The teacher's logits [rows, classes] on the training sentences of this stage, computed once and kept."""

@@ -22,7 +22,7 @@ from compression.config import StageConfig
 from compression.data import TrainingData, length_grouped_order
 from compression.files import new_folder, remove_folder
 from compression.integrity import STATE_FILE, seal
-from compression.runtime import MODELS, UserError, log, seed_step
+from compression.runtime import MODELS, UserError, log, processes, seed_step
 from compression.schedule import warmup_then_linear_decay
 
 # Fields that do not change the result (but for rounding, and the draws of dropout that go with the cut into parts);
@@ -217,7 +217,8 @@ def fit(
 
 def clean_up(work_dir: Path) -> None:
     """Remove the states to resume from, once the result is saved."""
-    remove_folder(work_dir)
+    if processes().is_main_process:
+        remove_folder(work_dir)
 
 
 def pick_precision(amp: str) -> str:

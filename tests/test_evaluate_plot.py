@@ -41,7 +41,8 @@ def test_table_and_figures_hold_every_model_there_is(models_dir, tmp_path):
         "--load_runs", 2, "--sequence_length", 8,
     )  # fmt: skip
     assert {path.name for path in output.iterdir()} == {
-        ".written.json", *(f"model_comparison.{end}" for end in ("csv", "png", "pdf"))
+        ".written.json",
+        *(f"model_comparison.{end}" for end in ("csv", "png", "pdf")),
     }
     with (output / "model_comparison.csv").open(newline="") as file:
         teacher, student, quantized = csv.DictReader(file)

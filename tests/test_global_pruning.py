@@ -85,7 +85,8 @@ def test_formula_of_the_paper(text):
 def test_no_temperature_is_the_plain_score(text):
     model = tiny_decoder()
     scores = score_structures(model, text.scores, "taylor", text.batch_size)
-    densities = GlobalPruning(model, config(importance_method="taylor"), text)._densities(scores)
+    settings = config(importance_method="taylor", normalize="none")
+    densities = GlobalPruning(model, settings, text)._densities(scores)
     parts = layers_of(model)[2]
     torch.testing.assert_close(densities[HEADS][2], scores[HEADS][2] / parts.structure_parameters(HEADS))
 

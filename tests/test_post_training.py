@@ -17,10 +17,10 @@ import evaluate_lora_model
 import merge_and_save_lora
 import post_training
 from compression.checkpoint import load_language_model, load_tensors, read_stage
-from compression.files import read_json
 from compression.config import run_script
 from compression.corpus import load_corpus, tokenize, windows
 from compression.evaluation.perplexity import perplexity
+from compression.files import read_json
 from compression.lora import load_adapter
 from compression.quantization import nf4_base
 from compression.recovery import LanguageModelling, RecoveryFields, recover
@@ -383,12 +383,12 @@ TRAIN, MERGE, EVALUATE = post_training, merge_and_save_lora, evaluate_lora_model
         (TRAIN, "--teacher {}/dense", "dense: is used with --kd_weight above 0 alone; give that too"),
         (TRAIN, "--run_evaluation efficiency", "unknown efficiency; allowed are ppl, zeroshot, separated by commas"),
         (TRAIN, "--output_name a/b", "--output_name 'a/b': allowed is a plain folder name"),
-        (TRAIN, "--output_dir {}/pruned", "pruned: is the model itself; name another folder"),
+        (TRAIN, "--output_dir {}/pruned", "pruned: is an input of this run; name another place"),
         (MERGE, "--pruned_model nowhere", "--pruned_model nowhere: no checkpoint there"),
         (MERGE, "--lora_dir nowhere", "--lora_dir nowhere: no adapter there (no adapter_config.json); make it with"),
         (MERGE, "--pruned_model {}/dense", "the adapter does not fit the model ("),
         (MERGE, "--pruned_model {}/bert", "model type 'bert' is no supported language model"),
-        (MERGE, "--output_dir {}/pruned", "pruned: is --pruned_model itself; name another folder"),
+        (MERGE, "--output_dir {}/pruned", "pruned: is an input of this run; name another place"),
         (EVALUATE, "--run_evaluation efficiency", "--eval_length 16: allowed is at least 32"),
         (EVALUATE, "--lora_dir nowhere", "--lora_dir nowhere: no adapter there"),
         (EVALUATE, "--dense_model nowhere", "--dense_model nowhere: no"),
@@ -442,7 +442,9 @@ def test_finished_run_is_skipped_until_something_changes(folder, tmp_path, monke
     assert call(post_training, flags, monkeypatch) == 0
     assert "exists and matches configuration and inputs: skipped" in capsys.readouterr().out
     assert read_stage(tmp_path / "recovered")["created"] == created
-    assert call(post_training, [*flags, "--lora_r", 2], monkeypatch) == 0
+    assert call(post_training, [*flags, "--lora_r", 2], monkeypatch) == 2
+    assert read_stage(tmp_path / "recovered")["created"] == created
+    assert call(post_training, [*flags, "--lora_r", 2, "--overwrite"], monkeypatch) == 0
     assert read_stage(tmp_path / "recovered")["created"] != created
 
 

@@ -76,7 +76,8 @@ def test_existing_output_is_skipped_while_nothing_changed(models):
     flags = ["--pruned_model_path", models / "student", "--output_dir", models / "skip", "--skip_existing"]
     assert "skipped" not in run(*flags).stdout
     assert "skipped" in run(*flags).stdout
-    assert "skipped" not in run(*flags, "--embedding_bits", 8).stdout
+    assert "--overwrite" in run(*flags, "--embedding_bits", 8, expect=2).stderr
+    assert "skipped" not in run(*flags, "--embedding_bits", 8, "--overwrite").stdout
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from compression.report import (
 from compression.runtime import ROOT, UserError
 from compression.surgery import shrink
 
-FILES = {"final_report.json", "final_report.md", "final_report.png"}
+FILES = {"final_report.json", "final_report.md", "final_report.png", ".written.json"}
 
 
 def entry(name, accuracy, gflops, megabytes, throughput, data="SST-2 (GLUE)"):
@@ -172,7 +172,8 @@ def test_lineage_follows_the_parents(tmp_path):
 
 def test_exactly_three_files_are_written(report, tmp_path):
     paths = write_report(report, tmp_path / "results")
-    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES == {path.name for path in paths}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES
+    assert {path.name for path in paths} == FILES - {".written.json"}
     assert json.loads(paths[0].read_text()) == report
     assert paths[1].read_text() == build_markdown(report)
     pixels = imread(paths[2])

@@ -86,7 +86,9 @@ def config_of(case, world, target):
         "student": str(models / "student_model"), "teacher_path": models / "teacher_model",
         "pruned_model_path": models / "pruned_model", "base_model": str(world / "dense"), "dataset": text,
         "eval_ppl_datasets": text, "pruned_model": world / "dense", "lora_dir": world / "adapter",
-        "output_name": "mine", "max_length": 16, "overwrite": True, "embedded": True,
+        "output_name": "mine", "max_length": 16, "flops_sequence_length": 16,
+        "latency_sequence_length": 16, "latency_repeats": 2, "throughput_repeats": 2, "throughput_batch_size": 2,
+        "overwrite": True, "embedded": True,
     }  # fmt: skip
     if name == "post_training.py":
         known["teacher"] = None
@@ -177,8 +179,8 @@ def test_inputs_are_no_outputs(world, tmp_path):
     ):
         (tmp_path / "link").is_symlink() or (tmp_path / "link").symlink_to(pruned_model)
         assert found in run("quantized", world, target)
-    for case, given in (("merged", "adapter"), ("merged", "dense"), ("recovery, elsewhere", "dense")):
-        assert "is an input" in run(case, world, world / given)
+    for case, folder in (("merged", "adapter"), ("merged", "dense"), ("recovery, elsewhere", "dense")):
+        assert "is an input" in run(case, world, world / folder)
     assert contents(world) == before
 
 

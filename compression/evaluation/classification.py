@@ -7,6 +7,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compression.checkpoint import check_positions
 from compression.data import Encoded, batches, model_inputs
 from compression.runtime import UserError
 
@@ -16,11 +17,12 @@ def predict(model: PreTrainedModel, encoded: Encoded, pad_token_id: int, batch_s
     """Logits [rows, 2] on the CPU, in the order of the rows, in evaluation mode and full precision.
 
     Raises:
-        UserError: the model has another number of labels, or a logit is not finite.
+        UserError: the model has another number of labels or too few positions, or a logit is not finite.
     """
     name, labels = model.name_or_path or type(model).__name__, model.config.num_labels
     if labels != 2:
         raise UserError(f"{name}: has {labels} labels; allowed is 2, for the sentences are negative or positive")
+    check_positions(model, "max_length", int(encoded.lengths.max()))
     was_training = model.training
     model.eval()
     logits = torch.empty(len(encoded), labels)

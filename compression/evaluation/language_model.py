@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compression.checkpoint import check_positions
 from compression.config import StageConfig
 from compression.corpus import load_corpus, tokenize, windows
 from compression.evaluation.efficiency import measure_generation
@@ -67,19 +68,8 @@ class EvaluationFields(StageConfig):
             check_tasks(self.eval_zeroshot_tasks.split(","), self.data_dir, self.eval_zeroshot_limit or None)
 
 
-def check_positions(model: PreTrainedModel, flag: str, length: int) -> None:
-    """Raise UserError where windows are longer than the model's positions.
-
-    Args:
-        flag: what asks for the windows, without its dashes. length: tokens per window.
-    """
-    positions = model.config.max_position_embeddings
-    if length > positions:
-        raise UserError(f"--{flag} {length}: allowed is at most {positions}, the model's positions")
-
-
 def evaluation_windows(
-    config: EvaluationFields, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
+    config: EvaluationFields, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> dict[str, Tensor]:
     """Windows [count, length] of the test part of each text that perplexity is measured on, by name.
 
@@ -89,7 +79,7 @@ def evaluation_windows(
     Raises:
         UserError: a text that is not there, or that is shorter than a window; windows beyond the model's positions.
     """
-    if model is not None and (config.evaluates("ppl") or config.evaluates("efficiency")):
+    if config.evaluates("ppl") or config.evaluates("efficiency"):
         check_positions(model, "eval_length", config.eval_length)
     if not config.evaluates("ppl"):
         return {}
