@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.calibration import Entering
-from compression.evaluation.perplexity import suspect
+from compression.evaluation.perplexity import broken_weight, suspect
 from compression.importance import RIDGE, damp
 from compression.runtime import UserError
 from compression.structures import HEADS, KINDS, layers_of
@@ -64,7 +64,8 @@ def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], en
             gram = _gram(layer, outer, inputs, attention=kind == HEADS)
             solved = _solve(outer.weight, gram, columns)
             if not solved.isfinite().all():
-                cure = "raise --repair_samples or take --compensation none" if gram.isfinite().all() else suspect(model)
+                singular = gram.isfinite().all() and broken_weight(model) is None
+                cure = "raise --repair_samples or take --compensation none" if singular else suspect(model)
                 raise UserError(f"--compensation lstsq: what repairs the {kind} of layer {index} is not finite; {cure}")
             outer.weight.copy_(solved)
 

@@ -25,7 +25,7 @@ from compression.surgery import shrink_decoder
 
 Kept = dict[str, list[Tensor]]
 # Methods whose scores compare across layers as they are.
-COMPARABLE = ("fisher", "obs")
+COMPARABLE = ("fisher", "obs", "taylor", "taylor_2nd", "magnitude")
 
 
 @dataclass

@@ -5,14 +5,16 @@ import json
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 import torch
 from conftest import WORDS, tiny_decoder
 from transformers import AutoModelForCausalLM
 
-from compression.calibration import removal_perplexities, score_structures
+from compression.calibration import Method, removal_perplexities, score_structures
 from compression.checkpoint import load_language_model
+from compression.config import parse
 from compression.evaluation.perplexity import perplexity
 from compression.flops import encoder_macs_formula
 from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields, masked
@@ -100,6 +102,57 @@ def test_normalized_scores_make_layers_share_the_budget(text):
         settings = config(importance_method="magnitude", normalize=normalize, pruning_ratio=0.2, epsilon=0.0)
         sizes[normalize] = [parts.neurons for parts in layers_of(GlobalPruning(model, settings, text).prune())]
     assert max(sizes["none"]) - min(sizes["none"]) > max(sizes["layer"]) - min(sizes["layer"])
+
+
+def test_each_method_has_its_own_normalization():
+    found = {method: PruningFields(importance_method=method) for method in get_args(Method)}
+    resolved = {method: fields.as_dict()["normalize"] for method, fields in found.items()}
+    assert resolved == dict.fromkeys(get_args(Method), "none") | {"wanda": "layer"}
+    assert all(fields.normalization == resolved[method] for method, fields in found.items())
+    assert PruningFields(importance_method="wanda", normalize="none").as_dict()["normalize"] == "none"
+    assert PruningFields.preset("paper").normalization == "none"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ([], "none"),
+        (["--importance_method", "wanda"], "layer"),
+        (["--fast", "--importance_method", "wanda"], "layer"),
+        (["--preset", "paper", "--importance_method", "wanda"], "none"),
+        (["--importance_method", "wanda", "--normalize", "none"], "none"),
+    ],
+)
+def test_flags_that_name_the_method_settle_the_normalization(flags, wanted):
+    class Fields(PruningFields):
+        presets = PruningFields.presets | {"fast": {}}
+
+    assert parse(Fields, flags).as_dict()["normalize"] == wanted
+
+
+def test_wanda_does_not_empty_the_layers_whose_scores_are_small(text):
+    """Its scores grow with what flows into a layer: as they are, they would take it all from one."""
+    model = tiny_decoder()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.mul_(0.01)
+    settings = config(importance_method="wanda", pruning_ratio=0.2, epsilon=0.0)
+    sizes = [parts.neurons for parts in layers_of(GlobalPruning(model, settings, text).prune())]
+    assert len(sizes) == 4 and min(sizes) > 24
+
+
+@pytest.mark.parametrize("compensation", ["none", "lstsq"])
+def test_layers_that_are_left_as_their_biases_go_through_all_steps(text, compensation):
+    model = tiny_decoder("llama", mlp_bias=True)
+    total = parameters(model)
+    settings = config(pruning_ratio=0.7, iterative_steps=3, epsilon=0.6, compensation=compensation)
+    pruning = GlobalPruning(model, settings, text)
+    small = pruning.prune()
+    sizes = [(parts.heads, parts.neurons) for parts in layers_of(small)]
+    assert len(sizes) == 4 and (0, 0) in sizes and pruning.origin == [0, 1, 2, 3]
+    assert 0 <= total - parameters(small) - 0.7 * total < largest(tiny_decoder("llama", mlp_bias=True))
+    left = sum(row["removed_in_step"] is None for row in pruning.table.values())
+    assert left == sum(map(sum, sizes))
+    assert perplexity(small, text.held_out) < 1e4
 
 
 def test_protected_layers_stay_as_they_are(text):

@@ -75,8 +75,12 @@ def check_losses(model: PreTrainedModel, losses: Tensor, first: int, use: str) -
 
 def suspect(model: PreTrainedModel) -> str:
     """Why a model's results are not finite, and what to do: the end of an error's line."""
-    name = getattr(model, "name_or_path", "") or "the model"
-    for weight, values in model.named_parameters():
-        if not values.isfinite().all():
-            return f"{name} has values that are not finite in {weight}: take a sound checkpoint"
+    name, weight = getattr(model, "name_or_path", "") or "the model", broken_weight(model)
+    if weight is not None:
+        return f"{name} has values that are not finite in {weight}: take a sound checkpoint"
     return f"the weights of {name} are finite, so something overflows in {str(model.dtype)[6:]}: try --dtype float32"
+
+
+def broken_weight(model: PreTrainedModel) -> str | None:
+    """The first parameter that holds a value that is not finite."""
+    return next((name for name, values in model.named_parameters() if not values.isfinite().all()), None)
