@@ -5,6 +5,7 @@ current folder, home folder and streams; it can be made to die at a chosen chang
 """
 
 import builtins
+import gc
 import importlib
 import io
 import json
@@ -55,6 +56,11 @@ def import_all(code: Path) -> None:
     assert Path(compression.__file__).is_relative_to(code), "the project's own code must not be the one attacked"
     for module in pkgutil.walk_packages(compression.__path__, "compression."):
         importlib.import_module(module.name)
+    from compression.evaluation import zeroshot
+
+    if manager := getattr(zeroshot, "_manager", None):  # what it keeps takes many seconds to find
+        manager()
+    gc.freeze()  # a collection in a child would copy what it shares with this process
 
 
 # One script in one child.
@@ -360,7 +366,7 @@ def refusal_problems(outcome: Outcome, names: Iterable[str]) -> list[str]:
         return [f"traceback: {outcome.last_words()}"]
     if outcome.code != 2:
         return [f"exit {outcome.code}: {outcome.last_words()}"]
-    if re.search(r"usage:|Parsing error|Unrecognized|Required options|╭", stderr):
+    if re.search(r"usage:|Parsing error|Unrecognized|Required options|full helptext", stderr):
         return []
     problems = []
     lines = [line for line in stderr.splitlines() if line.strip()]
