@@ -148,6 +148,9 @@ class Child:
         if self.pid == 0:
             _become(world, arguments, self.out, self.err, setup, instead)
 
+    def ended(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def wait(self, limit: float = TIME_LIMIT) -> Outcome:
         handle = os.pidfd_open(self.pid)
         poll = select.poll()
@@ -229,7 +232,7 @@ def move_paths(old: Path, new: Path) -> None:
 
 # Dying at a change of the disk's names.
 
-CHANGES = ("rename", "replace", "mkdir", "unlink", "remove", "rmdir", "link", "symlink")
+CHANGES = ("rename", "replace", "mkdir", "unlink", "remove", "rmdir")
 
 
 @dataclass
@@ -268,7 +271,7 @@ class Death:
     def _wrap(self, name: str, function: Callable, counts: Callable = lambda args, kw: True) -> Callable:
         def wrapper(*args, **kw):
             path = self._place(args, kw) if args else None
-            if path is None or not counts(args, kw) or (name == "create" and _is_temporary(path)):
+            if path is None or not counts(args, kw) or not _changes(name, self.inside / path):
                 return function(*args, **kw)
             mine, self.count = self.count, self.count + 1
             os.write(self.handle, (json.dumps([name, path]) + "\n").encode())
@@ -293,9 +296,14 @@ class Death:
         return str(full.relative_to(self.inside)) if full.is_relative_to(self.inside) else None
 
 
-def _is_temporary(path: str) -> bool:
-    """What lies in a temporary name may be half-written; the call that gives it its name counts anyway."""
-    return any(part.startswith(".") for part in Path(path).parts)
+def _changes(name: str, path: Path) -> bool:
+    """Whether a call changes names: not where a folder is there, or a file gone, already.
+
+    A new file in a hidden place may be half-written; the call that gives it its visible name counts.
+    """
+    if name == "create":
+        return not any(part.startswith(".") for part in path.parts)
+    return os.path.lexists(path) != (name == "mkdir")
 
 
 def read_changes(notes: Path) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 # What differs between two runs of the same command.
 VOLATILE = {"created", "environment", "stage", "files", "models_dir", "resume", "overwrite", "path", "parent", "latency",
-            "throughput", "relative", "size"}  # fmt: skip
+            "throughput", "relative", "size", "finetune", "seconds"}  # fmt: skip
 TABLES = (".safetensors", ".csv", ".json")
 
 
