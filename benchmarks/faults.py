@@ -64,7 +64,7 @@ def choose(section: str, context: "Context", config: FaultsConfig) -> list:
     return cases
 
 
-@dataclass
+@dataclass(eq=False)
 class Context:
     """What a section may need to make its cases.
 

@@ -93,25 +93,13 @@ def readers_and_writers(read: Callable, writers: int) -> Callable[[World], list[
         folder, done = world.clone / "models" / "replaced", world.notes / "done"
 
         def write(number: int) -> None:
-            from compression.checkpoint import save_folder
             from compression.runtime import UserError
 
-            source = world.clone / "models" / "teacher_model"
-            names = [name for name in os.listdir(source) if name != "stage.json"]
-            contents = {name: (source / name).read_bytes() for name in names}
-
-            def put(temporary) -> None:
-                for name, data in contents.items():
-                    (temporary / name).write_bytes(data)
-
-            stage = {"stage": "teacher", "config": {"number": number}, "inputs": {}, "metrics": {}}
             refused = 0
             for _ in range(REPLACEMENTS):
                 try:
-                    save_folder(folder, put, dict(stage))
-                except UserError as error:  # the other writer is at it
-                    if str(os.getpid()) in str(error) or not re.search(r"\d", str(error)):
-                        raise
+                    replace(folder, world, number)
+                except UserError:  # another writer is at it
                     refused += 1
             if refused == REPLACEMENTS:
                 raise RuntimeError("no replacement at all")
@@ -129,7 +117,7 @@ def readers_and_writers(read: Callable, writers: int) -> Callable[[World], list[
             for problem, count in problems.items():
                 print(f"{count} of {times} readings: {problem}")
 
-        world.call(lambda: write(0) if False else first(folder, world, write))
+        world.call(lambda: replace(folder, world, 0))
         if not folder.exists():
             return ["the folder to replace could not be written"]
         looking = [world.start_function(watch_it) for _ in range(READERS)]
@@ -148,15 +136,16 @@ def readers_and_writers(read: Callable, writers: int) -> Callable[[World], list[
     return run
 
 
-def first(folder, world: World, write: Callable) -> None:
-    """One replacement, so that the readers have something to read from their beginning."""
+def replace(folder, world: World, number: int) -> None:
+    """Write the folder anew, as a copy of the teacher."""
     from compression.checkpoint import save_folder
 
     source = world.clone / "models" / "teacher_model"
-    names = [name for name in os.listdir(source) if name != "stage.json"]
 
     def put(temporary) -> None:
-        for name in names:
-            (temporary / name).write_bytes((source / name).read_bytes())
+        for name in os.listdir(source):
+            if name != "stage.json":
+                (temporary / name).write_bytes((source / name).read_bytes())
 
-    save_folder(folder, put, {"stage": "teacher", "config": {"number": 0}, "inputs": {}, "metrics": {}})
+    stage = {"stage": "teacher", "parent": None, "config": {"number": number}, "inputs": {}, "metrics": {}, "data": {}}
+    save_folder(folder, put, stage)

@@ -112,6 +112,10 @@ class World:
         """Run a script of the project to its end: its file name, then its flags."""
         return self.start(arguments, setup).wait(limit)
 
+    def start_function(self, function: Callable[[], None]) -> "Child":
+        """Run a function in a child, as a script would be run."""
+        return Child(self, [f"({function.__name__})"], None, function)
+
     def call(self, function: Callable[[], Any], limit: float = TIME_LIMIT) -> Any:
         """What a function gives in a child, as JSON; its exception's text where there is one."""
         path = self.notes / "answer.json"

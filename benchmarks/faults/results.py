@@ -47,4 +47,6 @@ def _steady(value: Any) -> Any:
         return {key: _steady(entry) for key, entry in value.items() if key not in VOLATILE}
     if isinstance(value, list):
         return [_steady(entry) for entry in value]
+    if isinstance(value, str) and value.startswith("/"):  # each case has a folder of its own
+        return Path(value).name
     return value
