@@ -80,7 +80,7 @@ class EvaluationConfig(StageConfig):
     presets: ClassVar = {"fast": dict(max_length=64, latency_repeats=30, throughput_repeats=8)}
 
     def check(self) -> None:
-        for name in ("flops_sequence_length", "latency_sequence_length"):
+        for name in ("max_length", "flops_sequence_length", "latency_sequence_length"):
             self.check_range(name, 4, 512)
         for name in ("throughput_batch_size", "latency_repeats", "throughput_repeats"):
             self.check_range(name, 1)

@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from compression.files import read_object, settle
+from compression.files import read_object, real_path, settle
 from compression.integrity import SOURCE_FILE, read_record, seal
 from compression.outputs import FETCHED, Output
 from compression.runtime import MODELS, ROOT, UserError, log, processes, shown
@@ -289,8 +289,8 @@ def _missing_file(folder: Path) -> str | None:
 
 def _copy_model(given: Path, folder: Path) -> None:
     """Copy a model folder that the user gives, unless the copy is there and up to date."""
-    given = given.resolve()
-    if given == folder.resolve():
+    given = real_path(given)
+    if given == real_path(folder, "--models_dir"):
         return
     settle(folder)
     source, names = _read_source(folder), _matching_files(given, MODEL_FILES)
@@ -355,7 +355,7 @@ def ensure_sentiment(
 
 
 def _find_or_fetch_sentiment(data_dir: str | None, folder: Path, use_hub: bool) -> SentimentSource:
-    if data_dir is not None and Path(data_dir).expanduser().resolve() != folder.resolve():
+    if data_dir is not None and real_path(data_dir, "--data_dir") != real_path(folder):
         found = find_sentiment(Path(data_dir).expanduser())
         if found is None:
             raise UserError(

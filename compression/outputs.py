@@ -144,12 +144,12 @@ def owned(*paths: Path) -> Iterator[None]:
     if not processes().is_main_process:
         yield
         return
+    for parent in {real_path(path).parent for path in paths}:
+        remove_leftovers(parent)
     with ExitStack() as stack:
         for path in map(real_path, paths):
             with writing(path):
                 stack.enter_context(locked(path, wait=0))
-        for parent in {real_path(path).parent for path in paths}:
-            remove_leftovers(parent)
         yield
 
 

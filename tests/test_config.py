@@ -9,6 +9,9 @@ import pytest
 from compression.config import StageConfig, parse
 from compression.gradual import GradualPruningConfig
 from compression.runtime import UserError
+from gqa_aware_pruning import GQAAwarePruningConfig
+from post_training import PostTrainingConfig
+from run_global_pruning import GlobalPruningConfig
 
 
 @dataclass
@@ -80,3 +83,52 @@ def test_documented_defaults_of_gradual_pruning():
 def test_gradual_pruning_refuses(arguments):
     with pytest.raises(UserError, match=f"--{list(arguments)[-1]}"):
         GradualPruningConfig(**arguments)
+
+
+@dataclass
+class NumbersConfig(StageConfig):
+    rate: float = 0.1
+    """A number."""
+    limit: float | None = None
+    """A number or none."""
+    factors: tuple[float, ...] = (1.0,)
+    """Numbers."""
+    seed: int = 0
+    """A whole number."""
+    name: str = "mine"
+    """A folder's name."""
+
+    def check(self):
+        self.check_name("name")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
+@pytest.mark.parametrize("flag", ["rate", "limit", "factors"])
+def test_numbers_that_are_not_finite_are_refused(flag, value):
+    with pytest.raises(UserError, match=f"--{flag} (nan|inf|-inf): allowed are finite numbers"):
+        parse(NumbersConfig, [f"--{flag}={value}"])
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**63) - 1, 2**64, 10**30])
+def test_whole_numbers_that_no_library_takes_are_refused(value):
+    with pytest.raises(UserError, match=f"--seed {value}: allowed is at most 2147483647"):
+        parse(NumbersConfig, [f"--seed={value}"])
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/", "a\nb"])
+def test_a_name_is_no_path(name):
+    with pytest.raises(UserError, match="--name .*: allowed is a plain folder name"):
+        parse(NumbersConfig, ["--name", name])
+
+
+def test_every_script_refuses_what_is_not_finite():
+    """Fields without a range of their own are checked all the same."""
+    for config, fields in (
+        (GlobalPruningConfig, {"tau": float("nan")}),
+        (GlobalPruningConfig, {"attention_factors": (1.0, float("inf"))}),
+        (PostTrainingConfig, {"lora_alpha": float("inf")}),
+        (PostTrainingConfig, {"kd_temperature": float("nan")}),
+        (GQAAwarePruningConfig, {"target_perplexity": float("inf")}),
+    ):
+        with pytest.raises(UserError, match=f"--{next(iter(fields))} .*finite"):
+            config(**fields)

@@ -173,6 +173,48 @@ def test_mixed_precision_ends_with_training(train, tmp_path, batch, fresh_accele
     assert evaluated[0].dtype == torch.float32
 
 
+class BreaksDown(CrossEntropy):
+    """A term of the loss, or the gradients alone, are not finite from a step on."""
+
+    def __init__(self, config, rows, what, at):
+        super().__init__(config, rows)
+        self.what, self.at = what, at
+
+    def loss(self, model, batch, step):
+        terms = super().loss(model, batch, step)
+        if step >= self.at and self.what == "gradient":
+            terms["loss"] = terms["loss"] + (0 * next(model.parameters()).sum()).sqrt()  # 0 with a slope of infinity
+        elif step >= self.at:
+            terms[self.what] = terms["loss"] * float("nan")
+        return terms
+
+
+@pytest.mark.parametrize("what", ["loss", "soft_label_loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_ends_training(train, tmp_path, what):
+    config = TrainingConfig(num_epochs=2, batch_size=8, save_steps=1)
+    found = {"loss": "the loss", "gradient": "the gradient's norm"}.get(what, f"the term {what}")
+    with pytest.raises(UserError, match=f"broke down at step 4: {found} is not finite; nothing .*--learning_rate"):
+        fit(tiny_distilbert(), BreaksDown(config, len(train), what, 3), train, lambda _: {}, tmp_path / "work", 0)
+    (state,) = (tmp_path / "work").glob("step_*")
+    assert state.name.startswith("step_00000003"), "the last state is from before"
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "recipe.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_state_is_not_resumed(train, tmp_path, file, damage):
+    with pytest.raises(Killed):
+        run(train, tmp_path, kill_at=8)
+    (path,) = tmp_path.glob(f"step_*/{file}")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "flip" else content[:-3])
+    if damage == "delete":
+        path.unlink()
+    with pytest.raises(UserError, match=f"{path.parent.name}.*: rm -r {tmp_path}$") as error:
+        run(train, tmp_path, resume=True)
+    assert "\n" not in str(error.value)
+
+
 def test_fp16_needs_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="--amp fp16: needs a CUDA GPU"):

@@ -112,7 +112,9 @@ def cases(context) -> Iterable[Case]:
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         for number, file in enumerate(file for file in files if not file.endswith(".lock")):
             for what, change in damages(context.seed + number).items():
-                found.append(Case(f"{target.name}: {file}: {what}", attack(target, file, change), " ".join(target.read)))
+                found.append(
+                    Case(f"{target.name}: {file}: {what}", attack(target, file, change), " ".join(target.read))
+                )
     return found
 
 

@@ -71,7 +71,9 @@ def attack(stage: str, kilobytes: int | None) -> Callable[[World], list[str] | N
         if outcome.code == 0 and kilobytes:
             return problems  # there was room enough
         problems += refusal_problems(outcome, (*names, "small"))
-        if not problems and not any(text in outcome.stderr for text in ("No space left", "Read-only", "cannot be written")):
+        if not problems and not any(
+            text in outcome.stderr for text in ("No space left", "Read-only", "cannot be written")
+        ):
             problems.append(f"does not say why: {outcome.last_words()}")
         changed = difference(before, everything(world.root))
         return problems + ([f"files: {changed}"] if changed else [])

@@ -10,6 +10,7 @@ from faults.process import DIED, Case, Death, World, leftovers, read_changes
 from faults.results import digests
 from faults.world import STAGES, USER_FILE, command
 
+
 @dataclass(frozen=True)
 class Scenario:
     """A run that is killed.

@@ -1,9 +1,9 @@
 """The tiny world that is attacked: a copy of the code, and a folder that each case gets a copy of.
 
-    code/                   the project's scripts and package, which are run
-    template/clone/         stands for the repository: models/, results/, a .git and files of the user
-    template/home/, other/  the user's home folder, models and files outside of the repository
-    template/data/          sentences, a text, instructions
+code/                   the project's scripts and package, which are run
+template/clone/         stands for the repository: models/, results/, a .git and files of the user
+template/home/, other/  the user's home folder, models and files outside of the repository
+template/data/          sentences, a text, instructions
 """
 
 import os
