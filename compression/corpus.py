@@ -150,19 +150,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: int | No
     return torch.tensor(ids[:limit])
 
 
-def windows(ids: Tensor, length: int) -> Tensor:
+def windows(ids: Tensor, length: int, name: str = "the text") -> Tensor:
     """Consecutive windows [count, length] of a text; what is left at its end is dropped.
 
     Raises:
         UserError: the text is shorter than one window.
     """
     if len(ids) < length:
-        raise UserError(f"the text has {len(ids)} tokens, less than one window of {length}; use a shorter window")
+        raise UserError(f"{name} has {len(ids)} tokens, less than one window of {length}; use a shorter window")
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def sample_windows(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
+def sample_windows(ids: Tensor, length: int, count: int, seed: int, name: str = "the text") -> Tensor:
     """Random windows [count, length] that do not overlap (all there are, if there are fewer)."""
-    every = windows(ids, length)
+    every = windows(ids, length, name)
     chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]
     return every[chosen.sort().values]

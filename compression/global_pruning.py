@@ -71,6 +71,8 @@ class PruningFields(StageConfig):
         self.check_range("pruning_ratio", 0, 0.95)
         self.check_range("temperature", 0, 10)
         self.check_range("epsilon", 0, 1)
+        if self.tau is not None:
+            self.check_range("tau", 0)
         for name in ("protect_first", "protect_last"):
             self.check_range(name, 0)
         self.check_range("iterative_steps", 1)

@@ -31,7 +31,8 @@ def seal(folder: Path, record: dict[str, Any], name: str = STAGE_FILE) -> None:
     files = {path: _entry(Path(folder) / path) for path in files_in(folder) if path != name}
     record = json.loads(json_text(record | {"files": files}, Path(folder) / name))
     record[RECORD_SHA256] = _digest_of(record)
-    (Path(folder) / name).write_text(json_text(record, Path(folder) / name), encoding="utf-8")
+    # No line end at its end: so every byte counts, and a record that lacks its last one is none.
+    (Path(folder) / name).write_text(json_text(record, Path(folder) / name).rstrip(), encoding="utf-8")
 
 
 def read_record(folder: Path, name: str = STAGE_FILE) -> dict[str, Any] | None:

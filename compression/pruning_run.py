@@ -144,11 +144,11 @@ def calibration_text(
     train, held_out = (load_corpus(config.dataset, part, config.data_dir) for part in ("train", "validation"))
     length, seed = config.sequence_length, config.seed
     ids = tokenize(tokenizer, train)
-    scores = sample_windows(ids, length, config.num_samples, seed)
+    scores = sample_windows(ids, length, config.num_samples, seed, train.name)
     repair = sample_windows(ids, length, config.repair_samples, seed + 1)
     validation = tokenize(tokenizer, held_out)
-    choices = sample_windows(validation, length, config.held_out_samples, seed)
-    analysis = sample_windows(validation, config.analysis_length, config.analysis_samples, seed + 1)
+    choices = sample_windows(validation, length, config.held_out_samples, seed, held_out.name)
+    analysis = sample_windows(validation, config.analysis_length, config.analysis_samples, seed + 1, held_out.name)
     log.info("Calibration: %s (%s), %d windows of %d tokens", train.name, train.source, len(scores), length)
     text = CalibrationText(scores, repair, choices, config.gradient_batch_size, config.use_gradient_checkpointing)
     return [train, held_out], text, analysis

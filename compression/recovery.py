@@ -285,7 +285,7 @@ def training_data(
     else:
         corpus = load_corpus(config.dataset, "train", config.data_dir)
         ids = tokenize(tokenizer, corpus)
-        train = of_windows(sample_windows(ids, config.max_length, config.finetune_samples, config.seed))
+        train = of_windows(sample_windows(ids, config.max_length, config.finetune_samples, config.seed, corpus.name))
         data = corpus.describe()
     tokens = train.weights.sum().item()
     log.info("Training data: %s (%s), %d rows, %d tokens", data["name"], data["source"], len(train), tokens)
@@ -296,7 +296,8 @@ def validation_windows(config: RecoveryFields, tokenizer: PreTrainedTokenizerBas
     """Windows [count, length] of the text that each epoch is judged by."""
     default = "wikitext2" if is_instruction_file(config.dataset) else config.dataset
     corpus = load_corpus(config.validation_dataset or default, "validation", config.data_dir)
-    return sample_windows(tokenize(tokenizer, corpus), config.max_length, config.validation_samples, config.seed)
+    ids = tokenize(tokenizer, corpus)
+    return sample_windows(ids, config.max_length, config.validation_samples, config.seed, corpus.name)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:

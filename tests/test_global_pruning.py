@@ -217,6 +217,7 @@ def test_what_is_kept_is_where_the_table_says(text):
         ({"pruning_ratio": 1.2}, "--pruning_ratio 1.2: allowed is 0 to 0.95"),
         ({"epsilon": -0.1}, "--epsilon -0.1: allowed is 0 to 1"),
         ({"temperature": -1}, "--temperature -1: allowed is 0 to 10"),
+        ({"tau": -1.0}, "--tau -1.0: allowed is at least 0"),
         ({"iterative_steps": 0}, "--iterative_steps 0: allowed is at least 1"),
         ({"attention_factors": ()}, "allowed are one or more above 0"),
     ],

@@ -57,6 +57,15 @@ def test_another_layout_of_the_same_record_passes(folder):
     verify(folder)
 
 
+def test_every_truncation_of_the_record_is_noticed(folder):
+    path = folder / "stage.json"
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="stage.json"):
+            read_record(folder)
+
+
 @pytest.mark.parametrize("text", ["[]", "3", '"x"', "", "{"])
 def test_a_record_that_is_no_object_is_refused(tmp_path, text):
     (tmp_path / "stage.json").write_text(text)

@@ -1,4 +1,4 @@
-"""Every file of a checkpoint, an adapter, a saved state and a cache: bytes flipped, cut off, replaced, the file gone."""
+"""Every file of a checkpoint, an adapter, a state and a cache: bytes flipped, cut off, replaced, the file gone."""
 
 import random
 import re
@@ -90,8 +90,8 @@ def judge(target: Target, path: Path, outcome: Outcome, world: World, before: di
         return [] if found == target.expected else ["exit 0, but another result than the undisturbed one"]
     if outcome.code == 0 and elsewhere:
         return []
-    # A file that is gone may be missed by the folder's name.
-    names = [path.name] if path.exists() else [path.name, path.parent.name]
+    # A file that is gone may be missed by the folder's name; without its record a folder is no result of a stage.
+    names = [path.name] if path.exists() else [path.name, path.parent.name, *["no pruned model there"] * elsewhere]
     problems = refusal_problems(outcome, names)
     changed = difference(before, everything(world.root)) if target.expected is None else ""
     return problems + ([f"files: {changed}"] if changed else [])
@@ -101,7 +101,8 @@ def judge(target: Target, path: Path, outcome: Outcome, world: World, before: di
 
 
 def hidden(pattern: str) -> Callable[[Path], Path]:
-    return lambda clone: next(path for path in sorted(clone.glob(pattern)) if path.is_dir())
+    """The last of the folders that match: of a run's states the one it goes on from."""
+    return lambda clone: [path for path in sorted(clone.glob(pattern)) if path.is_dir()][-1]
 
 
 def cases(context) -> Iterable[Case]:
@@ -140,20 +141,13 @@ def targets(context) -> list[Target]:
 
 
 def kept_logits(context) -> Target:
-    read = command("2", "--seed 5", *overwrite(context, "2"))
+    read = command("2", "--seed 5")
     world = context.new_world(context.work / "kept_logits")
     outcome = world.run(read)
     if outcome.code:
         raise RuntimeError(f"{outcome.command}: {outcome.last_words()}")
     expected = result_of(world.clone, "models/student_model")
     return Target("teacher's logits", hidden("models/.teacher_logits_*"), read, "models/student_model", expected)
-
-
-def overwrite(context, stage: str) -> list[str]:
-    """The flag that replaces a result of other settings, where the script has it."""
-    script = (context.code / command(stage)[0]).name
-    world = World(context.template, context.code)
-    return ["--overwrite"] if "--overwrite" in world.run([script, "--help"]).stdout else []
 
 
 def killed(context, name: str, arguments: list[str], output: str, state: str, after: int | None) -> Target:
@@ -171,10 +165,12 @@ def killed(context, name: str, arguments: list[str], output: str, state: str, af
         raise RuntimeError(f"{outcome.command}: {outcome.last_words()}")
     changes = read_changes(notes)
     if after is None:
-        place = next(n for n, (_, path) in enumerate(changes) if re.search(r"/again/(models|\.models)", path))
+        place = next(n for n, (_, path) in enumerate(changes) if re.search(r"/\.again\.[0-9a-f]{16}\.tmp", path))
     else:
-        saved = [n for n, (kind, path) in enumerate(changes)
-                 if kind in ("rename", "replace", "renameat2") and "/.step_" in path and path.endswith(".tmp")]  # fmt: skip
+        saved = [
+            number for number, (kind, path) in enumerate(changes)
+            if kind in ("rename", "replace", "renameat2") and "/.step_" in path and path.endswith(".tmp")
+        ]  # fmt: skip
         place = saved[after - 1] + 1
     expected = result_of(world.clone, output)
     dead = context.new_world(context.work / f"{label}_killed")

@@ -32,6 +32,8 @@ ON_THE_DISK = {
     "evaluate": (("--output_file {}/lora_evaluation.json",), "", ("--output_file", "lora_evaluation")),
     "download": (("--models_dir {}",), "downloads", ("--models_dir", "bert-local")),
 }  # fmt: skip
+HAVING_SEED = ("1", "2", "8", "10", "prune", "gqa", "lora", "full")
+SEEDED = ["--seed 5"]
 
 
 def cases() -> Iterable[Case]:
@@ -61,10 +63,7 @@ def attack(stage: str, kilobytes: int | None) -> Callable[[World], list[str] | N
             mount("tmpfs", small, f"size={SIZE}", flags=READ_ONLY)
         else:
             fill(small, 1024 * kilobytes)
-        arguments = command(stage, *(flag.format("small") for flag in flags), "--seed 5") if stage in (
-            "1", "2", "8", "10", "prune", "gqa", "lora", "full") else command(stage, *(f.format("small") for f in flags))  # fmt: skip
-        if "--overwrite" in world.run([arguments[0], "--help"]).stdout:
-            arguments.append("--overwrite")
+        arguments = command(stage, *(flag.format("small") for flag in flags), *SEEDED * (stage in HAVING_SEED))
         users, before = user_files(world.root), everything(world.root)
         outcome = world.run(arguments)
         problems = ["a user's file is gone"] * (user_files(world.root) != users)

@@ -98,7 +98,7 @@ def watch(scenario: Scenario, context) -> Undisturbed:
         RuntimeError: it does not run.
     """
     known = flags_of(context, scenario.stage)
-    arguments = command(scenario.stage, *scenario.flags) + ["--overwrite"] * ("--overwrite" in known)
+    arguments = command(scenario.stage, *scenario.flags)
     world = context.new_world(Path(tempfile.mkdtemp(prefix="undisturbed.", dir=context.work)) / "world")
     old, left = state(world.clone, scenario), leftovers(world.root)
     notes = world.notes / "changes"

@@ -54,9 +54,13 @@ STAGES = {
 }
 
 
+# Those that write to a fixed place: what is attacked is not the question whether a result may be replaced.
+OVERWRITING = ("1", "2", "9", "prune", "gqa", "lora", "full", "merge")
+
+
 def command(stage: str, *flags: str) -> list[str]:
     """A stage's arguments; a flag given beside them takes the place of the same one."""
-    words = STAGES[stage].split()
+    words = STAGES[stage].split() + ["--overwrite"] * (stage in OVERWRITING)
     for flag in flags:
         name, *values = flag.split(" ", 1)
         if name in words:
@@ -83,7 +87,8 @@ def set_environment(work: Path) -> None:
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}
     os.environ |= threads | {
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PIP_NO_INDEX": "1",
-        "HOME": str(work / "home"), "HF_HOME": str(work / "home" / "hf"), "XDG_CACHE_HOME": str(work / "home" / "cache"),
+        "HOME": str(work / "home"), "HF_HOME": str(work / "home" / "hf"),
+        "XDG_CACHE_HOME": str(work / "home" / "cache"),
         "MPLCONFIGDIR": str(work / "home" / "mpl"), "TMPDIR": str(work / "tmp"), "BITSANDBYTES_NOWELCOME": "1",
         "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200",
     }  # fmt: skip

@@ -86,7 +86,7 @@ def evaluation_windows(
     found = {}
     for name in config.eval_ppl_datasets.split(","):
         corpus = load_corpus(name, "test", config.data_dir, flag="--eval_ppl_datasets")
-        every = windows(tokenize(tokenizer, corpus), config.eval_length)
+        every = windows(tokenize(tokenizer, corpus), config.eval_length, corpus.name)
         found[corpus.name] = every[: config.eval_samples or None]
     return found
 
