@@ -97,13 +97,13 @@ def measure(name: str, folder: Path, model, tokenizer, validation, config: Evalu
         "parameters": count_parameters(model),
         "macs": count_macs(model, config.flops_sequence_length).as_dict(),
         "size": size_on_disk(folder),
-        "lineage": describe_lineage(folder),
     }
     return entry, logits.argmax(-1) == encoded.labels
 
 
 def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: EvaluationConfig) -> dict[str, Any]:
     """Measure every model that was found."""
+    lineages = {name: {"lineage": describe_lineage(folder)} for name, folder in found.items()}
     device, data = pick_device(), load_sentiment(config.data_dir)
     loaded = {name: load_classifier(folder, device) for name, folder in found.items()}
     for model, _ in loaded.values():
@@ -119,7 +119,7 @@ def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: 
         models, device, config.latency_sequence_length, config.latency_repeats, config.throughput_repeats,
         config.throughput_batch_size, config.seed,
     )  # fmt: skip
-    entries = {name: entry | timings[name] for name, (entry, _) in measured.items()}
+    entries = {name: entry | lineages[name] | timings[name] for name, (entry, _) in measured.items()}
     for name, entry in entries.items():
         if BASELINE in entries:
             paired = paired_difference(measured[name][1], measured[BASELINE][1])

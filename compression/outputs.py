@@ -210,6 +210,7 @@ def new_files(folder: Path, names: Sequence[str], flag: str) -> Iterator[Path]:
     """
     folder = real_path(folder, flag)
     record = folder / WRITTEN_FILE
+    remove_leftovers(folder)
     with writing(record), locked(record), scratch_folder(record) as temporary:
         yield temporary
         check_files(folder, names, flag)
@@ -225,4 +226,5 @@ def new_files(folder: Path, names: Sequence[str], flag: str) -> Iterator[Path]:
 
 def _written(folder: Path) -> dict[str, list[str]]:
     path = folder / WRITTEN_FILE
-    return read_object(path) if path.is_file() else {}
+    known = read_object(path) if path.is_file() else {}
+    return {name: digests for name, digests in known.items() if isinstance(digests, list)}

@@ -5,6 +5,7 @@ al. 2023), or all weights are. The loss is that of language modelling, with a sh
 where `kd_weight` asks for it.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,7 +129,7 @@ class RecoveryFields(TrainingFields, EvaluationFields):
     def _check_texts(self) -> None:
         for flag in ("dataset", "validation_dataset"):
             name = getattr(self, flag)
-            if name is not None and name not in FILES and not Path(name).is_file():
+            if name is not None and name not in FILES and not os.path.isfile(name):
                 raise UserError(
                     f"--{flag} {name}: no such file; allowed is a file or one of {', '.join(FILES)}; give its path"
                 )
@@ -295,7 +296,8 @@ def training_data(
 def validation_windows(config: RecoveryFields, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Windows [count, length] of the text that each epoch is judged by."""
     default = "wikitext2" if is_instruction_file(config.dataset) else config.dataset
-    corpus = load_corpus(config.validation_dataset or default, "validation", config.data_dir)
+    flag = "--validation_dataset" if config.validation_dataset else "--dataset"
+    corpus = load_corpus(config.validation_dataset or default, "validation", config.data_dir, flag=flag)
     ids = tokenize(tokenizer, corpus)
     return sample_windows(ids, config.max_length, config.validation_samples, config.seed, corpus.name)
 

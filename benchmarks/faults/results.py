@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 # What differs between two runs of the same command.
-VOLATILE = {"created", "environment", "stage", "files", "record_sha256", "models_dir", "resume", "overwrite", "path",
-            "parent", "latency", "throughput", "relative", "size", "finetune", "seconds"}  # fmt: skip
+VOLATILE = {
+    "created", "environment", "stage", "files", "record_sha256", "models_dir", "resume", "skip_existing", "overwrite",
+    "path", "parent", "latency", "throughput", "relative", "size", "finetune", "seconds",
+}  # fmt: skip
 TABLES = (".safetensors", ".csv", ".json")
 
 
