@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from compression.files import new_folder, read_object, remove_folder, settle, write_json
+from compression.files import new_folder, read_object, read_unchanged, remove_folder, settle, write_json
 from compression.flops import part_of
 from compression.integrity import STAGE_FILE, STATE_FILE, read_record, seal, sha256_of, verify
 from compression.modeling import add_modeling_code
@@ -120,24 +120,26 @@ def describe_stage(
     }
 
 
-def identify(folder: Path, shown: Path | None = None) -> dict[str, str]:
+def identify(folder: Path) -> dict[str, str]:
     """A checkpoint's path and a hash of its weights: what later stages note about their inputs.
-
-    Args:
-        shown: the path that is noted, where the folder is going to be moved there.
 
     Raises:
         UserError: the folder holds no weights, or a file of it is damaged.
     """
     settle(Path(folder))
-    weights = sorted(Path(folder).glob("*.safetensors"))
+    digests = read_unchanged(folder, lambda: _digests(Path(folder)))
+    path = Path(folder).resolve()
+    noted = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return {"path": noted, "sha256": hashlib.sha256(digests).hexdigest()[:16]}
+
+
+def _digests(folder: Path) -> bytes:
+    """The sha256 of all weight files, one after the other."""
+    weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{folder}: no checkpoint there (no model.safetensors)")
     verify(folder)
-    digest = hashlib.sha256(b"".join(bytes.fromhex(sha256_of(path)) for path in weights))
-    path = Path(shown or folder).resolve()
-    noted = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    return {"path": noted, "sha256": digest.hexdigest()[:16]}
+    return b"".join(bytes.fromhex(sha256_of(path)) for path in weights)
 
 
 def contents(inputs: Any) -> dict[str, Any]:
@@ -262,14 +264,19 @@ def load_classifier(
             many, of another shape or not finite.
     """
     options = {} if num_labels is None else {"num_labels": num_labels}
-    quantized = "quantization_config" in _check_folder(folder)
-    if quantized:  # 8-bit models cannot be moved once they are loaded
-        options["device_map"] = {"": torch.device(device)}
-    model, tokenizer, report = _load(AutoModelForSequenceClassification, folder, dtype=torch.float32, **options)
+
+    def load():
+        placed = {}
+        if "quantization_config" in _check_folder(folder):  # 8-bit models cannot be moved once they are loaded
+            placed["device_map"] = {"": torch.device(device)}
+        return _load(AutoModelForSequenceClassification, folder, dtype=torch.float32, **options, **placed)
+
+    model, tokenizer, report = read_unchanged(folder, load)
     if num_labels is None:
         _check_weights(folder, report, "fine-tune it first (stage 1 or 2) if it is a bare encoder")
     else:
         _check_weights(folder, report, _ANOTHER, about=lambda name: part_of(name) != "head")
+    quantized = hasattr(model.config, "quantization_config")
     return (model if quantized else model.to(device)).eval(), tokenizer
 
 
@@ -287,11 +294,15 @@ def load_language_model(
     Raises:
         UserError: see `load_classifier`.
     """
-    _check_folder(folder)
-    model, tokenizer, report = _load(
-        AutoModelForCausalLM, folder, dtype=dtype, device_map={"": torch.device(device)},
-        quantization_config=quantization,
-    )  # fmt: skip
+
+    def load():
+        _check_folder(folder)
+        return _load(
+            AutoModelForCausalLM, folder, dtype=dtype, device_map={"": torch.device(device)},
+            quantization_config=quantization,
+        )  # fmt: skip
+
+    model, tokenizer, report = read_unchanged(folder, load)
     _check_weights(folder, report, _ANOTHER)
     fix_4bit_layers(model)
     return model.eval(), tokenizer

@@ -16,12 +16,13 @@ import shlex
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -29,8 +30,11 @@ from compression.runtime import UserError, log
 
 WAIT_SECONDS = 30.0
 """So long a short write waits for another process that writes the same path."""
+READINGS = 20
+"""So often a folder is read that is replaced meanwhile."""
 LONGEST_NAME = 200
 """Bytes of a name; hidden names made from it are longer and must stay under the usual limit of 255."""
+Found = TypeVar("Found")
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.(tmp|old)")
 LOCK = ".compression.lock"
 
@@ -138,11 +142,13 @@ def _lock(target: Path) -> FileLock:
 
 
 def _holder(path: Path) -> str:
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {held['process']} on host {held['host']} ({held['command']}, since {held['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
+    for _ in range(50):  # it says who it is right after it has taken the lock
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            return f"process {held['process']} on host {held['host']} ({held['command']}, since {held['since']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            time.sleep(0.02)
+    return "another process"
 
 
 # Whole files and folders.
@@ -234,8 +240,13 @@ def writing(target: Path) -> Iterator[None]:
         ) from None
 
 
-def disk_error(error: Exception) -> str | None:
+def disk_error(error: BaseException) -> str | None:
     """What the operating system said, where that is the cause of an exception: libraries wrap it in their own."""
+    behind = error.__cause__ or error.__context__
+    return _disk_error(error) or (disk_error(behind) if behind is not None else None)
+
+
+def _disk_error(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         elsewhere = f": {error.filename}" if error.filename and not TEMPORARY.search(str(error.filename)) else ""
         return f"{error.strerror or error}{elsewhere}"
@@ -297,6 +308,29 @@ def settle(target: Path) -> None:
     with locked(target):  # a writer that is between its renames just now has done with them then
         if not target.exists():
             os.rename(kept[-1], target)
+
+
+def read_unchanged(folder: Path, read: Callable[[], Found]) -> Found:
+    """What `read` gives of a folder that no other process replaced meanwhile; where one did, it reads again."""
+    for _ in range(READINGS):
+        before = _identity(folder)
+        try:
+            found = read()
+        except UserError:
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            return found
+    raise UserError(f"{folder}: was replaced again and again while it was read; wait for whoever writes it")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(folder)
+        return status.st_dev, status.st_ino
+    except OSError:
+        return None
 
 
 def remove_folder(folder: Path) -> None:
