@@ -30,8 +30,8 @@ from compression.runtime import UserError, log
 
 WAIT_SECONDS = 30.0
 """So long a short write waits for another process that writes the same path."""
-READINGS = 20
-"""So often a folder is read that is replaced meanwhile."""
+READINGS = 3
+"""So often a folder is read again that is replaced meanwhile, before its writers have to wait."""
 LONGEST_NAME = 200
 """Bytes of a name; hidden names made from it are longer and must stay under the usual limit of 255."""
 Found = TypeVar("Found")
@@ -242,7 +242,7 @@ def writing(target: Path) -> Iterator[None]:
 
 def disk_error(error: BaseException) -> str | None:
     """What the operating system said, where that is the cause of an exception: libraries wrap it in their own."""
-    behind = error.__cause__ or error.__context__
+    behind = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return _disk_error(error) or (disk_error(behind) if behind is not None else None)
 
 
@@ -311,7 +311,10 @@ def settle(target: Path) -> None:
 
 
 def read_unchanged(folder: Path, read: Callable[[], Found]) -> Found:
-    """What `read` gives of a folder that no other process replaced meanwhile; where one did, it reads again."""
+    """What `read` gives of a folder that no other process replaced meanwhile.
+
+    Where one did, it reads again, and in the end while it holds the folder's lock.
+    """
     for _ in range(READINGS):
         before = _identity(folder)
         try:
@@ -322,7 +325,8 @@ def read_unchanged(folder: Path, read: Callable[[], Found]) -> Found:
             continue
         if _identity(folder) == before:
             return found
-    raise UserError(f"{folder}: was replaced again and again while it was read; wait for whoever writes it")
+    with locked(real_path(folder)):
+        return read()
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -165,6 +165,13 @@ def test_own_temporary_folders_are_not_leftovers(tmp_path):
         assert folder.is_dir()
 
 
+def behind_another(error):
+    """As a library raises that fails while it cleans up."""
+    other = AttributeError("'Stream' object has no attribute 'pos'")
+    other.__context__ = error
+    return other
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_json_is_strict(tmp_path, value):
     with pytest.raises(UserError, match=r"a\.1\.b \(-?(nan|inf)\) is not a finite number"):
@@ -194,7 +201,11 @@ def test_paths_that_lead_nowhere(tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")],
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+        behind_another(OSError(28, "No space left on device")),
+    ],
 )
 def test_a_full_disk_is_said_in_one_line(tmp_path, error):
     with pytest.raises(UserError, match=f"{tmp_path}/target: cannot be written .No space left on device"):
