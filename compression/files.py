@@ -167,7 +167,7 @@ def real_path(path: Path, flag: str = "") -> Path:
         real = Path(path).expanduser().resolve()
         real.exists()  # raises where a name in it is too long
     except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "links that lead in a circle"
+        reason = "links that lead in a circle" if "loop" in str(error) else getattr(error, "strerror", error)
         raise UserError(f"{flag} {path}: cannot be used ({reason}); name another path".lstrip()) from None
     if len(os.fsencode(real.name)) > LONGEST_NAME:
         raise UserError(f"{flag} {path}: the name is longer than {LONGEST_NAME} bytes; choose a shorter one".lstrip())

@@ -7,7 +7,7 @@ is an earlier output of the same kind, all of its files as they were written and
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -125,8 +125,9 @@ def check_place(path: Path, flag: str, inputs: Iterable[Path] = (), shared: Iter
             raise UserError(f"{flag} {path}: contains an input of this run ({folder}); name another place")
         if target.is_relative_to(given):
             raise UserError(f"{flag} {path}: lies inside an input of this run ({folder}); name another place")
-    known = {Path("/"): "the root folder", Path.home(): "the home folder", ROOT: "this repository", Path.cwd(): "the"
-             " current folder"}  # fmt: skip
+    known = {Path("/"): "the root folder", ROOT: "this repository", Path.cwd(): "the current folder"}
+    with suppress(RuntimeError):  # some users of containers have no home
+        known[Path.home()] = "the home folder"
     known |= dict.fromkeys([MODELS, RESULTS, *shared], "a folder of several results")
     for folder, name in known.items():
         if real_path(folder).is_relative_to(target):

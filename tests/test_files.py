@@ -71,6 +71,31 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
     assert names(tmp_path) == ["target"] and names(tmp_path / "target") == ["new"]
 
 
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """A crash of the machine leaves no named folder with empty files: every file is synced, then the rename."""
+    events, fsync, rename = [], os.fsync, os.rename
+    inodes = {}
+
+    def note_sync(file):
+        events.append(inodes.get(os.fstat(file).st_ino, "parent"))
+        fsync(file)
+
+    def note_rename(source, target):
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr("os.fsync", note_sync)
+    monkeypatch.setattr("os.rename", note_rename)
+    with new_folder(tmp_path / "target") as folder:
+        (folder / "deep").mkdir()
+        for path in (folder / "weights", folder / "deep" / "config"):
+            path.write_text("x")
+            inodes[path.stat().st_ino] = path.name
+        inodes[(folder / "deep").stat().st_ino], inodes[folder.stat().st_ino] = "deep", "folder"
+    assert set(events[: events.index("rename")]) == {"weights", "config", "deep", "folder"}
+    assert events[events.index("rename") :] == ["rename", "parent"]
+
+
 def test_a_failure_leaves_what_was_there(tmp_path):
     write_json(tmp_path / "target" / "kept", 1)
     for replace in (lambda: new_folder(tmp_path / "target"), lambda: new_file(tmp_path / "target" / "kept")):
