@@ -1,6 +1,6 @@
 """What checksums, their verification and writing through to the disk add to the classifier track.
 
-    python benchmarks/integrity_cost.py [--fast False] [--work_dir DIR] [--data_dir DIR]
+    python benchmarks/integrity_cost.py [--train_fraction 0.05] [--work_dir DIR] [--data_dir DIR]
 
 Runs all stages one after the other in this process, as run_pipeline.sh does, into a folder of its own, and adds up the
 time inside the functions that exist for integrity alone. Writes results/integrity_cost.json.
@@ -27,6 +27,8 @@ from compression.runtime import RESULTS, ROOT, fingerprint, log
 class CostConfig(StageConfig):
     fast: bool = True
     """Quick settings of all stages."""
+    train_fraction: float = 0.0
+    """Share of the training data, above 0: fewer steps, as many checkpoints, so what is printed is an upper bound."""
     work_dir: Path = RESULTS / "integrity_cost"
     """Where models and reports go; emptied first and afterwards."""
     data_dir: str | None = None
@@ -61,16 +63,17 @@ def stages(config: CostConfig) -> list[list[str]]:
     models, report = ["--models_dir", str(config.work_dir / "models")], ["--output_dir", str(config.work_dir)]
     data = ["--data_dir", config.data_dir] if config.data_dir else []
     fast = ["--fast"] if config.fast else []
+    train = [*fast, *(["--train_fraction", str(config.train_fraction)] if config.train_fraction else [])]
     student = str(config.work_dir / "models" / "student_model")
     return [
         ["download_model.py", *models, *data],
-        ["1_finetune_teacher.py", *models, *data, *fast],
-        ["2_distill_student.py", *models, *data, *fast],
-        ["2_distill_student.py", "--variant", "soft_labels", *models, *data, *fast],
-        ["8_pruning_with_finetuning.py", *models, *data, *fast],
+        ["1_finetune_teacher.py", *models, *data, *train],
+        ["2_distill_student.py", *models, *data, *train],
+        ["2_distill_student.py", "--variant", "soft_labels", *models, *data, *train],
+        ["8_pruning_with_finetuning.py", *models, *data, *train],
         ["9_quantize_pruned_model.py", *models, "--pruned_model_path", student, "--output_dir", f"{student}_quantized"],
         ["9_quantize_pruned_model.py", *models],
-        ["10_qat_kd_4bit.py", *models, *data, *fast],
+        ["10_qat_kd_4bit.py", *models, *data, *train],
         ["7_evaluate_and_generate_report.py", *models, *data, *fast, *report],
         ["evaluate_plot.py", *models, *data, *fast, *report],
     ]

@@ -100,6 +100,7 @@ def parse(config_class: type[Config], arguments: Sequence[str], description: str
     default = config_class.preset(*names)
     if presets := ", ".join(sorted(config_class.presets)):
         description += f"\nPresets, which any flag beside them overrides: --fast, --preset NAME (NAME: {presets})."
+    description += "\n--dry_run checks the flags and does nothing."
     return tyro.cli(config_class, default=default, args=rest, description=description, use_underscores=True)
 
 

@@ -9,7 +9,7 @@ from conftest import KEPT, tiny_decoder
 from safetensors.torch import save_file
 from transformers import BitsAndBytesConfig
 
-from compression.checkpoint import load_tensors
+from compression.checkpoint import load_tensors, save_folder
 from compression.flops import count_macs
 from compression.lora import PROJECTIONS, add_lora, load_adapter, write_adapter
 from compression.runtime import UserError
@@ -210,3 +210,16 @@ def test_files_that_are_cut_off_are_refused(adapter, name, share):
     content = (adapter / name).read_bytes()
     (adapter / name).write_bytes(content[: int(share * len(content)) - (share == 0.999)])
     refused(adapter)
+
+
+def test_a_flipped_byte_of_a_saved_adapter_is_noticed(tmp_path):
+    folder = save_folder(
+        tmp_path / "adapter", lambda path: write_adapter(with_adapter(pruned()), path), {"stage": "recovery"}
+    )
+    load_adapter(pruned(), folder, "--lora_dir")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "stage.json"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        with pytest.raises(UserError, match=f"{folder}/{name}"):
+            load_adapter(pruned(), folder, "--lora_dir")
+        (folder / name).write_bytes(whole)
