@@ -57,6 +57,8 @@ def main(config: DownloadConfig) -> None:
     if config.clean:
         clean([config.models_dir, config.results_dir, SENTIMENT_FOLDER])
         return
+    for folder in (config.models_dir, SENTIMENT_FOLDER):
+        remove_leftovers(folder)
     if config.only != "llm":
         get_classifier_track(config, use_hub=not config.embedded)
     if config.only != "classifier":

@@ -12,6 +12,7 @@ TIME_LIMIT = 20.0
 HUGE, LONG = str(2**70), "n" * 300
 BINARY = bytes(range(256)) * 4
 NOT_A_CONFIG = {"a list": b"[]", "an empty object": b"{}", "text": b"once upon a time", "binary": BINARY}
+BINARY_WORDS = b"\x00\xff\xfe\x01 \x80"
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 Damage = Callable[[Path], None]
@@ -402,7 +403,7 @@ def data_files() -> Iterable[Row]:
         "no header": rows, "a label 2": b"sentence\tlabel\n" + rows + b"\na b\t2", "binary": BINARY, "empty": b"",
         "a header alone": b"sentence\tlabel\n", "no tab": b"sentence\tlabel\n" + rows + b"\na b",
         "UTF-16": ("sentence\tlabel\n" + rows.decode()).encode("utf-16"), "NaN": b"sentence\tlabel\na\tnan\n" + rows,
-        "binary sentences": b"sentence\tlabel\n" + b"\n".join(b"\x00\xff\xfe\x01\t%d" % (n % 2) for n in range(40)),
+        "binary sentences": b"sentence\tlabel\n" + b"\n".join(BINARY_WORDS + b"\t%d" % (n % 2) for n in range(40)),
     }  # fmt: skip
     for name in ("train.tsv", "dev.tsv"):
         for what, contents in tables.items():

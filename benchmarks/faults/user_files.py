@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from faults.process import Case, World
-from faults.world import STAGES, USER_FILE, command
+from faults.world import USER_FILE, command
 
 TEACHER, STUDENT = "--teacher_path models/teacher_model", "--student_path models/student_model"
 # Stage, its flags with {} for the folder that they name, and the place below that folder which the stage would write.
@@ -54,13 +54,11 @@ def cases() -> Iterable[Case]:
 
 def attack(stage: str, flags: tuple, place: str, make: Callable, again: str) -> Callable[[World], list[str] | None]:
     def run(world: World) -> list[str] | None:
-        script = STAGES[stage].split()[0]
-        more = []
-        if again == "with --overwrite":
-            if "--overwrite" not in world.run([script, "--help"]).stdout:
-                return None
-            more = ["--overwrite"]
-        arguments = [*command(stage, *(flag.format("mine_too") for flag in flags)), *more]
+        arguments = command(stage, *(flag.format("mine_too") for flag in flags))
+        if again == "first":
+            arguments = [word for word in arguments if word != "--overwrite"]
+        elif "--overwrite" not in arguments:
+            return None
         target = world.clone / "mine_too" / place
         target.parent.mkdir(parents=True, exist_ok=True)
         if make(world, target, arguments) is False:

@@ -21,8 +21,10 @@ PREPROCESSED = {"hellaswag": {"process_docs": None, "doc_to_target": "gold"}}
 
 @cache
 def _manager() -> Any:
+    from datasets import disable_progress_bars
     from lm_eval.tasks import TaskManager  # takes seconds, and many runs need none
 
+    disable_progress_bars()  # of reading a file, which would stand before an error's one line
     return TaskManager()
 
 
