@@ -219,9 +219,9 @@ def test_prompts_that_leave_no_place_are_left_out(folder):
 def test_training_reads_the_train_part_and_judges_by_the_validation_part(folder, tmp_path, monkeypatch):
     asked = []
 
-    def watching(name, part, data_dir):
+    def watching(name, part, data_dir, **options):
         asked.append(part)
-        return load_corpus(name, part, data_dir)
+        return load_corpus(name, part, data_dir, **options)
 
     monkeypatch.setattr("compression.recovery.load_corpus", watching)
     recover(settings(folder, run_evaluation="none", num_epochs=1), folder / "pruned", tmp_path / "out")
