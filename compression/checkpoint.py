@@ -192,13 +192,7 @@ def require(folder: Path, flag: str, command: str) -> None:
 
 def require_classifier(folder: Path, flag: str, command: str) -> None:
     """Raise UserError unless a supported classifier of two classes is there; `flag` and `command` are for its text."""
-    require(folder, flag, command)
-    config = read_object(Path(folder) / "config.json")
-    if config.get("model_type") not in ENCODERS:
-        raise UserError(
-            f"{flag} {folder}: model type {config.get('model_type')!r} is not supported here; supported: "
-            f"{', '.join(sorted(ENCODERS))}; name another folder"
-        )
+    config = _require_type(folder, flag, command, ENCODERS, "is not supported here; supported:")
     names = config.get("id2label")
     labels = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
     if labels != 2:
@@ -207,15 +201,21 @@ def require_classifier(folder: Path, flag: str, command: str) -> None:
 
 def require_language_model(folder: Path, flag: str, command: str = "python run_global_pruning.py") -> None:
     """Raise UserError unless an unquantized language model is there; `flag` and `command` are for its text."""
-    require(folder, flag, command)
-    config = read_object(Path(folder) / "config.json")
-    if config.get("model_type") not in DECODERS:
-        raise UserError(
-            f"{flag} {folder}: model type {config.get('model_type')!r} is no supported language model; allowed "
-            f"are {', '.join(sorted(DECODERS))}; name another folder"
-        )
+    config = _require_type(folder, flag, command, DECODERS, "is no supported language model; allowed are")
     if "quantization_config" in config:
         raise UserError(f"{flag} {folder}: is quantized already; name the model it was made from")
+
+
+def _require_type(folder: Path, flag: str, command: str, families: Iterable[str], refusal: str) -> dict[str, Any]:
+    """The config of a checkpoint that is there and of one of these model types."""
+    require(folder, flag, command)
+    config = read_object(Path(folder) / "config.json")
+    found = config.get("model_type")
+    if found not in families:
+        raise UserError(
+            f"{flag} {folder}: model type {found!r} {refusal} {', '.join(sorted(families))}; name another folder"
+        )
+    return config
 
 
 def find_all(models_dir: Path, stage: str) -> list[Path]:
