@@ -29,8 +29,8 @@ from compression.flops import part_of
 from compression.integrity import STAGE_FILE, STATE_FILE, read_record, seal, sha256_of, verify
 from compression.modeling import add_modeling_code
 from compression.modeling.pruned_distilbert import fix_4bit_layers
-from compression.outputs import Output
-from compression.runtime import ROOT, UserError, fingerprint, processes
+from compression.outputs import Output, some
+from compression.runtime import UserError, fingerprint, processes, relative_path
 from compression.structures import DECODERS, ENCODERS
 
 
@@ -128,9 +128,7 @@ def identify(folder: Path) -> dict[str, str]:
     """
     settle(Path(folder))
     digests = read_unchanged(folder, lambda: _digests(Path(folder)))
-    path = Path(folder).resolve()
-    noted = str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-    return {"path": noted, "sha256": hashlib.sha256(digests).hexdigest()[:16]}
+    return {"path": relative_path(Path(folder).resolve()), "sha256": hashlib.sha256(digests).hexdigest()[:16]}
 
 
 def _digests(folder: Path) -> bytes:
@@ -378,8 +376,7 @@ def _check_weights(
 
 def _listed(what: str, names: Iterable[str]) -> str:
     names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what} {', '.join(names[:3])}{more}" if names else ""
+    return f"{what} {some(names)}" if names else ""
 
 
 class SavedParts:

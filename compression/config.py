@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from compression.files import disk_error
-from compression.runtime import ROOT, UserError, log, quiet_libraries, setup_logging
+from compression.runtime import UserError, log, quiet_libraries, relative_path, setup_logging
 
 LARGEST_WHOLE_NUMBER = 2**31 - 1
 
@@ -76,11 +76,7 @@ class StageConfig:
     def as_dict(self) -> dict[str, Any]:
         """The resolved configuration as plain JSON values; paths inside the repository are relative to it."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {name: _noted(value) if isinstance(value, Path) else value for name, value in values.items()}
-
-
-def _noted(path: Path) -> str:
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+        return {name: relative_path(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 Config = TypeVar("Config", bound=StageConfig)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compression.checkpoint import check_finite, identify, load_tensors, save_tensors
+from compression.checkpoint import identify, load_tensors, save_tensors
 from compression.data import Encoded
 from compression.evaluation.classification import predict
 from compression.files import new_folder
@@ -85,7 +85,6 @@ def teacher_logits(model: PreTrainedModel, folder: Path, encoded: Encoded, pad_t
         if not _is_whole(stored):
             log.info("Computing the teacher's logits on %d sentences, once", len(encoded))
             logits = {"logits": predict(model, encoded, pad_token_id)}
-            check_finite(logits, str(folder), "train the teacher again")
             with new_folder(stored) as temporary:
                 save_tensors(temporary / LOGITS, logits)
                 seal(temporary, {"stage": "teacher_logits"})

@@ -9,6 +9,7 @@ killed run.
 import ctypes
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -67,7 +68,7 @@ def json_text(value: Any, path: Path) -> str:
 
 
 def _not_finite(value: Any, place: str) -> Iterator[str]:
-    if isinstance(value, float) and (value != value or value in (float("inf"), -float("inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         yield f"{place} ({value})"
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, item in items:

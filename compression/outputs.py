@@ -87,9 +87,9 @@ class Output:
                 f"holds a result whose {self.record} has no checksums, so what else is there is unknown"
             )
         if foreign := [name for name in files_in(path) if name not in known and name != self.record]:
-            raise self._refusal(f"holds files that were put there by hand ({_some(foreign)})")
+            raise self._refusal(f"holds files that were put there by hand ({some(foreign)})")
         if changed := [name for name in differing(path, self.record) if (path / name).exists()]:
-            raise self._refusal(f"holds files that were changed since they were written ({_some(changed)})")
+            raise self._refusal(f"holds files that were changed since they were written ({some(changed)})")
 
     def check_same(self, same: bool, overwrite: bool) -> None:
         """Raise UserError where a result with other settings or inputs would be replaced unasked."""
@@ -110,7 +110,8 @@ class Output:
             yield temporary
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -13,7 +13,7 @@ from compression.checkpoint import read_stage
 from compression.files import write_json, write_text
 from compression.outputs import new_files
 from compression.plots import plot_accuracy_against_cost, save_figure
-from compression.runtime import ROOT, UserError
+from compression.runtime import ROOT, UserError, relative_path
 
 REPORT_FILES = ("final_report.json", "final_report.md", "final_report.png")
 Report = dict[str, Any]
@@ -67,12 +67,6 @@ def _ancestors(parent: str | None) -> list[str]:
 def digest(config: dict[str, Any]) -> str:
     """Twelve hex digits that two configurations share only if they are the same."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def relative_path(path: str | Path) -> str:
-    """A path inside the repository without the repository's own, any other path as it is."""
-    path = Path(path)
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def relative_figures(entry: Entry, baseline: Entry) -> dict[str, float]:

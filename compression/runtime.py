@@ -32,6 +32,12 @@ class UserError(Exception):
     """An error that the user can mend: one line naming the flag or path, what was found and what is allowed."""
 
 
+def relative_path(path: str | Path) -> str:
+    """A path inside the repository without the repository's own, any other path as it is."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
 def shown(path: Path) -> str:
     """A path as a user would type it: relative where it lies under the current folder."""
     path = Path(path)
