@@ -4,18 +4,18 @@
 
 Reads the newest pruned model, models/teacher_model and the sentiment data; writes
 models/pruned_qkd4bit_<timestamp>, a 4-bit model that computes with exactly the weights it was trained with. The fields
-of the losses are documented in compression/qat.py, those of any training in compression/training.py.
+of the losses are documented in compression/classifier/qat.py, those of any training in compression/training.py.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from compression.checkpoint import find_unquantized, load_classifier, require_classifier
+from compression.classifier.qat import QuantizationAwareConfig, QuantizationAwareDistillation
+from compression.classifier.stage import Stage
 from compression.config import run_script
-from compression.qat import QuantizationAwareConfig, QuantizationAwareDistillation
 from compression.quantization import bytes_by_part, check_exact, pack
 from compression.runtime import UserError, log, pick_dtype
-from compression.task import Stage
 
 
 @dataclass

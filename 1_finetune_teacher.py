@@ -12,10 +12,11 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
-from compression.assets import TEACHER, ensure_teacher
+from compression.assets import ensure_teacher
+from compression.batching import model_inputs
+from compression.classifier.stage import Stage
 from compression.config import run_script
-from compression.data import model_inputs
-from compression.task import Stage
+from compression.sources import TEACHER
 from compression.training import Recipe, TrainingConfig
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from compression.assets import STUDENT, ensure_student
+from compression.assets import ensure_student
+from compression.batching import model_inputs
 from compression.checkpoint import require_classifier
+from compression.classifier.stage import Stage
 from compression.config import run_script
-from compression.data import model_inputs
 from compression.distillation import distillation_loss
-from compression.task import Stage
+from compression.sources import STUDENT
 from compression.training import Recipe, TrainingConfig
 
 # Variant -> what stage.json calls the result, and its folder.

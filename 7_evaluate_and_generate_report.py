@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 
 from compression.checkpoint import check_positions, find_all, load_classifier
-from compression.config import StageConfig, run_script
-from compression.data import encode, load_sentiment
-from compression.evaluation.classification import classification_metrics, paired_difference, predict
-from compression.evaluation.efficiency import measure_latency, size_on_disk
-from compression.flops import count_macs, count_parameters
-from compression.outputs import check_files
-from compression.report import (
+from compression.classifier.metrics import classification_metrics, paired_difference, predict
+from compression.classifier.report import (
     REPORT_FILES,
     Entry,
     data_warnings,
@@ -32,7 +27,12 @@ from compression.report import (
     results_table,
     write_report,
 )
+from compression.classifier.tasks import encode, load_sentiment
+from compression.config import StageConfig, run_script
+from compression.flops import count_macs, count_parameters
+from compression.outputs import check_files
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device, shown
+from compression.timing import measure_latency, size_on_disk
 
 # What stage.json calls the stage (the newest checkpoint of it is taken), the name in the report, what makes it.
 MODELS_TO_EVALUATE = [

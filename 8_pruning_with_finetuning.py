@@ -4,17 +4,17 @@
 
 Reads models/student_model, models/teacher_model and the sentiment data; writes
 models/pruning_with_finetuning_<timestamp>, a physically smaller model. The schedule's fields and presets are documented
-in compression/gradual.py, those of any training in compression/training.py.
+in compression/classifier/gradual_pruning.py, those of any training in compression/training.py.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from compression.checkpoint import require_classifier
+from compression.classifier.gradual_pruning import GradualPruning, GradualPruningConfig
+from compression.classifier.stage import Stage
 from compression.config import run_script
-from compression.gradual import GradualPruning, GradualPruningConfig
 from compression.runtime import UserError, log
-from compression.task import Stage
 
 # Masked and smaller model compute the same sums in another order; more than this is a mistake in the surgery.
 LOGIT_TOLERANCE = 1e-4

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from compression.assets import (
+from compression.assets import ensure_llm, ensure_sentiment, ensure_student, ensure_teacher
+from compression.config import StageConfig, run_script
+from compression.files import remove_leftovers
+from compression.outputs import remove_states
+from compression.runtime import MODELS, RESULTS, log, shown
+from compression.sources import (
     LLM,
     LLM_FOLDER,
     SENTIMENT_FOLDER,
@@ -20,15 +25,7 @@ from compression.assets import (
     TEACHER,
     TEACHER_FOLDER,
     describe_source,
-    ensure_llm,
-    ensure_sentiment,
-    ensure_student,
-    ensure_teacher,
 )
-from compression.config import StageConfig, run_script
-from compression.files import remove_leftovers
-from compression.outputs import remove_states
-from compression.runtime import MODELS, RESULTS, log, shown
 
 
 @dataclass

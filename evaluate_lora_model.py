@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 
 from compression.checkpoint import identify, load_language_model, require_language_model
 from compression.config import run_script
-from compression.evaluation.language_model import (
+from compression.files import write_json
+from compression.llm.evaluate import (
     EvaluationFields,
     efficiency_ratios,
     evaluation_windows,
     measure,
     measure_efficiency,
 )
-from compression.files import write_json
-from compression.lora import load_adapter, require_adapter
+from compression.llm.lora import load_adapter, require_adapter
 from compression.outputs import check_files, new_files
 from compression.quantization import nf4_base
 from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype, shown

@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from compression.checkpoint import check_positions, find_newest, load_classifier
+from compression.classifier.metrics import classification_metrics, predict
+from compression.classifier.tasks import encode, load_sentiment
 from compression.config import StageConfig, run_script
-from compression.data import encode, load_sentiment
-from compression.evaluation.classification import classification_metrics, predict
-from compression.evaluation.efficiency import interleaved_times, measure_latency, size_on_disk
 from compression.flops import count_parameters
 from compression.outputs import check_files, new_files
 from compression.plots import plot_model_comparison, save_figure
 from compression.runtime import MODELS, RESULTS, UserError, log, pick_device, shown
+from compression.timing import interleaved_times, measure_latency, size_on_disk
 
 FILES = ("model_comparison.csv", "model_comparison.png", "model_comparison.pdf")
 # What stage.json calls the stage (the newest checkpoint of it is taken), and the name in the figure.

@@ -7,7 +7,7 @@
 Reads the model (fetched if it is not there) and calibration text; writes results/NAME: models/ (the smaller model, an
 ordinary checkpoint), analysis/ (rates of the layers, perplexity without each, the search's trials), evaluation/.
 The three steps for a layer can be imported from here: compute_gqa_group_importance, select_gqa_groups_to_prune,
-prune_attention_by_gqa_groups. The method's fields are documented in compression/gqa_pruning.py.
+prune_attention_by_gqa_groups. The method's fields are documented in compression/llm/gqa_pruning.py.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
@@ -19,8 +19,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from compression.assets import LLM_FOLDER, describe_source, ensure_llm
-from compression.calibration import removal_perplexities
+from compression.assets import ensure_llm
 from compression.checkpoint import (
     SavedParts,
     describe_stage,
@@ -29,11 +28,9 @@ from compression.checkpoint import (
     save_checkpoint,
 )
 from compression.config import run_script
-from compression.evaluation.language_model import evaluation_windows, measure
-from compression.evaluation.perplexity import perplexity
 from compression.files import write_json
-from compression.global_pruning import CalibrationText
-from compression.gqa_pruning import (
+from compression.llm.evaluate import evaluation_windows, measure
+from compression.llm.gqa_pruning import (
     GQAPruningFields,
     LayerwisePruning,
     check_ratio,
@@ -44,9 +41,13 @@ from compression.gqa_pruning import (
     search_ratio,
     select_gqa_groups_to_prune,
 )
+from compression.llm.perplexity import perplexity
+from compression.llm.removal import removal_perplexities
+from compression.llm.run import FAST, Results, RunFields, calibration_text, compare, write_table
+from compression.llm.text import CalibrationText
 from compression.plots import plot_rates, save_figure
-from compression.pruning_run import FAST, Results, RunFields, calibration_text, compare, write_table
 from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
+from compression.sources import LLM_FOLDER, describe_source
 from compression.structures import DECODERS, family_of, layers_of
 
 __all__ = ["compute_gqa_group_importance", "prune_attention_by_gqa_groups", "select_gqa_groups_to_prune"]

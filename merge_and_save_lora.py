@@ -22,7 +22,7 @@ from compression.checkpoint import (
     save_checkpoint,
 )
 from compression.config import StageConfig, run_script
-from compression.lora import load_adapter, require_adapter
+from compression.llm.lora import load_adapter, require_adapter
 from compression.outputs import Output, owned
 from compression.runtime import RESULTS, UserError, log, pick_device, shown
 

@@ -4,8 +4,8 @@
     python post_training.py --finetune_method full --kd_weight 0.5
 
 Reads the model and training data; writes results/OUTPUT_NAME or --output_dir: an adapter in PEFT's format, or with
-`full` an ordinary checkpoint. The method's fields are documented in compression/recovery.py, those of any training in
-compression/training.py, those of the evaluation before and after it in compression/evaluation/language_model.py.
+`full` an ordinary checkpoint. The method's fields are documented in compression/llm/recovery.py, those of any training
+in compression/training.py, those of the evaluation before and after it in compression/llm/evaluate.py.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from compression.config import run_script
-from compression.evaluation.language_model import EvaluationFields
+from compression.llm.evaluate import EvaluationFields
+from compression.llm.recovery import RecoveryFields, recover
 from compression.outputs import check_place
-from compression.recovery import RecoveryFields, recover
 from compression.runtime import RESULTS
 
 

@@ -4,7 +4,7 @@
 
 Reads the model (fetched if it is not there) and calibration text; writes results/NAME: models/ (the smaller model, an
 ordinary checkpoint), analysis/ (what removing each part costs, every structure's score and fate), evaluation/, plots.
-The method's fields are documented in compression/global_pruning.py; `--preset paper` is the formula as published.
+The method's fields are documented in compression/llm/global_pruning.py; `--preset paper` is the formula as published.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
@@ -15,18 +15,19 @@ from typing import ClassVar, Literal
 
 import torch
 
-from compression.assets import LLM_FOLDER, describe_source, ensure_llm
-from compression.calibration import removal_perplexities
+from compression.assets import ensure_llm
 from compression.checkpoint import SavedParts, describe_stage, identify, load_language_model, save_checkpoint
 from compression.config import run_script
-from compression.evaluation.language_model import EvaluationFields, evaluation_windows, measure
 from compression.files import link_or_copy, read_json, write_json
-from compression.global_pruning import GlobalPruning, PruningFields
 from compression.integrity import RUN_FILE
+from compression.llm.evaluate import EvaluationFields, evaluation_windows, measure
+from compression.llm.global_pruning import GlobalPruning, PruningFields
+from compression.llm.recovery import RecoveryFields, recover
+from compression.llm.removal import removal_perplexities
+from compression.llm.run import FAST, Results, RunFields, calibration_text, compare, write_table
 from compression.plots import plot_removal, plot_retained, save_figure
-from compression.pruning_run import FAST, Results, RunFields, calibration_text, compare, write_table
-from compression.recovery import RecoveryFields, recover
 from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
+from compression.sources import LLM_FOLDER, describe_source
 from compression.structures import DECODERS, family_of
 from compression.surgery import to_stock
 

@@ -24,18 +24,19 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from compression.assets import LLM_FOLDER, ensure_llm
-from compression.calibration import removal_perplexities
+from compression.assets import ensure_llm
 from compression.checkpoint import describe_stage, identify, load_language_model, save_checkpoint
 from compression.config import run_script
-from compression.evaluation.language_model import evaluation_windows
-from compression.evaluation.perplexity import perplexity
 from compression.files import write_json
-from compression.gqa_pruning import GQAPruningFields, LayerwisePruning, layer_rates, select_gqa_groups_to_prune
 from compression.importance import l2
-from compression.pruning_run import FAST, RunFields, calibration_text
-from compression.recovery import RecoveryFields, recover
+from compression.llm.evaluate import evaluation_windows
+from compression.llm.gqa_pruning import GQAPruningFields, LayerwisePruning, layer_rates, select_gqa_groups_to_prune
+from compression.llm.perplexity import perplexity
+from compression.llm.recovery import RecoveryFields, recover
+from compression.llm.removal import removal_perplexities
+from compression.llm.run import FAST, RunFields, calibration_text
 from compression.runtime import RESULTS, UserError, fingerprint, log, pick_device, pick_dtype
+from compression.sources import LLM_FOLDER
 from compression.structures import NEURONS, LayerParts, layers_of
 from compression.surgery import shrink_layer, to_pruned
 

@@ -19,13 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from compression.assets import LLM, LLM_FOLDER, ensure_llm
-from compression.calibration import Method, score_structures
+from compression.assets import ensure_llm
 from compression.checkpoint import load_language_model
 from compression.config import StageConfig, run_script
-from compression.evaluation.perplexity import perplexity, token_losses
 from compression.files import write_json
+from compression.llm.perplexity import perplexity, token_losses
+from compression.llm.scoring import Method, score_structures
 from compression.runtime import RESULTS, fingerprint, log, pick_device, pick_dtype
+from compression.sources import LLM, LLM_FOLDER
 
 FORWARD, KEPT = "forward pass only", "Taylor, all gradients kept"
 CHECKPOINTING = " with gradient checkpointing"

@@ -29,15 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import PreTrainedModel
 
-from compression.assets import LLM, LLM_FOLDER, ensure_llm
-from compression.calibration import removal_perplexities
+from compression.assets import ensure_llm
 from compression.checkpoint import load_language_model
 from compression.config import StageConfig, run_script
-from compression.corpus import load_corpus, sample_windows, tokenize, windows
-from compression.evaluation.perplexity import perplexity
 from compression.files import read_json, write_json
-from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
+from compression.llm.global_pruning import GlobalPruning, PruningFields
+from compression.llm.perplexity import perplexity
+from compression.llm.removal import removal_perplexities
+from compression.llm.text import CalibrationText, load_corpus, sample_windows, tokenize, windows
 from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
+from compression.sources import LLM, LLM_FOLDER
 from compression.structures import KINDS, layers_of
 from compression.surgery import shrink_decoder
 

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from compression.checkpoint import find_newest, load_classifier, load_language_model, read_stage
+from compression.classifier.tasks import load_sentiment
 from compression.config import StageConfig, run_script
-from compression.corpus import load_corpus, tokenize, windows
-from compression.data import load_sentiment
-from compression.evaluation.perplexity import token_losses
 from compression.files import read_json, write_json
+from compression.llm.perplexity import token_losses
+from compression.llm.text import load_corpus, tokenize, windows
 from compression.runtime import MODELS, RESULTS, UserError, log
 
 CLASSIFIER = """

@@ -20,10 +20,10 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.checkpoint import load_classifier, require
+from compression.classifier.gradual_pruning import GradualPruning, GradualPruningConfig
 from compression.config import StageConfig, run_script
 from compression.distillation import distillation_loss
 from compression.files import write_json
-from compression.gradual import GradualPruning, GradualPruningConfig
 from compression.runtime import RESULTS, fingerprint, log, pick_device
 from compression.structures import KINDS
 

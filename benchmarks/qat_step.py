@@ -22,11 +22,11 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from compression import quantization
 from compression.checkpoint import find_newest, load_classifier
 from compression.config import StageConfig, run_script
-from compression.evaluation.efficiency import interleaved_times
 from compression.files import write_json
 from compression.flops import count_parameters
 from compression.quantization import Format, add_fake_quantization, fake_quantize
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device
+from compression.timing import interleaved_times
 
 
 @dataclass

@@ -17,15 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from torch import nn
 
-from compression.assets import LLM, LLM_FOLDER, ensure_llm
-from compression.calibration import removal_perplexities
+from compression.assets import ensure_llm
 from compression.checkpoint import load_language_model
 from compression.config import StageConfig, run_script
-from compression.corpus import load_corpus, sample_windows, tokenize
-from compression.evaluation.perplexity import perplexity
 from compression.files import write_json
+from compression.llm.perplexity import perplexity
+from compression.llm.removal import removal_perplexities
+from compression.llm.text import load_corpus, sample_windows, tokenize
 from compression.modeling.pruned_decoder import NoAttention, NoMLP
 from compression.runtime import RESULTS, fingerprint, log, pick_device
+from compression.sources import LLM, LLM_FOLDER
 
 
 @dataclass

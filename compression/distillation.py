@@ -1,23 +1,10 @@
 """Losses that teach a student what its teacher knows, and the teacher's outputs, computed once per data set."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from compression.checkpoint import identify, load_tensors, save_tensors
-from compression.data import Encoded
-from compression.evaluation.classification import predict
-from compression.files import new_folder
-from compression.integrity import seal, verify
-from compression.outputs import KEPT_LOGITS
-from compression.runtime import UserError, log, processes
-
-LOGITS = "logits.safetensors"
 
 
 def soft_label_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -68,34 +55,3 @@ def hidden_state_loss(
         per_token = (mine.float() - target.float()).square().mean(-1)
         losses.append(((per_token * attention_mask).sum(-1) / attention_mask.sum(-1)).mean())
     return torch.stack(losses).mean()
-
-
-def teacher_logits(model: PreTrainedModel, folder: Path, encoded: Encoded, pad_token_id: int, cache: Path) -> Tensor:
-    """The teacher's logits [rows, classes] on a data set, computed once and kept.
-
-    Args:
-        folder: where the teacher was loaded from.
-        cache: the folder they are kept in, under a hash of the teacher's weights and of the token ids, so that later
-            stages and resumed runs read them. Where they are damaged they are computed again.
-    """
-    key = hashlib.sha256(f"{identify(folder)['sha256']} {encoded.digest()}".encode()).hexdigest()[:16]
-    stored = Path(cache) / f"{KEPT_LOGITS}{key}"
-    # The first process computes, the others wait and read.
-    with processes().main_process_first():
-        if not _is_whole(stored):
-            log.info("Computing the teacher's logits on %d sentences, once", len(encoded))
-            logits = {"logits": predict(model, encoded, pad_token_id)}
-            with new_folder(stored) as temporary:
-                save_tensors(temporary / LOGITS, logits)
-                seal(temporary, {"stage": "teacher_logits"})
-    return load_tensors(stored / LOGITS)["logits"]
-
-
-def _is_whole(stored: Path) -> bool:
-    """Whether kept logits are there and as they were written."""
-    try:
-        verify(stored)
-    except UserError as problem:
-        log.info("%s", problem)
-        return False
-    return (stored / LOGITS).is_file()

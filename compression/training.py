@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from compression.batching import TrainingData, length_grouped_order
 from compression.checkpoint import load_tensors, read_state, save_tensors
 from compression.config import StageConfig
-from compression.data import TrainingData, length_grouped_order
 from compression.files import new_folder, remove_folder
 from compression.integrity import STATE_FILE, seal
 from compression.runtime import MODELS, UserError, log, processes, seed_step

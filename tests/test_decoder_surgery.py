@@ -11,7 +11,7 @@ from conftest import DECODERS, MIXED, tiny_decoder
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from compression.global_pruning import masked
+from compression.llm.global_pruning import masked
 from compression.modeling import add_modeling_code
 from compression.runtime import UserError
 from compression.structures import HEADS, NEURONS, layers_of

@@ -8,12 +8,13 @@ from conftest import VOCABULARY, tiny_bert, tiny_decoder, tiny_distilbert
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from compression.data import Encoded, Split, batches, encode
-from compression.evaluation import efficiency
-from compression.evaluation.classification import classification_metrics, paired_difference, predict
-from compression.evaluation.efficiency import interleaved_times, measure_latency, size_on_disk
-from compression.evaluation.language_model import EvaluationFields, check_positions, evaluation_windows
+from compression import timing as efficiency
+from compression.batching import batches
+from compression.classifier.metrics import classification_metrics, paired_difference, predict
+from compression.classifier.tasks import Encoded, Split, encode
+from compression.llm.evaluate import EvaluationFields, check_positions, evaluation_windows
 from compression.runtime import UserError
+from compression.timing import interleaved_times, measure_latency, size_on_disk
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,14 @@ import torch
 from conftest import WORDS, tiny_decoder
 from transformers import AutoModelForCausalLM
 
-from compression.calibration import Method, removal_perplexities, score_structures
 from compression.checkpoint import load_language_model
 from compression.config import parse
-from compression.evaluation.perplexity import perplexity
 from compression.flops import encoder_macs_formula
-from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields, masked
+from compression.llm.global_pruning import GlobalPruning, PruningFields, masked
+from compression.llm.perplexity import perplexity
+from compression.llm.removal import removal_perplexities
+from compression.llm.scoring import Method, score_structures
+from compression.llm.text import CalibrationText
 from compression.runtime import ROOT, UserError
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder, to_stock
@@ -179,7 +181,7 @@ def test_factor_of_least_perplexity_is_taken(text, monkeypatch):
     model = tiny_decoder()
     pruning = GlobalPruning(model, config(attention_factors=(0.001, 1.0, 1000.0)), text)
     answers = iter([30.0, 20.0, 10.0])
-    monkeypatch.setattr("compression.global_pruning.perplexity", lambda *_: next(answers))
+    monkeypatch.setattr("compression.llm.global_pruning.perplexity", lambda *_: next(answers))
     kept = pruning._best_choice(pruning._densities(pruning._score()), 1, 0.4)
     assert all(mask.all() for mask in kept[HEADS]), "with the largest factor no attention goes"
 

@@ -11,14 +11,10 @@ import pytest
 import torch
 from conftest import DECODERS, tiny_decoder
 
-import compression.calibration as calibration
+import compression.llm.scoring as calibration
 from compression.allocation import largest_ratio, split_budget, spread_rates
-from compression.calibration import Entering, Method, score_layer, score_structures
-from compression.compensation import repair
 from compression.config import run_script
-from compression.evaluation.perplexity import perplexity
-from compression.global_pruning import CalibrationText
-from compression.gqa_pruning import (
+from compression.llm.gqa_pruning import (
     GQAPruningFields,
     LayerwisePruning,
     layer_rates,
@@ -27,6 +23,11 @@ from compression.gqa_pruning import (
     ratio_range,
     search_ratio,
 )
+from compression.llm.layerwise import Entering
+from compression.llm.perplexity import perplexity
+from compression.llm.repair import repair
+from compression.llm.scoring import Method, score_layer, score_structures
+from compression.llm.text import CalibrationText
 from compression.runtime import ROOT, UserError
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder, to_pruned
@@ -481,8 +482,8 @@ def test_command_writes_a_checkpoint_that_a_new_process_loads(base, tmp_path):
     program = (
         "import sys\n"
         "from compression.checkpoint import load_language_model\n"
-        "from compression.corpus import load_corpus, tokenize, windows\n"
-        "from compression.evaluation.perplexity import perplexity\n"
+        "from compression.llm.text import load_corpus, tokenize, windows\n"
+        "from compression.llm.perplexity import perplexity\n"
         "model, tokenizer = load_language_model(sys.argv[1])\n"
         "ids = windows(tokenize(tokenizer, load_corpus(sys.argv[2], 'test')), 32)[:4]\n"
         "print(perplexity(model, ids))\n"
@@ -504,7 +505,7 @@ def test_search_on_the_command_line(base, tmp_path):
 # Runs the script, counts the layers that are scored, and kills itself before one of them.
 KILLED = """
 import os, signal, sys
-import compression.gqa_pruning as gqa_pruning
+import compression.llm.gqa_pruning as gqa_pruning
 import gqa_aware_pruning
 from compression.config import run_script
 

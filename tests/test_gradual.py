@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, tiny_bert, tiny_distilbert
 
-from compression.gradual import GradualPruning, GradualPruningConfig
+from compression.classifier.gradual_pruning import GradualPruning, GradualPruningConfig
 from compression.runtime import UserError
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 

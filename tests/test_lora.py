@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig
 
 from compression.checkpoint import load_tensors, save_folder
 from compression.flops import count_macs
-from compression.lora import PROJECTIONS, add_lora, load_adapter, write_adapter
+from compression.llm.lora import PROJECTIONS, add_lora, load_adapter, write_adapter
 from compression.runtime import UserError
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder

@@ -7,10 +7,12 @@ import pytest
 import torch
 from conftest import MIXED, tiny_decoder
 
-from compression.calibration import Entering, Method, layer_inputs, removal_perplexities, score_layer, score_structures
-from compression.compensation import repair
-from compression.evaluation.perplexity import perplexity
 from compression.importance import RIDGE
+from compression.llm.layerwise import Entering, layer_inputs
+from compression.llm.perplexity import perplexity
+from compression.llm.removal import removal_perplexities
+from compression.llm.repair import repair
+from compression.llm.scoring import Method, score_layer, score_structures
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder
 

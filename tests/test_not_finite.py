@@ -6,11 +6,14 @@ import pytest
 import torch
 from conftest import tiny_decoder
 
-from compression import calibration
-from compression.calibration import Entering, removal_perplexities, score_layer, score_structures
-from compression.compensation import repair
-from compression.evaluation.perplexity import exp_of_mean, perplexity
-from compression.global_pruning import CalibrationText, GlobalPruning, PruningFields
+from compression.llm import scoring as calibration
+from compression.llm.global_pruning import GlobalPruning, PruningFields
+from compression.llm.layerwise import Entering
+from compression.llm.perplexity import exp_of_mean, perplexity
+from compression.llm.removal import removal_perplexities
+from compression.llm.repair import repair
+from compression.llm.scoring import score_layer, score_structures
+from compression.llm.text import CalibrationText
 from compression.runtime import UserError
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from compression.checkpoint import find_newest, load_classifier, read_stage
-from compression.data import load_sentiment
+from compression.classifier.tasks import load_sentiment
 from compression.structures import layers_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,14 +18,14 @@ import merge_and_save_lora
 import post_training
 from compression.checkpoint import load_language_model, load_tensors, read_stage
 from compression.config import run_script
-from compression.corpus import load_corpus, tokenize, windows
-from compression.evaluation.perplexity import perplexity
 from compression.files import read_json
-from compression.lora import load_adapter
+from compression.llm.lora import load_adapter
+from compression.llm.perplexity import perplexity
+from compression.llm.recovery import LanguageModelling, RecoveryFields, recover
+from compression.llm.rows import of_instructions, of_windows, read_instructions
+from compression.llm.text import load_corpus, tokenize, windows
 from compression.quantization import nf4_base
-from compression.recovery import LanguageModelling, RecoveryFields, recover
 from compression.runtime import ROOT, UserError, setup_logging
-from compression.sequences import of_instructions, of_windows, read_instructions
 from compression.training import fit
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "stage.json", "training_history.json"}
@@ -223,7 +223,7 @@ def test_training_reads_the_train_part_and_judges_by_the_validation_part(folder,
         asked.append(part)
         return load_corpus(name, part, data_dir, **options)
 
-    monkeypatch.setattr("compression.recovery.load_corpus", watching)
+    monkeypatch.setattr("compression.llm.recovery.load_corpus", watching)
     recover(settings(folder, run_evaluation="none", num_epochs=1), folder / "pruned", tmp_path / "out")
     assert asked == ["train", "validation"]
 

@@ -10,8 +10,16 @@ from conftest import KEPT, tiny_bert, tiny_distilbert
 from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
-from compression import report as report_module
 from compression.checkpoint import describe_stage, identify, read_stage, save_checkpoint
+from compression.classifier import report as report_module
+from compression.classifier.report import (
+    build_markdown,
+    data_warnings,
+    describe_lineage,
+    relative_figures,
+    results_table,
+    write_report,
+)
 from compression.files import write_json
 from compression.flops import count_macs
 from compression.plots import (
@@ -22,14 +30,6 @@ from compression.plots import (
     plot_accuracy_against_cost,
     plot_removal,
     save_figure,
-)
-from compression.report import (
-    build_markdown,
-    data_warnings,
-    describe_lineage,
-    relative_figures,
-    results_table,
-    write_report,
 )
 from compression.runtime import ROOT, UserError
 from compression.surgery import shrink

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from compression.checkpoint import load_classifier, save_checkpoint
-from compression.masks import add_masks, remove_masks
+from compression.classifier.masks import add_masks, remove_masks
 from compression.runtime import UserError
 from compression.structures import HEADS, NEURONS, layers_of
 from compression.surgery import shrink

@@ -6,10 +6,10 @@ import os
 import pytest
 from test_data import write_tsv
 
-from compression.corpus import load_corpus
-from compression.data import load_sentiment
+from compression.classifier.tasks import load_sentiment
+from compression.llm.rows import read_instructions
+from compression.llm.text import load_corpus
 from compression.runtime import UserError
-from compression.sequences import read_instructions
 from compression.text_files import read_text
 
 NOT_TEXT = [

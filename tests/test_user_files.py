@@ -13,7 +13,7 @@ from test_lora import pruned, with_adapter
 
 from compression.checkpoint import describe_stage, save_checkpoint, save_folder
 from compression.integrity import seal
-from compression.lora import write_adapter
+from compression.llm.lora import write_adapter
 from compression.outputs import Output, check_place
 from compression.runtime import MODELS, RESULTS, ROOT, UserError
 

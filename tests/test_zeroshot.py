@@ -6,7 +6,7 @@ import pytest
 from conftest import save_decoder, tiny_decoder
 from transformers import AutoTokenizer
 
-from compression.evaluation.zeroshot import check_tasks, zero_shot
+from compression.llm.zeroshot import check_tasks, zero_shot
 from compression.runtime import UserError
 
 PIQA = {"goal": "a b", "sol1": "c", "sol2": "d", "label": 1, "source": None}

@@ -56,7 +56,7 @@ def import_all(code: Path) -> None:
     assert Path(compression.__file__).is_relative_to(code), "the project's own code must not be the one attacked"
     for module in pkgutil.walk_packages(compression.__path__, "compression."):
         importlib.import_module(module.name)
-    from compression.evaluation import zeroshot
+    from compression.llm import zeroshot
 
     if manager := getattr(zeroshot, "_manager", None):  # what it keeps takes many seconds to find
         manager()

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.allocation import Pool, keep_or_drop_layers
-from compression.calibration import Method, score_structures
-from compression.compensation import repair
 from compression.config import StageConfig
-from compression.evaluation.perplexity import perplexity
+from compression.llm.perplexity import perplexity
+from compression.llm.repair import repair
+from compression.llm.scoring import Method, score_structures
+from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 from compression.surgery import shrink_decoder
@@ -90,17 +91,6 @@ class PruningFields(StageConfig):
 
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"normalize": self.normalization}
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Token ids [count, length]: what scores are computed on, what repairs are fitted to, what choices are made by."""
-
-    scores: Tensor
-    repair: Tensor
-    held_out: Tensor
-    batch_size: int = 1
-    gradient_checkpointing: bool = False
 
 
 class GlobalPruning:

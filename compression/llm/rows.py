@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from compression.data import pad
+from compression.batching import pad
 from compression.runtime import UserError, log
 from compression.text_files import parse_json, read_json_lines, read_text
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compression.calibration import Entering
-from compression.evaluation.perplexity import broken_weight, suspect
 from compression.importance import RIDGE, damp
+from compression.llm.layerwise import Entering
+from compression.llm.perplexity import broken_weight, suspect
 from compression.runtime import UserError
 from compression.structures import HEADS, KINDS, layers_of
 

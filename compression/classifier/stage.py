@@ -22,9 +22,9 @@ from compression.checkpoint import (
     save_checkpoint,
     short_hash,
 )
-from compression.data import Encoded, SentimentData, encode, load_sentiment
-from compression.distillation import teacher_logits
-from compression.evaluation.classification import predict
+from compression.classifier.metrics import predict
+from compression.classifier.tasks import Encoded, SentimentData, encode, load_sentiment
+from compression.classifier.teacher import teacher_logits
 from compression.outputs import STATES_END, Output, fresh_path, owned
 from compression.runtime import log, pick_device, processes, seed_everything, shown
 from compression.training import Recipe, TrainingConfig, clean_up, fit

@@ -3,23 +3,20 @@
 import bz2
 import csv
 import hashlib
-import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from compression.assets import SentimentSource, ensure_sentiment
+from compression.batching import pad, pad_rows
+from compression.embedded import FILM_SHARES, part_of_film
 from compression.runtime import UserError
 from compression.text_files import read_text
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 HELD_OUT_ROWS = 1000
-FILM_SHARES = {"validation": 0.1, "selection": 0.1}
 
 
 @dataclass(frozen=True)
@@ -148,45 +145,6 @@ def _split_by_film(source: SentimentSource) -> SentimentData:
     return SentimentData(source.name, source.source, **{part: Split(*rows) for part, rows in parts.items()})
 
 
-def part_of_film(film: str) -> str:
-    """The part that all texts about a film belong to, by a hash of its name."""
-    place = int.from_bytes(hashlib.sha256(film.encode()).digest()[:8], "big") / 2**64
-    for part, share in FILM_SHARES.items():
-        if place < share:
-            return part
-        place -= share
-    return "train"
-
-
-class TrainingData(Protocol):
-    """What the training loop needs of its data: rows of token ids, however they came about."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each row, [rows]."""
-
-    @property
-    def weights(self) -> Tensor:
-        """What each row counts in the mean loss of a batch, whole numbers above 0 [rows]."""
-
-    def __len__(self) -> int: ...
-
-    def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
-        """A batch of these rows, what the recipe's loss takes."""
-
-
-def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows of token ids as input_ids and attention_mask [rows, length of the longest]."""
-    input_ids = _padded(ids, pad_token_id)
-    lengths = torch.tensor([len(row) for row in ids])
-    return {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
-
-
-def _padded(rows: list[list[int]], value: int) -> Tensor:
-    tensors = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
 @dataclass(frozen=True)
 class Encoded:
     """Tokenized sentences or pairs: token ids per row (no padding), labels [rows], and token types."""
@@ -219,7 +177,7 @@ class Encoded:
         """
         batch = pad([self.ids[row] for row in rows], pad_token_id)
         if self.token_types is not None:
-            batch["token_type_ids"] = _padded([self.token_types[row] for row in rows], 0)
+            batch["token_type_ids"] = pad_rows([self.token_types[row] for row in rows], 0)
         return batch | {"labels": self.labels[rows]}
 
 
@@ -228,36 +186,3 @@ def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) ->
     found = tokenizer(split.sentences, truncation=True, max_length=max_length, padding=False)
     types = found.get("token_type_ids")
     return Encoded(found["input_ids"], torch.tensor(split.labels), types if types and any(map(any, types)) else None)
-
-
-def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a classifier takes of a batch, on the batch's device: all its inputs but the labels.
-
-    Token types go to the architectures that have them (BERT), not to the others (DistilBERT).
-
-    Args:
-        model: may be wrapped for several processes.
-    """
-    takes = inspect.signature(type(getattr(model, "module", model)).forward).parameters
-    return {name: batch[name] for name in INPUTS if name in batch and name in takes}
-
-
-def batches(encoded: Encoded, batch_size: int, pad_token_id: int) -> Iterator[dict[str, Tensor]]:
-    """Batches for evaluation, in the order of length; `rows` says which rows of `encoded` each one holds."""
-    for rows in encoded.lengths.argsort(stable=True).split(batch_size):
-        yield encoded.collate(rows.tolist(), pad_token_id) | {"rows": rows}
-
-
-def length_grouped_order(lengths: Tensor, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Rows of each training batch of an epoch: rows of like length together, in random order.
-
-    The shuffled rows are cut into groups of 50 batches; within a group they are sorted by length and cut into batches,
-    and the batches are shuffled. Little padding, and still a new composition every epoch.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator)
-    batch_rows = []
-    for group in order.split(50 * batch_size):
-        ranked = group[lengths[group].argsort(descending=True, stable=True)]
-        batch_rows += [rows.tolist() for rows in ranked.split(batch_size)]
-    return [batch_rows[index] for index in torch.randperm(len(batch_rows), generator=generator)]

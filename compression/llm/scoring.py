@@ -7,7 +7,7 @@ memory of weights and activations but not of a second model full of gradients.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression import importance
-from compression.evaluation.perplexity import check_losses, exp_of_mean, suspect, token_losses
+from compression.llm.layerwise import Entering
+from compression.llm.perplexity import check_losses, suspect, token_losses
 from compression.runtime import UserError
-from compression.structures import HEADS, KINDS, NEURONS, LayerParts, layers_of, output_bias
+from compression.structures import KINDS, LayerParts, layers_of
 
 Method = Literal["fisher", "obs", "taylor", "taylor_2nd", "wanda", "magnitude"]
 Scores = dict[str, list[Tensor]]
@@ -58,7 +59,7 @@ def score_structures(
 
 
 def score_layer(
-    model: PreTrainedModel, index: int, entering: "Entering", method: Method, gradient_checkpointing: bool = False
+    model: PreTrainedModel, index: int, entering: Entering, method: Method, gradient_checkpointing: bool = False
 ) -> dict[str, Tensor]:
     """As `score_structures`, of one layer alone, on text that stands before that layer.
 
@@ -122,7 +123,7 @@ def _whole_passes(model: PreTrainedModel, windows: Tensor, batch_size: int) -> P
         yield ids, model.model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def _passes_from(model: PreTrainedModel, layers: slice, entering: "Entering", needs_gradient: bool) -> Passes:
+def _passes_from(model: PreTrainedModel, layers: slice, entering: Entering, needs_gradient: bool) -> Passes:
     for ids, state, options in entering:
         state = state.detach().requires_grad_(needs_gradient)
         for layer, option in zip(model.model.layers[layers], options[layers], strict=True):
@@ -321,134 +322,3 @@ def _matrices(layers: list[LayerParts], scores: Scores) -> Iterator[tuple[Tensor
 
 
 # What removing a whole part costs.
-
-
-@torch.no_grad()
-def removal_perplexities(
-    model: PreTrainedModel,
-    windows: Tensor,
-    batch_size: int = 1,
-    parts: tuple[str, ...] = ("layer", "attention", "mlp"),
-) -> dict[str, float | list[float]]:
-    """Perplexity with one layer, one attention or one MLP removed, for all of them.
-
-    What goes into a layer does not depend on what comes after it: the states that enter each layer are computed once
-    per batch, and only the layers behind a removed part are run again, for all parts of one layer at once.
-
-    Args:
-        windows: token ids [count, length].
-        batch_size: windows per batch; behind a removed part as many for each of `parts`.
-        parts: which of layer, attention and mlp are looked at.
-
-    Returns:
-        dense: of the model as it is; and each of the parts: a list over layers. What is removed leaves the bias of its
-        output projection behind, as in the smaller model.
-
-    Raises:
-        UserError: a perplexity is not finite, and without which part.
-    """
-    layers = model.model.layers
-    totals = torch.zeros(len(layers), len(parts), dtype=torch.double)
-    dense, tokens = 0.0, 0
-    for ids in tqdm(windows.split(batch_size), desc="removal analysis", leave=False, disable=None):
-        ids = ids.to(model.device)
-        states, options = layer_inputs(model, ids)
-        repeated = ids.repeat(len(parts), 1)
-        _, repeated_options = first_input(model, repeated)
-        dense += token_losses(model.lm_head, model.model.norm(states[-1]), ids).double().sum().item()
-        tokens += len(ids) * (ids.shape[1] - 1)
-        for index, layer in enumerate(layers):
-            state = torch.cat([_without(part, layer, states[index], options[index]) for part in parts])
-            for later, option in zip(layers[index + 1 :], repeated_options[index + 1 :], strict=True):
-                state = later(state, **option)
-            losses = token_losses(model.lm_head, model.model.norm(state), repeated)
-            totals[index] += losses.double().view(len(parts), -1).sum(1).cpu()
-    found = {"dense": exp_of_mean(model, dense, tokens, "the dense model")}
-    for place, part in enumerate(parts):
-        removed = ((index, f"the model without {_named(part, index)}") for index in range(len(layers)))
-        found[part] = [exp_of_mean(model, totals[index, place].item(), tokens, what) for index, what in removed]
-    return found
-
-
-def _named(part: str, index: int) -> str:
-    return f"layer {index}" if part == "layer" else f"the {part} of layer {index}"
-
-
-def _without(part: str, layer: nn.Module, state: Tensor, options: dict[str, Any]) -> Tensor:
-    """What leaves a layer that lacks the part; the bias of the part's output projection stays."""
-    if part == "mlp":
-        state = state + layer.self_attn(hidden_states=layer.input_layernorm(state), **options)[0]
-    else:
-        state = state + output_bias(layer, HEADS)
-    if part == "attention":
-        return state + layer.mlp(layer.post_attention_layernorm(state))
-    return state + output_bias(layer, NEURONS)
-
-
-class _Noting(nn.Module):
-    """In a layer's place: notes what the layer is given, and runs nothing."""
-
-    def forward(self, state: Tensor, **options: Any) -> Tensor:
-        self.state, self.options = state, options
-        return state
-
-
-def first_input(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The state [windows, length, hidden] that enters the first layer, and each layer's options; no layer is run.
-
-    Layers differ in their options where some attend to a sliding window and others to all.
-
-    Args:
-        ids: token ids [windows, length].
-    """
-    layers, noting = model.model.layers, nn.ModuleList(_Noting() for _ in model.model.layers)
-    model.model.layers = noting
-    try:
-        model.model(input_ids=ids, use_cache=False)
-    finally:
-        model.model.layers = layers
-    return noting[0].state, [layer.options for layer in noting]
-
-
-def layer_inputs(model: PreTrainedModel, ids: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """The states [windows, length, hidden] that enter each layer and leave the last one, and each layer's options.
-
-    Args:
-        ids: token ids [windows, length].
-    """
-    state, options = first_input(model, ids)
-    states = [state]
-    for layer, option in zip(model.model.layers, options, strict=True):
-        states.append(layer(states[-1], **option))
-    return states, options
-
-
-class Entering:
-    """Text on its way through a model's layers: the states that enter one layer, batch by batch, without gradients.
-
-    A pruner that goes from the first layer to the last runs each layer once for what is behind it.
-
-    Args:
-        windows: token ids [count, length]. The states of all of them are held.
-        layer: which layer the text stands before at first.
-
-    Iterating gives (token ids [windows, length], states [windows, length, hidden], each layer's options) of each batch.
-    """
-
-    def __init__(self, model: PreTrainedModel, windows: Tensor, batch_size: int = 1, layer: int = 0):
-        self.model, self.layer = model, 0
-        with torch.no_grad():
-            batches = windows.to(model.device).split(batch_size)
-            self.batches = [(ids, *first_input(model, ids)) for ids in batches]
-        for _ in range(layer):
-            self.advance()
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[dict[str, Any]]]]:
-        return iter(self.batches)
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Go through the layer that the text stands before."""
-        layer, place = self.model.model.layers[self.layer], self.layer
-        self.batches = [(ids, layer(state, **options[place]), options) for ids, state, options in self.batches]
-        self.layer += 1

@@ -15,10 +15,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.allocation import largest_ratio, split_budget, spread_rates
-from compression.calibration import Entering, Method, score_layer
-from compression.compensation import repair_layer
 from compression.config import StageConfig
-from compression.global_pruning import CalibrationText
+from compression.llm.layerwise import Entering
+from compression.llm.repair import repair_layer
+from compression.llm.scoring import Method, score_layer
+from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
 from compression.structures import DECODERS, HEADS, KINDS, NEURONS, LayerParts, family_of, layers_of
 from compression.surgery import shrink_layer, to_pruned

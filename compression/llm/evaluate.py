@@ -9,13 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import check_positions
 from compression.config import StageConfig
-from compression.corpus import load_corpus, tokenize, windows
-from compression.evaluation.efficiency import measure_generation
-from compression.evaluation.perplexity import perplexity
-from compression.evaluation.zeroshot import check_tasks, zero_shot
 from compression.flops import count_macs, count_parameters
+from compression.llm.perplexity import perplexity
+from compression.llm.text import load_corpus, tokenize, windows
+from compression.llm.zeroshot import check_tasks, zero_shot
 from compression.runtime import UserError, log
 from compression.structures import layers_of
+from compression.timing import measure_generation
 
 NEW_TOKENS = 32
 

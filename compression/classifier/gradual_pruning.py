@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from compression import importance
 from compression.allocation import Pool, keep, reachable_sparsity
-from compression.data import model_inputs
+from compression.batching import model_inputs
+from compression.classifier.masks import MaskedLinear, add_masks, remove_masks
 from compression.distillation import distillation_loss
-from compression.masks import MaskedLinear, add_masks, remove_masks
 from compression.runtime import UserError, log
 from compression.schedule import EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
 from compression.structures import HEADS, KINDS, NEURONS, LayerParts, layers_of

@@ -7,8 +7,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compression.batching import batches, model_inputs
 from compression.checkpoint import check_positions
-from compression.data import Encoded, batches, model_inputs
+from compression.classifier.tasks import Encoded
 from compression.runtime import UserError
 
 

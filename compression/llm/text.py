@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from compression.assets import NotOnHub, ensure_reviews, hub_snapshot
-from compression.data import part_of_film
+from compression.assets import NotOnHub, hub_snapshot
+from compression.embedded import ensure_reviews, part_of_film
 from compression.runtime import UserError, log
 from compression.text_files import read_text
 
@@ -166,3 +166,14 @@ def sample_windows(ids: Tensor, length: int, count: int, seed: int, name: str = 
     every = windows(ids, length, name)
     chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:count]
     return every[chosen.sort().values]
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Token ids [count, length]: what scores are computed on, what repairs are fitted to, what choices are made by."""
+
+    scores: Tensor
+    repair: Tensor
+    held_out: Tensor
+    batch_size: int = 1
+    gradient_checkpointing: bool = False

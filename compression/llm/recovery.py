@@ -29,11 +29,12 @@ from compression.checkpoint import (
     save_folder,
     short_hash,
 )
-from compression.corpus import FILES, load_corpus, sample_windows, tokenize
 from compression.distillation import distillation_loss
-from compression.evaluation.language_model import EvaluationFields, evaluation_windows, measure
-from compression.evaluation.perplexity import perplexity
-from compression.lora import PROJECTIONS, add_lora, write_adapter
+from compression.llm.evaluate import EvaluationFields, evaluation_windows, measure
+from compression.llm.lora import PROJECTIONS, add_lora, write_adapter
+from compression.llm.perplexity import perplexity
+from compression.llm.rows import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
+from compression.llm.text import FILES, load_corpus, sample_windows, tokenize
 from compression.outputs import STATES_END, Output, owned
 from compression.quantization import nf4_base
 from compression.runtime import (
@@ -47,7 +48,6 @@ from compression.runtime import (
     seed_everything,
     shown,
 )
-from compression.sequences import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
 from compression.training import Recipe, TrainingFields, clean_up, fit
 
 

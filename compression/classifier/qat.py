@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compression.data import model_inputs
+from compression.batching import model_inputs
 from compression.distillation import hidden_state_loss, layer_map, soft_label_loss
 from compression.quantization import StorageFields, add_fake_quantization, remove_fake_quantization
 from compression.runtime import UserError

@@ -11,15 +11,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compression.assets import LLM
 from compression.checkpoint import SavedParts, check_positions, contents, is_made_from, load_language_model, short_hash
-from compression.corpus import Corpus, load_corpus, sample_windows, tokenize
-from compression.evaluation.language_model import EvaluationFields, efficiency_ratios, measure, measure_efficiency
 from compression.files import new_file
-from compression.global_pruning import CalibrationText
 from compression.integrity import RUN_FILE, seal
+from compression.llm.evaluate import EvaluationFields, efficiency_ratios, measure, measure_efficiency
+from compression.llm.text import CalibrationText, Corpus, load_corpus, sample_windows, tokenize
 from compression.outputs import STATES_END, Output, owned
 from compression.runtime import MODELS, RESULTS, Dtype, device_named, fingerprint, log, log_file, shown
+from compression.sources import LLM
 
 FINETUNING = ("finetune", "finetune_method", "finetune_samples", "lora_r")
 NOT_RESULT = (

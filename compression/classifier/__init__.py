@@ -1,0 +1,1 @@
+"""The classifier track: what the numbered scripts share."""

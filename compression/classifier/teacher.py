@@ -1,0 +1,48 @@
+"""A teacher's outputs on a data set, computed once and kept."""
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compression.checkpoint import identify, load_tensors, save_tensors
+from compression.classifier.metrics import predict
+from compression.classifier.tasks import Encoded
+from compression.files import new_folder
+from compression.integrity import seal, verify
+from compression.outputs import KEPT_LOGITS
+from compression.runtime import UserError, log, processes
+
+LOGITS = "logits.safetensors"
+
+
+def teacher_logits(model: PreTrainedModel, folder: Path, encoded: Encoded, pad_token_id: int, cache: Path) -> Tensor:
+    """The teacher's logits [rows, classes] on a data set, computed once and kept.
+
+    Args:
+        folder: where the teacher was loaded from.
+        cache: the folder they are kept in, under a hash of the teacher's weights and of the token ids, so that later
+            stages and resumed runs read them. Where they are damaged they are computed again.
+    """
+    key = hashlib.sha256(f"{identify(folder)['sha256']} {encoded.digest()}".encode()).hexdigest()[:16]
+    stored = Path(cache) / f"{KEPT_LOGITS}{key}"
+    # The first process computes, the others wait and read.
+    with processes().main_process_first():
+        if not _is_whole(stored):
+            log.info("Computing the teacher's logits on %d sentences, once", len(encoded))
+            logits = {"logits": predict(model, encoded, pad_token_id)}
+            with new_folder(stored) as temporary:
+                save_tensors(temporary / LOGITS, logits)
+                seal(temporary, {"stage": "teacher_logits"})
+    return load_tensors(stored / LOGITS)["logits"]
+
+
+def _is_whole(stored: Path) -> bool:
+    """Whether kept logits are there and as they were written."""
+    try:
+        verify(stored)
+    except UserError as problem:
+        log.info("%s", problem)
+        return False
+    return (stored / LOGITS).is_file()
