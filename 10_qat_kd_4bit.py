@@ -3,38 +3,74 @@
     python 10_qat_kd_4bit.py [--fast] [--pruned_model_path DIR] [--num_epochs 2] [--learning_rate 1e-5]
 
 Reads the newest pruned model, models/teacher_model and the sentiment data; writes
-models/pruned_qkd4bit_<timestamp>, a 4-bit model that computes with exactly the weights it was trained with. The fields
-of the losses are documented in compression/classifier/qat.py, those of any training in compression/training.py.
+models/pruned_qkd4bit_<timestamp>, a 4-bit model that computes with exactly the weights it was trained with.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 from compression.checkpoint import find_unquantized, load_classifier, require_classifier
-from compression.classifier.qat import QuantizationAwareConfig, QuantizationAwareDistillation
-from compression.classifier.stage import Stage
-from compression.config import run_script
-from compression.quantization import bytes_by_part, check_exact, pack
-from compression.runtime import UserError, log, pick_dtype
+from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
+from compression.classifier.stage import DataSettings, Stage
+from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
+from compression.quantization import Storage, bytes_by_part, check_exact, pack
+from compression.runtime import MODELS, UserError, log, pick_dtype
+from compression.training import Training
 
 
 @dataclass
-class QATKDConfig(QuantizationAwareConfig):
-    pruned_model_path: Path | None = None
+class QATKDConfig(Config):
+    pruned_model_path: Annotated[Path | None, NO_EFFECT] = None
     """The model to train; by default the newest pruned one in models_dir."""
-    teacher_path: Path | None = None
+    teacher_path: Annotated[Path | None, NO_EFFECT] = None
     """The fine-tuned teacher; by default teacher_model in models_dir."""
+    models_dir: Annotated[Path, NO_EFFECT] = MODELS
+    """Folder that checkpoints are read from and written to."""
+
+    # beta_ce * cross-entropy + beta_logits * T^2 * KL(teacher || student) + beta_hidden * MSE of hidden states.
+    beta_ce: Annotated[float, AtLeast(0)] = 0.3
+    """Weight of the cross-entropy on the labels."""
+    beta_logits: Annotated[float, AtLeast(0)] = 0.5
+    """Weight of the soft-label loss."""
+    beta_hidden: Annotated[float, AtLeast(0)] = 0.2
+    """Weight of the hidden-state loss; with 0 the teacher's outputs are computed once and kept."""
+    temperature: Annotated[float, Between(0.1, 100)] = 4.0
+    """Softening of both models' logits."""
+
+    storage: Flat[Storage] = group(
+        Storage, quant_type="nf4", blocksize=64, double_quant=False, embedding_bits=4, compute_dtype="auto"
+    )
+    data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
+    training: Flat[Training] = group(Training, num_epochs=2, batch_size=16, learning_rate=1e-5, max_grad_norm=1.0)
+
+    presets: ClassVar = {
+        "fast": dict(num_epochs=1, batch_size=32, train_fraction=0.3, max_length=64, beta_hidden=0.0, amp="auto"),
+    }
+
+    def check(self) -> None:
+        if not (self.beta_ce or self.beta_logits or self.beta_hidden):
+            raise UserError("--beta_ce 0 --beta_logits 0 --beta_hidden 0: one of them must be above 0")
 
 
 def make_recipe(stage: Stage, model, task, config: QATKDConfig) -> QuantizationAwareDistillation:
     """The losses, with a teacher that runs on every batch only where its hidden states are needed."""
-    rows = len(task.train)
+    recipe = partial(
+        QuantizationAwareDistillation,
+        model,
+        config.training,
+        pick(LossWeights, config),
+        config.storage.format(),
+        len(task.train),
+    )
     if not config.beta_hidden:
-        return QuantizationAwareDistillation(model, config, rows, teacher_logits=stage.teacher_logits())
+        return recipe(teacher_logits=stage.teacher_logits())
     teacher, tokenizer = load_classifier(stage.teacher, model.device)
     if tokenizer.get_vocab() != task.tokenizer.get_vocab():
         raise UserError(f"--teacher_path {stage.teacher}: splits text otherwise than the student; use --beta_hidden 0")
-    return QuantizationAwareDistillation(model, config, rows, teacher=teacher)
+    return recipe(teacher=teacher)
 
 
 def main(config: QATKDConfig) -> None:
@@ -60,7 +96,7 @@ def main(config: QATKDConfig) -> None:
         # The same fp32 weights are packed once; every layer must have the values it was trained with.
         trained_logits = task.predict(model, task.validation)
         values = recipe.finish()
-        packed = pack(model, config.storage(), pick_dtype(config.compute_dtype, "Compute dtype"))
+        packed = pack(model, config.storage.format(), pick_dtype(config.storage.compute_dtype, "Compute dtype"))
         check_exact(packed, values)
         metrics["logit_difference"] = (task.predict(packed, task.validation) - trained_logits).abs().max().item()
         metrics["bytes_after"] = bytes_by_part(packed)

@@ -8,24 +8,30 @@ models/teacher_model.
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
 
 from compression.assets import ensure_teacher
 from compression.batching import model_inputs
-from compression.classifier.stage import Stage
-from compression.config import run_script
+from compression.classifier.stage import DataSettings, Stage
+from compression.config import NO_EFFECT, Config, Flat, group, run_script
+from compression.runtime import MODELS
 from compression.sources import TEACHER
-from compression.training import Recipe, TrainingConfig
+from compression.training import Recipe, Training
 
 
 @dataclass
-class TeacherConfig(TrainingConfig):
-    teacher: str = TEACHER
+class TeacherConfig(Config):
+    teacher: Annotated[str, NO_EFFECT] = TEACHER
     """BERT or DistilBERT to start from: a folder, or a name on the hub."""
-    overwrite: bool = False
+    models_dir: Annotated[Path, NO_EFFECT] = MODELS
+    """Folder that checkpoints are read from and written to."""
+    overwrite: Annotated[bool, NO_EFFECT] = False
     """Replace an earlier result that was made with other settings or inputs."""
+    data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
+    training: Flat[Training] = group(Training, num_epochs=3, batch_size=32, learning_rate=5e-5)
 
     presets: ClassVar = {"fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto")}
 
@@ -40,13 +46,13 @@ class FineTuning(Recipe):
 
 def main(config: TeacherConfig) -> None:
     start = ensure_teacher(config.teacher, config.models_dir / "bert-local")
-    stage = Stage("teacher", config, parent=start, output="teacher_model")
+    stage = Stage("teacher", config, parent=start, output="teacher_model", overwrite=config.overwrite)
     if stage.is_done():
         return
 
     with stage.running():
         model, task = stage.load_model(num_labels=2)
-        recipe = FineTuning(config, len(task.train))
+        recipe = FineTuning(config.training, len(task.train))
         history = stage.train(model, task, recipe)
         stage.save(model, task, history)
 

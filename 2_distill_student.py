@@ -9,16 +9,17 @@ data; writes models/student_model, or with soft labels alone models/student_soft
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from compression.assets import ensure_student
 from compression.batching import model_inputs
 from compression.checkpoint import require_classifier
-from compression.classifier.stage import Stage
-from compression.config import run_script
+from compression.classifier.stage import DataSettings, Stage
+from compression.config import NO_EFFECT, Between, Config, Flat, group, run_script
 from compression.distillation import distillation_loss
+from compression.runtime import MODELS
 from compression.sources import STUDENT
-from compression.training import Recipe, TrainingConfig
+from compression.training import Recipe, Training
 
 # Variant -> what stage.json calls the result, and its folder.
 VARIANTS = {
@@ -28,40 +29,38 @@ VARIANTS = {
 
 
 @dataclass
-class DistillationConfig(TrainingConfig):
-    student: str = STUDENT
+class DistillationConfig(Config):
+    student: Annotated[str, NO_EFFECT] = STUDENT
     """DistilBERT or BERT to start from: a folder, or a name on the hub."""
-    overwrite: bool = False
-    """Replace an earlier result that was made with other settings or inputs."""
-    teacher_path: Path | None = None
+    teacher_path: Annotated[Path | None, NO_EFFECT] = None
     """The fine-tuned teacher; by default teacher_model in models_dir."""
+    models_dir: Annotated[Path, NO_EFFECT] = MODELS
+    """Folder that checkpoints are read from and written to."""
+    overwrite: Annotated[bool, NO_EFFECT] = False
+    """Replace an earlier result that was made with other settings or inputs."""
     variant: Literal["labels_and_teacher", "soft_labels"] = "labels_and_teacher"
     """Learn from labels and teacher, or from the teacher's soft labels alone."""
-    temperature: float = 2.0
+    temperature: Annotated[float, Between(0.1, 100)] = 2.0
     """Softening of both models' logits."""
-    alpha: float = 0.5
+    alpha: Annotated[float, Between(0, 1)] = 0.5
     """Weight of the soft-label loss, cross-entropy has the rest; with soft_labels it counts as 1."""
+    data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
+    training: Flat[Training] = group(Training, num_epochs=3, batch_size=32, learning_rate=5e-5)
 
     presets: ClassVar = {"fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto")}
-
-    def check(self) -> None:
-        super().check()
-        self.check_range("temperature", 0.1, 100)
-        self.check_range("alpha", 0, 1)
 
 
 class Distillation(Recipe):
     """alpha * T^2 * KL to the teacher + (1 - alpha) * cross-entropy."""
 
-    def __init__(self, config: DistillationConfig, teacher_logits):
-        super().__init__(config, len(teacher_logits))
-        self.teacher_logits = teacher_logits
-        self.alpha = 1.0 if config.variant == "soft_labels" else config.alpha
+    def __init__(self, training: Training, teacher_logits, temperature: float, alpha: float):
+        super().__init__(training, len(teacher_logits))
+        self.teacher_logits, self.temperature, self.alpha = teacher_logits, temperature, alpha
 
     def loss(self, model, batch, step):
         logits = model(**model_inputs(model, batch)).logits
         teacher = self.teacher_logits[batch["rows"]]
-        return distillation_loss(logits, teacher, batch["labels"], self.config.temperature, self.alpha)
+        return distillation_loss(logits, teacher, batch["labels"], self.temperature, self.alpha)
 
 
 def main(config: DistillationConfig) -> None:
@@ -69,13 +68,14 @@ def main(config: DistillationConfig) -> None:
     teacher = config.teacher_path or config.models_dir / "teacher_model"
     require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
     start = ensure_student(config.student, config.models_dir / "distilbert-local")
-    stage = Stage(name, config, parent=start, output=folder, teacher=teacher)
+    stage = Stage(name, config, parent=start, output=folder, teacher=teacher, overwrite=config.overwrite)
     if stage.is_done():
         return
 
     with stage.running():
         model, task = stage.load_model(num_labels=2)
-        recipe = Distillation(config, stage.teacher_logits().to(model.device))
+        alpha = 1.0 if config.variant == "soft_labels" else config.alpha
+        recipe = Distillation(config.training, stage.teacher_logits().to(model.device), config.temperature, alpha)
         history = stage.train(model, task, recipe)
         stage.save(model, task, history)
 

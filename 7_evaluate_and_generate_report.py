@@ -10,7 +10,7 @@ import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line 
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from compression.classifier.report import (
     write_report,
 )
 from compression.classifier.tasks import encode, load_sentiment
-from compression.config import StageConfig, run_script
+from compression.config import AtLeast, Between, Config, run_script
 from compression.flops import count_macs, count_parameters
 from compression.outputs import check_files
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device, shown
@@ -53,24 +53,24 @@ BASELINE = "Distilled Student (Baseline)"
 
 
 @dataclass
-class EvaluationConfig(StageConfig):
+class EvaluationConfig(Config):
     data_dir: str | None = None
     """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
     models_dir: Path = MODELS
     """Where the checkpoints are."""
     output_dir: Path = RESULTS
     """Where the report goes."""
-    max_length: int = 128
+    max_length: Annotated[int, Between(4, 512)] = 128
     """Sentences are cut at this number of tokens for accuracy."""
-    flops_sequence_length: int = 128
+    flops_sequence_length: Annotated[int, Between(4, 512)] = 128
     """Tokens per sequence that GFLOPs are counted at."""
-    latency_sequence_length: int = 128
+    latency_sequence_length: Annotated[int, Between(4, 512)] = 128
     """Tokens per sequence that latency and throughput are measured at."""
-    throughput_batch_size: int = 32
+    throughput_batch_size: Annotated[int, AtLeast(1)] = 32
     """Sequences per batch for throughput; latency is measured on one sequence."""
-    latency_repeats: int = 100
+    latency_repeats: Annotated[int, AtLeast(1)] = 100
     """Timed passes per model for latency."""
-    throughput_repeats: int = 20
+    throughput_repeats: Annotated[int, AtLeast(1)] = 20
     """Timed passes per model for throughput."""
     every_pruned: bool = False
     """Evaluate every pruned model, not only the newest one."""
@@ -78,12 +78,6 @@ class EvaluationConfig(StageConfig):
     """Fixes the token ids that are timed."""
 
     presets: ClassVar = {"fast": dict(max_length=64, latency_repeats=30, throughput_repeats=8)}
-
-    def check(self) -> None:
-        for name in ("max_length", "flops_sequence_length", "latency_sequence_length"):
-            self.check_range(name, 4, 512)
-        for name in ("throughput_batch_size", "latency_repeats", "throughput_repeats"):
-            self.check_range(name, 1)
 
 
 def measure(name: str, folder: Path, model, tokenizer, validation, config: EvaluationConfig) -> tuple[Entry, Tensor]:

@@ -3,29 +3,133 @@
     python 8_pruning_with_finetuning.py [--fast] [--preset conservative|aggressive]
 
 Reads models/student_model, models/teacher_model and the sentiment data; writes
-models/pruning_with_finetuning_<timestamp>, a physically smaller model. The schedule's fields and presets are documented
-in compression/classifier/gradual_pruning.py, those of any training in compression/training.py.
+models/pruning_with_finetuning_<timestamp>, a physically smaller model.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 from compression.checkpoint import require_classifier
-from compression.classifier.gradual_pruning import GradualPruning, GradualPruningConfig
-from compression.classifier.stage import Stage
-from compression.config import run_script
-from compression.runtime import UserError, log
+from compression.classifier.gradual_pruning import (
+    MODES,
+    DistillationSchedule,
+    GradualPruning,
+    Importance,
+    ModeName,
+    PruningSchedule,
+    Targets,
+)
+from compression.classifier.stage import DataSettings, Stage
+from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
+from compression.runtime import MODELS, UserError, log
+from compression.schedule import EarlyStopping
+from compression.training import Training
 
 # Masked and smaller model compute the same sums in another order; more than this is a mistake in the surgery.
 LOGIT_TOLERANCE = 1e-4
 
 
 @dataclass
-class GradualPruningWithFinetuningConfig(GradualPruningConfig):
-    student_path: Path | None = None
+class GradualPruningWithFinetuningConfig(Config):
+    student_path: Annotated[Path | None, NO_EFFECT] = None
     """The model to prune; by default student_model in models_dir."""
-    teacher_path: Path | None = None
+    teacher_path: Annotated[Path | None, NO_EFFECT] = None
     """The fine-tuned teacher; by default teacher_model in models_dir."""
+    models_dir: Annotated[Path, NO_EFFECT] = MODELS
+    """Folder that checkpoints are read from and written to."""
+
+    # When: epochs count from 1, all phases together.
+    pruning_start_epoch: Annotated[int, AtLeast(1)] = 2
+    """First epoch of the Pruning phase; before it is Warmup."""
+    pruning_end_epoch: Annotated[int, AtLeast(1)] = 8
+    """Last epoch of the Pruning phase; after it comes Finetuning."""
+    pruning_frequency: Annotated[int, AtLeast(1)] = 20
+    """Steps between pruning events (fewer where the phase is too short for ten events)."""
+    finetuning_learning_rate: Annotated[float, AtLeast(0)] = 1e-5
+    """Learning rate at the start of Finetuning; it falls linearly to zero."""
+    patience: Annotated[int, AtLeast(1)] = 5
+    """Epochs of Finetuning without a better accuracy on the held-out training sentences, after which it stops."""
+    min_delta: Annotated[float, AtLeast(0)] = 0.001
+    """Least rise of that accuracy that counts as better."""
+
+    # What the student learns: alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy.
+    temperature_start: Annotated[float, Between(0.1, 100)] = 10.0
+    """Softening of the logits at the first step."""
+    temperature_end: Annotated[float, Between(0.1, 100)] = 2.0
+    """Softening of the logits at the last step."""
+    alpha_start: Annotated[float, Between(0, 1)] = 0.9
+    """Weight of the soft-label loss at the first step; cross-entropy has the rest."""
+    alpha_end: Annotated[float, Between(0, 1)] = 0.2
+    """Weight of the soft-label loss at the last step."""
+
+    # Which structures go (KGSP): the least important ones.
+    importance_mode: ModeName = "l2+kd_grad"
+    """Score of a structure: one of MODES in compression/classifier/gradual_pruning.py, which --help lists."""
+    lambda_mag: Annotated[float, AtLeast(0)] = 0.5
+    """Weight of the norm in l2+kd_grad."""
+    lambda_grad: Annotated[float, AtLeast(0)] = 0.5
+    """Weight of the gradient term in l2+kd_grad."""
+    pruning_window_steps: Annotated[int, AtLeast(1)] = 50
+    """Steps up to a pruning event whose gradients count at it: a sliding window, which may reach behind the event
+    before."""
+
+    # How much goes (MSP): heads and neurons apart, or all together.
+    enable_multi_granularity: bool = True
+    """MSP: rank heads and neurons apart, each to its own target; off: one ranking by score per parameter."""
+    head_final_sparsity: Annotated[float, Between(0, 0.99)] = 0.30
+    """Share of the heads to remove (with MSP)."""
+    ffn_final_sparsity: Annotated[float, Between(0, 0.99)] = 0.20
+    """Share of the FFN neurons to remove (with MSP)."""
+    target_sparsity: Annotated[float, Between(0, 0.99)] = 0.20
+    """Share of the parameters of all heads and neurons to remove (without MSP)."""
+    min_heads: Annotated[int, AtLeast(1)] = 1
+    """Least number of heads that stay in every layer."""
+    neuron_multiple: Annotated[int, AtLeast(1)] = 8
+    """Number of which the neurons that stay in every layer are a multiple."""
+
+    data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
+    training: Flat[Training] = group(Training, num_epochs=15, batch_size=32, learning_rate=5e-5)
+
+    presets: ClassVar = {
+        "fast": dict(num_epochs=4, pruning_start_epoch=1, pruning_end_epoch=2, patience=2)
+        | dict(batch_size=64, train_fraction=0.3, max_length=64, amp="auto")
+        | dict(pruning_frequency=100, pruning_window_steps=20),
+        "conservative": dict(lambda_mag=0.6, lambda_grad=0.4, pruning_window_steps=100)
+        | dict(head_final_sparsity=0.20, ffn_final_sparsity=0.15),
+        "aggressive": dict(head_final_sparsity=0.40, ffn_final_sparsity=0.35),
+    }
+
+    @classmethod
+    def conservative(cls):
+        """Remove less, and trust the weights' norm more."""
+        return cls.preset("conservative")
+
+    @classmethod
+    def aggressive(cls):
+        """Remove more."""
+        return cls.preset("aggressive")
+
+    def check(self) -> None:
+        if self.pruning_end_epoch > self.training.num_epochs:
+            raise UserError(
+                f"--num_epochs {self.training.num_epochs}: allowed is at least --pruning_end_epoch "
+                f"{self.pruning_end_epoch}; set both"
+            )
+        Between(1, self.pruning_end_epoch).check("pruning_start_epoch", self.pruning_start_epoch)
+        if not any(MODES[self.importance_mode].weights(pick(Importance, self))):
+            raise UserError(
+                "--lambda_mag 0 --lambda_grad 0: one of them must be above 0 with --importance_mode l2+kd_grad"
+            )
+
+
+def make_recipe(model: Any, teacher_logits: Any, config: GradualPruningWithFinetuningConfig) -> GradualPruning:
+    """Phases Warmup, Pruning, Finetuning: the masks go in with the recipe."""
+    schedule, distillation = pick(PruningSchedule, config), pick(DistillationSchedule, config)
+    importance, targets = pick(Importance, config), pick(Targets, config)
+    stopping = EarlyStopping(config.patience, config.min_delta)
+    return GradualPruning(model, teacher_logits, config.training, schedule, distillation, importance, targets, stopping)
 
 
 def main(config: GradualPruningWithFinetuningConfig) -> None:
@@ -38,10 +142,9 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
         return
 
     with stage.running():
-        # Warmup, Pruning, Finetuning: the masks go in with the recipe.
         model, task = stage.load_model()
         before = task.evaluate(model)
-        recipe = GradualPruning(model, stage.teacher_logits(), config)
+        recipe = make_recipe(model, stage.teacher_logits(), config)
         history = stage.train(model, task, recipe)
 
         # From masks to smaller layers, which must compute the same.

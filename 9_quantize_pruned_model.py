@@ -10,7 +10,7 @@ models/pruned_quantized_final. No data is needed. The classification head stays 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from compression.checkpoint import (
     describe_stage,
@@ -21,40 +21,38 @@ from compression.checkpoint import (
     read_stage,
     save_checkpoint,
 )
-from compression.config import StageConfig, run_script
+from compression.config import NO_EFFECT, Config, Flat, group, run_script
 from compression.outputs import Output, owned
-from compression.quantization import StorageFields, bytes_by_part, pack
+from compression.quantization import Storage, bytes_by_part, pack
 from compression.runtime import MODELS, UserError, log, pick_device, pick_dtype, shown
-
-# Fields that do not change the result; the path of the input is among them because the input itself is compared.
-NOT_RESULT = ("models_dir", "output_dir", "pruned_model_path", "overwrite", "skip_existing")
 
 
 @dataclass
-class QuantizationConfig(StorageFields, StageConfig):
-    pruned_model_path: Path | None = None
+class QuantizationConfig(Config):
+    pruned_model_path: Annotated[Path | None, NO_EFFECT] = None
     """The model to quantize; by default the newest pruned one in models_dir."""
-    models_dir: Path = MODELS
-    """Where checkpoints are read and written."""
-    output_dir: Path | None = None
+    models_dir: Annotated[Path, NO_EFFECT] = MODELS
+    """Folder that checkpoints are read from and written to."""
+    output_dir: Annotated[Path | None, NO_EFFECT] = None
     """Where to write; by default pruned_quantized_final in models_dir."""
     load_in_8bit: bool = False
     """8-bit weights (LLM.int8) instead of 4-bit ones."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, NO_EFFECT] = False
     """Replace an earlier result that was made with other settings or from another model."""
-    skip_existing: bool = False
+    skip_existing: Annotated[bool, NO_EFFECT] = False
     """Do nothing if the output exists and was made with this configuration from this model."""
+    storage: Flat[Storage] = group(
+        Storage, quant_type="nf4", blocksize=64, double_quant=False, embedding_bits=4, compute_dtype="auto"
+    )
 
     # Quantization takes seconds: the quick settings are the usual ones.
     presets: ClassVar = {"fast": {}}
 
     def check(self) -> None:
-        default = type(self)
         for name in ("double_quant", "quant_type", "blocksize"):
-            if self.load_in_8bit and getattr(self, name) != getattr(default, name):
-                raise UserError(
-                    f"--{name} {getattr(self, name)}: is for 4-bit weights; not allowed with --load_in_8bit"
-                )
+            value = getattr(self.storage, name)
+            if self.load_in_8bit and value != getattr(Storage(), name):
+                raise UserError(f"--{name} {value}: is for 4-bit weights; not allowed with --load_in_8bit")
 
 
 def log_sizes(bytes_before: dict[str, int], bytes_after: dict[str, int]) -> None:
@@ -76,8 +74,7 @@ def main(config: QuantizationConfig) -> None:
     path = config.output_dir or config.models_dir / "pruned_quantized_final"
     output = Output(path, "--output_dir", stage_name(folder))
     inputs = {"parent": identify(folder)}
-    settings = {name: value for name, value in config.as_dict().items() if name not in NOT_RESULT}
-    same = is_made_from(path, settings, inputs)
+    same = is_made_from(path, config.result_fields(), inputs)
     if config.skip_existing and same:
         log.info("%s exists and matches configuration and inputs: skipped", shown(path))
         return
@@ -90,9 +87,8 @@ def main(config: QuantizationConfig) -> None:
 def quantize(config: QuantizationConfig, folder: Path, output: Output, inputs: dict[str, Any]) -> None:
     """Load, pack, save: what is packed is a copy, so both sizes are measured."""
     model, tokenizer = load_classifier(folder, pick_device())
-    packed = pack(
-        model, config.storage(bits=8 if config.load_in_8bit else 4), pick_dtype(config.compute_dtype, "Compute dtype")
-    )
+    storage = config.storage.format(bits=8 if config.load_in_8bit else 4)
+    packed = pack(model, storage, pick_dtype(config.storage.compute_dtype, "Compute dtype"))
 
     sizes = {"bytes_before": bytes_by_part(model), "bytes_after": bytes_by_part(packed)}
     trained_on = (read_stage(folder) or {}).get("data")

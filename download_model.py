@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from compression.assets import ensure_llm, ensure_sentiment, ensure_student, ensure_teacher
-from compression.config import StageConfig, run_script
+from compression.config import Config, run_script
 from compression.files import remove_leftovers
 from compression.outputs import remove_states
 from compression.runtime import MODELS, RESULTS, log, shown
@@ -29,7 +29,7 @@ from compression.sources import (
 
 
 @dataclass
-class DownloadConfig(StageConfig):
+class DownloadConfig(Config):
     student: str = STUDENT
     """Encoder that the student starts from: a name on the hub, or a folder, which is copied to models_dir."""
     teacher: str = TEACHER

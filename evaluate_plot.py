@@ -10,14 +10,14 @@ import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line 
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
 from compression.checkpoint import check_positions, find_newest, load_classifier
 from compression.classifier.metrics import classification_metrics, predict
 from compression.classifier.tasks import encode, load_sentiment
-from compression.config import StageConfig, run_script
+from compression.config import AtLeast, Between, Config, run_script
 from compression.flops import count_parameters
 from compression.outputs import check_files, new_files
 from compression.plots import plot_model_comparison, save_figure
@@ -38,31 +38,25 @@ models = [
 
 
 @dataclass
-class ComparisonConfig(StageConfig):
+class ComparisonConfig(Config):
     data_dir: str | None = None
     """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
     models_dir: Path = MODELS
     """Where the checkpoints are."""
     output_dir: Path = RESULTS
     """Where table and figure go."""
-    max_length: int = 128
+    max_length: Annotated[int, Between(4, 512)] = 128
     """Sentences are cut at this number of tokens for accuracy."""
-    sequence_length: int = 128
+    sequence_length: Annotated[int, Between(4, 512)] = 128
     """Tokens of the one sequence that inference is timed on."""
-    inference_runs: int = 100
+    inference_runs: Annotated[int, AtLeast(1)] = 100
     """Timed forward passes per model."""
-    load_runs: int = 10
+    load_runs: Annotated[int, AtLeast(1)] = 10
     """Timed loads per model, from a warm file cache."""
     seed: int = 42
     """Fixes the token ids that are timed."""
 
     presets: ClassVar = {"fast": dict(max_length=64, inference_runs=30, load_runs=5)}
-
-    def check(self) -> None:
-        for name in ("max_length", "sequence_length"):
-            self.check_range(name, 4, 512)
-        for name in ("inference_runs", "load_runs"):
-            self.check_range(name, 1)
 
 
 def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, Any]]:

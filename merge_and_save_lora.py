@@ -21,7 +21,7 @@ from compression.checkpoint import (
     require_language_model,
     save_checkpoint,
 )
-from compression.config import StageConfig, run_script
+from compression.config import Config, run_script
 from compression.llm.lora import load_adapter, require_adapter
 from compression.outputs import Output, owned
 from compression.runtime import RESULTS, UserError, log, pick_device, shown
@@ -33,7 +33,7 @@ TOKENS = 32
 
 
 @dataclass
-class MergeConfig(StageConfig):
+class MergeConfig(Config):
     pruned_model: Path = RESULTS / "hgsp" / "models"
     """The model that the adapter was trained on."""
     lora_dir: Path = RESULTS / "recovered"

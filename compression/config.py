@@ -1,13 +1,19 @@
-"""A script's configuration: a dataclass, presets of it, a command line made from it, and its dump beside the output."""
+"""A script's configuration: a dataclass, presets of it, a command line made from it, and its dump beside the output.
+
+What is said of one field stands at that field, as a note in its type: the range that is allowed (`Between`, `AtLeast`),
+that it does not change the result (`NO_EFFECT`), a name that it had before (`formerly`). Groups of settings that
+several scripts share are fields of type `Flat[Group]`: their flags, and their names in `stage.json`, are those of the
+group's fields alone.
+"""
 
 import math
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_type_hints
 
 import torch
 import tyro
@@ -16,13 +22,172 @@ from compression.files import disk_error
 from compression.runtime import UserError, log, quiet_libraries, relative_path, setup_logging
 
 LARGEST_WHOLE_NUMBER = 2**31 - 1
+Group = TypeVar("Group")
+Flat = Annotated[Group, tyro.conf.OmitArgPrefixes]
+"""A group of settings without a name of its own on the command line."""
+
+
+# Notes on fields.
+
+
+@dataclass(frozen=True)
+class Between:
+    """The least and the largest value that a number may have."""
+
+    low: float
+    high: float = math.inf
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise UserError for a value outside; None is not looked at."""
+        if value is not None and not self.low <= value <= self.high:
+            allowed = f"at least {self.low}" if self.high == math.inf else f"{self.low} to {self.high}"
+            raise UserError(f"--{name} {value}: allowed is {allowed}")
+
+
+def AtLeast(low: float) -> Between:  # noqa: N802 (reads as Between does)
+    """The least value that a number may have."""
+    return Between(low)
+
+
+class FolderName:
+    """A plain folder name, no path."""
+
+    def check(self, name: str, value: str) -> None:
+        """Raise UserError for anything else."""
+        if value in ("", ".", "..") or Path(value).name != value or not value.isprintable():
+            raise UserError(f"--{name} {value!r}: allowed is a plain folder name")
+
+
+@dataclass(frozen=True)
+class _Formerly:
+    name: str
+
+
+def formerly(name: str) -> tuple[Any, ...]:
+    """Notes of a field that had another name: the flag is still taken, and old records are still understood.
+
+    To be unpacked: `Annotated[int, *formerly("old_name")]`.
+    """
+    return _Formerly(name), tyro.conf.arg(aliases=[f"--{name}"])
+
+
+def choice_of(entries: Mapping[str, Any], what: str) -> Any:
+    """The type of a field whose values are the names of a registry; its help says the `help` of each entry."""
+    listed = "; ".join(f"{name}: {entry.help}" for name, entry in entries.items())
+    return Annotated[Literal[tuple(entries)], tyro.conf.arg(help=f"{what}. {listed}.")]
+
+
+NO_EFFECT = object()
+"""The result does not depend on this field (but for rounding), or the input that it names is compared itself."""
+
+
+# Settings.
 
 
 @dataclass
-class StageConfig:
-    """Base of every script's configuration. Subclasses document each field with one line under it."""
+class Settings:
+    """Settings that are checked when they are built: every number by its range, then what `check` says."""
+
+    def __post_init__(self) -> None:
+        for name, value, notes in _described(self):
+            for number in value if isinstance(value, tuple) else (value,):
+                _check_number(name, number)
+            for note in notes:
+                if isinstance(note, Between | FolderName):
+                    note.check(name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what the ranges of single fields allow.
+
+        Raises:
+            UserError: names the flag, the value found and what is allowed.
+        """
+
+    def as_dict(self) -> dict[str, Any]:
+        """All values as plain JSON, those of groups beside the others; paths inside the repository relative to it."""
+        return {name: _plain(value) for name, value, _ in _leaves(self)}
+
+    def result_fields(self) -> dict[str, Any]:
+        """Those values that the result depends on."""
+        values = self.as_dict()
+        return {name: values[name] for name, _, notes in _leaves(self) if NO_EFFECT not in notes}
+
+    def former_names(self) -> dict[str, str]:
+        """The names that fields had before, by their names now."""
+        return {name: note.name for name, _, notes in _leaves(self) for note in notes if isinstance(note, _Formerly)}
+
+    def updated(self, **values: Any) -> Self:
+        """A copy with other values, named as on the command line.
+
+        Raises:
+            TypeError: there is no such field.
+        """
+        own = {}
+        for entry in fields(self):
+            group = getattr(self, entry.name)
+            if isinstance(group, Settings):
+                own[entry.name] = group.updated(**{n: values.pop(n) for n, _, _ in _leaves(group) if n in values})
+            elif entry.name in values:
+                own[entry.name] = values.pop(entry.name)
+        if values:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(values)}")
+        return replace(self, **own)
+
+
+def group(kind: Callable[..., Group], **defaults: Any) -> Group:
+    """The default of a field that is a group of settings: the group's own, with these values laid over them."""
+    return field(default_factory=lambda: kind(**defaults))
+
+
+def pick(kind: Callable[..., Group], config: Settings, **more: Any) -> Group:
+    """Settings of a kind from the fields of a configuration that have the same names.
+
+    Args:
+        more: values that the configuration does not have under these names.
+    """
+    return kind(**{entry.name: getattr(config, entry.name) for entry in fields(kind) if entry.name not in more} | more)
+
+
+def _described(settings: Settings) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Name, value and notes of each field, groups included."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    for entry in fields(settings):
+        yield entry.name, getattr(settings, entry.name), getattr(hints[entry.name], "__metadata__", ())
+
+
+def _leaves(settings: Settings) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """Name, value and notes of each field that is no group, those of groups included."""
+    for name, value, notes in _described(settings):
+        if isinstance(value, Settings):
+            yield from _leaves(value)
+        else:
+            yield name, value, notes
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return relative_path(value) if isinstance(value, Path) else value
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name} {value}: allowed are finite numbers")
+    if isinstance(value, int) and abs(value) > LARGEST_WHOLE_NUMBER:
+        raise UserError(f"--{name} {value}: allowed is at most {LARGEST_WHOLE_NUMBER}")
+
+
+@dataclass
+class Config(Settings):
+    """Base of every script's configuration; each field is documented by the line under it."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @classmethod
+    def make(cls, **values: Any) -> Self:
+        """The defaults with these values laid over them, named as on the command line."""
+        return cls().updated(**values)
 
     @classmethod
     def preset(cls, *names: str) -> Self:
@@ -32,57 +197,18 @@ class StageConfig:
             if name not in cls.presets:
                 raise UserError(f"--preset {name}: unknown; allowed: {', '.join(sorted(cls.presets)) or 'none'}")
             overrides |= cls.presets[name]
-        return cls(**overrides)
+        return cls.make(**overrides)
 
     @classmethod
     def fast(cls) -> Self:
         """The preset for quick iteration."""
         return cls.preset("fast")
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            values = getattr(self, field.name)
-            for value in values if isinstance(values, tuple) else (values,):
-                self._check_number(field.name, value)
-        self.check()
 
-    @staticmethod
-    def _check_number(name: str, value: Any) -> None:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name} {value}: allowed are finite numbers")
-        if isinstance(value, int) and abs(value) > LARGEST_WHOLE_NUMBER:
-            raise UserError(f"--{name} {value}: allowed is at most {LARGEST_WHOLE_NUMBER}")
-
-    def check(self) -> None:
-        """Refuse bad values.
-
-        Raises:
-            UserError: names the flag, the value found and the allowed range.
-        """
-
-    def check_range(self, name: str, low: float, high: float = float("inf")) -> None:
-        """Raise UserError unless low <= field <= high."""
-        value = getattr(self, name)
-        if not low <= value <= high:
-            allowed = f"at least {low}" if high == float("inf") else f"{low} to {high}"
-            raise UserError(f"--{name} {value}: allowed is {allowed}")
-
-    def check_name(self, name: str) -> None:
-        """Raise UserError unless the field is the name of a folder and no path."""
-        value = getattr(self, name)
-        if value in ("", ".", "..") or Path(value).name != value or not value.isprintable():
-            raise UserError(f"--{name} {value!r}: allowed is a plain folder name")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The resolved configuration as plain JSON values; paths inside the repository are relative to it."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        return {name: relative_path(value) if isinstance(value, Path) else value for name, value in values.items()}
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-Config = TypeVar("Config", bound=StageConfig)
-
-
-def parse(config_class: type[Config], arguments: Sequence[str], description: str = "") -> Config:
+def parse(config_class: type[AnyConfig], arguments: Sequence[str], description: str = "") -> AnyConfig:
     """Build a configuration from command-line arguments.
 
     `--fast` and `--preset NAME` choose where the defaults come from (they combine, `--fast` on top); any other flag
@@ -114,7 +240,7 @@ def _split_presets(arguments: list[str]) -> tuple[list[str], list[str]]:
     return names + ["fast"] * fast, rest
 
 
-def run_script(config_class: type[Config], main: Callable[[Config], None]) -> None:
+def run_script(config_class: type[AnyConfig], main: Callable[[AnyConfig], None]) -> None:
     """Parse the command line, run `main`, and end a user's mistake in one line on stderr and exit status 2.
 
     With `--dry_run` the flags are checked and nothing is run.

@@ -21,6 +21,7 @@ from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bi
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from compression.config import Settings
 from compression.flops import part_of
 from compression.runtime import UserError, pick_dtype
 from compression.structures import KINDS, layers_of
@@ -54,13 +55,13 @@ class Format:
 
 
 @dataclass
-class StorageFields:
-    """Fields of every script that writes a quantized model."""
+class Storage(Settings):
+    """Settings of every script that writes a quantized model."""
 
     quant_type: QuantType = "nf4"
     """The 16 values of a 4-bit weight: quantiles of a normal distribution, or floating-point numbers."""
     blocksize: Blocksize = 64
-    """So many weights share one scale."""
+    """Number of weights that share one scale."""
     double_quant: bool = False
     """Quantize the scales too."""
     embedding_bits: Literal[32, 16, 8, 4] = 4
@@ -68,8 +69,8 @@ class StorageFields:
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the 4-bit layers compute in; auto: bfloat16 where the hardware multiplies it, else float32."""
 
-    def storage(self, bits: int = 4) -> Format:
-        """The format that these fields describe."""
+    def format(self, bits: int = 4) -> Format:
+        """The format that these settings describe."""
         return Format(bits, self.quant_type, self.blocksize, self.double_quant, self.embedding_bits)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -19,90 +19,50 @@ from transformers import PreTrainedModel
 
 from compression.batching import TrainingData, length_grouped_order
 from compression.checkpoint import load_tensors, read_state, save_tensors
-from compression.config import StageConfig
+from compression.config import NO_EFFECT, AtLeast, Between, Settings
 from compression.files import new_folder, remove_folder
 from compression.integrity import STATE_FILE, seal
-from compression.runtime import MODELS, UserError, log, processes, seed_step
+from compression.runtime import UserError, log, processes, seed_step
 from compression.schedule import warmup_then_linear_decay
-
-# Fields that do not change the result (but for rounding, and the draws of dropout that go with the cut into parts);
-# paths of inputs are not in it because the inputs themselves are compared.
-NOT_RESULT = (
-    "resume", "skip_existing", "overwrite", "track", "save_steps", "gradient_accumulation_steps",
-    "gradient_checkpointing", "models_dir", "results_dir", "output_dir", "output_name", "data_dir", "teacher",
-    "student", "teacher_path", "student_path", "pruned_model_path", "pruned_model",
-)  # fmt: skip
 
 
 @dataclass
-class TrainingFields(StageConfig):
-    """Fields that every training has, whatever is trained on."""
+class Training(Settings):
+    """Settings that every training has, whatever is trained on."""
 
-    num_epochs: int = 3
+    num_epochs: Annotated[int, AtLeast(1)] = 3
     """Passes over the training data."""
-    batch_size: int = 32
+    batch_size: Annotated[int, AtLeast(1)] = 32
     """Rows of training data per optimizer step, over all processes and accumulation steps."""
-    gradient_accumulation_steps: int = 1
-    """Each process takes its share of a batch in so many parts, which need less memory one by one."""
-    gradient_checkpointing: bool = False
+    gradient_accumulation_steps: Annotated[int, NO_EFFECT] = 1
+    """Parts that each process cuts its share of a batch into; they need less memory one by one."""
+    gradient_checkpointing: Annotated[bool, NO_EFFECT] = False
     """Recompute activations in the backward pass instead of keeping them."""
-    learning_rate: float = 5e-5
+    learning_rate: Annotated[float, Between(0, 1)] = 5e-5
     """Highest learning rate of AdamW."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Between(0, 1)] = 0.01
     """Weight decay of AdamW, on matrices only."""
-    warmup_ratio: float = 0.06
+    warmup_ratio: Annotated[float, Between(0, 1)] = 0.06
     """Share of the steps over which the learning rate rises from zero."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    max_grad_norm: Annotated[float, AtLeast(1e-6)] = 1.0
+    """Norm that gradients are scaled down to."""
     amp: Literal["no", "auto", "bf16", "fp16"] = "no"
     """Mixed precision; auto: bf16 (else fp16) on CUDA, none on the CPU."""
-    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """Where to send the metrics of each epoch besides the log."""
-    save_steps: int = 500
-    """A state to resume from is saved every so many steps, and after every epoch."""
-    resume: bool = False
+    track: Annotated[Literal["none", "tensorboard", "trackio", "wandb"], NO_EFFECT] = "none"
+    """Tracker that gets the metrics of each epoch besides the log."""
+    save_steps: Annotated[int, AtLeast(1), NO_EFFECT] = 500
+    """Steps between saved states to resume from; one is also saved after every epoch."""
+    resume: Annotated[bool, NO_EFFECT] = False
     """Continue a run that was killed, from its last saved state."""
-    skip_existing: bool = False
+    skip_existing: Annotated[bool, NO_EFFECT] = False
     """Do nothing if the output exists and was made with this configuration from these inputs."""
-    seed: int = 42
+    seed: Annotated[int, Between(0, 2**31 - 1)] = 42
     """Fixes data order, initialisation of new layers, and dropout."""
 
     def check(self) -> None:
-        super().check()
-        self.check_range("num_epochs", 1)
-        self.check_range("batch_size", 1)
-        self.check_range("gradient_accumulation_steps", 1, self.batch_size)
-        self.check_range("learning_rate", 0, 1)
-        self.check_range("weight_decay", 0, 1)
-        self.check_range("warmup_ratio", 0, 1)
-        self.check_range("max_grad_norm", 1e-6)
-        self.check_range("save_steps", 1)
-        self.check_range("seed", 0, 2**31 - 1)
+        Between(1, self.batch_size).check("gradient_accumulation_steps", self.gradient_accumulation_steps)
         if self.amp == "fp16" and not torch.cuda.is_available():
             raise UserError("--amp fp16: needs a CUDA GPU, and none was found; allowed here is no, bf16 or auto")
-
-    def result_fields(self) -> dict[str, Any]:
-        """The fields that the result depends on."""
-        return {name: value for name, value in self.as_dict().items() if name not in NOT_RESULT}
-
-
-@dataclass
-class TrainingConfig(TrainingFields):
-    """Fields that every training stage of the classifier track has."""
-
-    data_dir: str | None = None
-    """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
-    models_dir: Path = MODELS
-    """Where checkpoints are read and written."""
-    max_length: int = 128
-    """Sentences are cut at this number of tokens."""
-    train_fraction: float = 1.0
-    """Share of the training data that is used."""
-
-    def check(self) -> None:
-        super().check()
-        self.check_range("max_length", 4, 512)
-        self.check_range("train_fraction", 1e-6, 1)
 
 
 class Recipe:
@@ -110,15 +70,15 @@ class Recipe:
 
     stop = False
 
-    def __init__(self, config: TrainingFields, rows: int):
-        self.config = config
-        self.steps_per_epoch = -(-rows // config.batch_size)
-        self.total_steps = self.steps_per_epoch * config.num_epochs
+    def __init__(self, training: Training, rows: int):
+        self.training = training
+        self.steps_per_epoch = -(-rows // training.batch_size)
+        self.total_steps = self.steps_per_epoch * training.num_epochs
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then linear decay to zero."""
-        warmup = int(self.config.warmup_ratio * self.total_steps)
-        return self.config.learning_rate * warmup_then_linear_decay(step, self.total_steps, warmup)
+        warmup = int(self.training.warmup_ratio * self.total_steps)
+        return self.training.learning_rate * warmup_then_linear_decay(step, self.total_steps, warmup)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Loss terms of a batch (means by the rows' weights); the term `loss` is the one that is minimised."""
@@ -153,16 +113,18 @@ def fit(
     evaluate: Callable[[PreTrainedModel], dict[str, float]],
     work_dir: Path,
     pad_token_id: int,
+    record: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Train a model in place.
 
     Args:
-        recipe: the stage's loss, learning rate and hooks; its `config` sets the rest.
+        recipe: the stage's loss, learning rate and hooks; its `training` sets the rest.
         train: the training data; batches have the rows' indices in `rows`. Weights that are frozen are not trained,
             and not in the states to resume from.
         evaluate: called after each epoch, gives the metrics of the epoch.
         work_dir: where states to resume from are kept while the run lasts, one folder for each set of
             settings and inputs; the caller removes it (`clean_up`) once the result is saved.
+        record: the settings that a tracker notes; by default those of the training.
 
     Returns:
         The history: one dictionary per epoch.
@@ -170,30 +132,30 @@ def fit(
     Raises:
         UserError: a tracker that is not installed, a damaged state, a loss or gradient that is not finite.
     """
-    config = recipe.config
+    training = recipe.training
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision=pick_precision(config.amp),
-        log_with=_tracker(config.track),
+        mixed_precision=pick_precision(training.amp),
+        log_with=_tracker(training.track),
         project_dir=Path(work_dir).parent / "logs",
     )
     log.info(
         "Training: %d rows, %d epochs of %d steps on %d process(es), %s, mixed precision %s",
-        len(train), config.num_epochs, recipe.steps_per_epoch, accelerator.num_processes,
+        len(train), training.num_epochs, recipe.steps_per_epoch, accelerator.num_processes,
         accelerator.device, accelerator.mixed_precision,
     )  # fmt: skip
-    if config.track != "none":
-        accelerator.init_trackers("compression", config={k: str(v) for k, v in config.as_dict().items()})
-    if config.gradient_checkpointing:
+    if training.track != "none":
+        accelerator.init_trackers("compression", config={k: str(v) for k, v in (record or training.as_dict()).items()})
+    if training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = _optimizer(model, config)
+    optimizer = _optimizer(model, training)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     # Accelerate makes every forward pass of a prepared model run in mixed precision. Training steps ask for it
     # themselves; evaluation, and whoever uses the model afterwards, gets full precision.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     run = _Run(accelerator, wrapped, model, optimizer, recipe, work_dir)
     run.restore()
-    for epoch in range(run.epoch, config.num_epochs + 1):
+    for epoch in range(run.epoch, training.num_epochs + 1):
         if recipe.stop:
             break
         run.epoch = epoch
@@ -207,7 +169,7 @@ def fit(
         log.info("%s  (%.0f s)", _line(record), time.perf_counter() - started)
         run.epoch += 1
         run.save()
-    if config.gradient_checkpointing:
+    if training.gradient_checkpointing:
         model.activation_checkpointing_disable()
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -238,15 +200,15 @@ def _tracker(name: str) -> str | None:
     return name
 
 
-def _optimizer(model: nn.Module, config: TrainingFields) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": matrices, "weight_decay": training.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     # The fused kernel takes a fifth of the time of the default one on a CPU, where the embeddings dominate it.
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -261,7 +223,7 @@ class _Run:
 
     def __init__(self, accelerator, wrapped, model, optimizer, recipe, work_dir):
         self.accelerator, self.wrapped, self.model, self.optimizer = accelerator, wrapped, model, optimizer
-        self.recipe, self.config, self.work_dir = recipe, recipe.config, Path(work_dir)
+        self.recipe, self.training, self.work_dir = recipe, recipe.training, Path(work_dir)
         self.step, self.epoch = 0, 1
         self.history: list[dict[str, Any]] = []
         self.sums: dict[str, Tensor] = {}
@@ -269,9 +231,9 @@ class _Run:
 
     def train_epoch(self, train: TrainingData, pad_token_id: int) -> None:
         """The steps of the current epoch that are still to do."""
-        config = self.config
+        training = self.training
         self.wrapped.train()
-        order = length_grouped_order(train.lengths, config.batch_size, config.seed, self.epoch)
+        order = length_grouped_order(train.lengths, training.batch_size, training.seed, self.epoch)
         done = self.step - (self.epoch - 1) * len(order)
         progress = tqdm(
             order[done:], initial=done, total=len(order), desc=f"epoch {self.epoch}", leave=False,
@@ -279,13 +241,13 @@ class _Run:
         )  # fmt: skip
         for rows in progress:
             self._step(train, rows, pad_token_id)
-            if self.step % config.save_steps == 0 and self.step < self.epoch * len(order):
+            if self.step % training.save_steps == 0 and self.step < self.epoch * len(order):
                 self.save()
 
     def _step(self, train: TrainingData, rows: list[int], pad_token_id: int) -> None:
         accelerator, recipe = self.accelerator, self.recipe
         total = train.weights[rows].sum().item()
-        seed_step(self.config.seed, self.step, accelerator.process_index)
+        seed_step(self.training.seed, self.step, accelerator.process_index)
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(self.step)
         *first, last = self._parts(rows)
@@ -295,7 +257,7 @@ class _Run:
         self._backward(train, last, total, pad_token_id)
         accelerator.unscale_gradients()
         recipe.after_backward(self.step)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
         if accelerator.scaler is None:  # with fp16, steps whose gradients overflow are skipped
             self.health.watch("the gradient's norm", norm, self.step)
         self.optimizer.step()
@@ -308,7 +270,7 @@ class _Run:
         """This process's share of a batch, in the parts that it takes one by one; at least one, which may be empty."""
         world = self.accelerator.num_processes
         mine = rows[self.accelerator.process_index :: world]
-        size = -(-self.config.batch_size // (world * self.config.gradient_accumulation_steps))
+        size = -(-self.training.batch_size // (world * self.training.gradient_accumulation_steps))
         return [mine[start : start + size] for start in range(0, len(mine), size)] or [[]]
 
     def _backward(self, train: TrainingData, part: list[int], total: int, pad_token_id: int) -> None:
@@ -365,8 +327,8 @@ class _Run:
     def restore(self) -> None:
         """Go back to the last saved state if the run is to be resumed and there is one, else start clean."""
         saved = self._saved()
-        if not self.config.resume or not saved:
-            if self.config.resume:
+        if not self.training.resume or not saved:
+            if self.training.resume:
                 log.info("Nothing to resume for these settings and inputs: starting from the beginning")
             if self.accelerator.is_main_process:
                 clean_up(self.work_dir)

@@ -1,6 +1,8 @@
 """Tiny random models and a tiny slice of real-looking data that the tests share."""
 
+import importlib.util
 import os
+import sys
 
 # Two test processes on two cores must not fight over them, and bitwise repeatability needs a fixed thread count.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,7 +32,7 @@ from transformers import (
 
 from compression import structures
 from compression.checkpoint import save_checkpoint
-from compression.runtime import log
+from compression.runtime import ROOT, log
 
 HIDDEN, HEADS, HEAD_SIZE, NEURONS, LAYERS, VOCABULARY = 32, 4, 8, 48, 3, 120
 # What stays of the tiny models in most tests: layers of different widths.
@@ -101,6 +103,15 @@ def letters(count, seed=0):
     """A text of random letters."""
     draw = torch.randint(0, 26, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return " ".join(WORDS[letter] for letter in draw)
+
+
+def load_script(name):
+    """The module of a script whose name begins with a digit, so that no import statement can name it."""
+    if name not in sys.modules:
+        specification = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+    return sys.modules[name]
 
 
 MODELS = {"bert": tiny_bert, "distilbert": tiny_distilbert}

@@ -2,29 +2,28 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import pytest
+from conftest import load_script
 
-from compression.classifier.gradual_pruning import GradualPruningConfig
-from compression.config import StageConfig, parse
+from compression.config import Between, Config, FolderName, parse
 from compression.runtime import UserError
 from gqa_aware_pruning import GQAAwarePruningConfig
 from post_training import PostTrainingConfig
 from run_global_pruning import GlobalPruningConfig
 
+GradualPruningConfig = load_script("8_pruning_with_finetuning").GradualPruningWithFinetuningConfig
+
 
 @dataclass
-class ExampleConfig(StageConfig):
-    num_epochs: int = 15
+class ExampleConfig(Config):
+    num_epochs: Annotated[int, Between(1, 50)] = 15
     """Passes over the data."""
     models_dir: Path = Path("models")
     """Where models are."""
 
     presets: ClassVar = {"fast": dict(num_epochs=4), "long": dict(num_epochs=40)}
-
-    def check(self):
-        self.check_range("num_epochs", 1, 50)
 
 
 def test_flags_win_over_presets_and_presets_over_defaults():
@@ -51,7 +50,9 @@ def test_dump_is_plain_json():
 
 def test_documented_defaults_of_gradual_pruning():
     config = GradualPruningConfig()
-    assert (config.batch_size, config.learning_rate, config.num_epochs, config.max_length) == (32, 5e-5, 15, 128)
+    training = config.training
+    assert (training.batch_size, training.learning_rate, training.num_epochs) == (32, 5e-5, 15)
+    assert config.data.max_length == 128
     assert (config.temperature_start, config.temperature_end) == (10.0, 2.0)
     assert (config.alpha_start, config.alpha_end) == (0.9, 0.2)
     assert (config.pruning_start_epoch, config.pruning_end_epoch) == (2, 8)
@@ -82,11 +83,11 @@ def test_documented_defaults_of_gradual_pruning():
 )
 def test_gradual_pruning_refuses(arguments):
     with pytest.raises(UserError, match=f"--{list(arguments)[-1]}"):
-        GradualPruningConfig(**arguments)
+        GradualPruningConfig.make(**arguments)
 
 
 @dataclass
-class NumbersConfig(StageConfig):
+class NumbersConfig(Config):
     rate: float = 0.1
     """A number."""
     limit: float | None = None
@@ -95,11 +96,8 @@ class NumbersConfig(StageConfig):
     """Numbers."""
     seed: int = 0
     """A whole number."""
-    name: str = "mine"
+    name: Annotated[str, FolderName()] = "mine"
     """A folder's name."""
-
-    def check(self):
-        self.check_name("name")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
@@ -131,4 +129,4 @@ def test_every_script_refuses_what_is_not_finite():
         (GQAAwarePruningConfig, {"target_perplexity": float("inf")}),
     ):
         with pytest.raises(UserError, match=f"--{next(iter(fields))} .*finite"):
-            config(**fields)
+            config.make(**fields)

@@ -2,28 +2,28 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_bert, tiny_distilbert
+from conftest import VOCABULARY, load_script, tiny_bert, tiny_distilbert
 
-from compression.classifier.gradual_pruning import GradualPruning, GradualPruningConfig
+from compression.classifier.gradual_pruning import MODES
 from compression.runtime import UserError
 from compression.structures import HEADS, KINDS, NEURONS, layers_of
 
 ROWS = 40
-MODES = ["l2", "kd_grad", "l2+kd_grad", "fisher"]
+stage = load_script("8_pruning_with_finetuning")
 
 
 def config(**changes):
     defaults = dict(
         num_epochs=3, pruning_start_epoch=1, pruning_end_epoch=2, batch_size=4, pruning_frequency=1, learning_rate=1e-3
     )
-    return GradualPruningConfig(**(defaults | changes))
+    return stage.GradualPruningWithFinetuningConfig.make(**(defaults | changes))
 
 
 @pytest.fixture
 def recipe_of():
     def build(**changes):
         logits = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(0))
-        return GradualPruning(tiny_distilbert(), logits, config(**changes))
+        return stage.make_recipe(tiny_distilbert(), logits, config(**changes))
 
     return build
 
@@ -106,27 +106,56 @@ def test_events_end_with_the_phase_and_are_enough(recipe_of):
     assert [recipe.phase(epoch) for epoch in (1, 2, 3)] == ["Warmup", "Pruning", "Pruning"]
 
 
-def test_gradients_count_only_within_the_window(recipe_of):
-    recipe = recipe_of(pruning_frequency=2, pruning_window_steps=1, num_epochs=2)
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_the_window_slides_over_the_last_steps_also_behind_an_event(recipe_of, window):
+    recipe = recipe_of(pruning_frequency=2, pruning_window_steps=window, num_epochs=2, importance_mode="fisher")
     assert recipe.events == list(range(1, 20, 2))
-    accumulate, accumulated = recipe.scores.accumulate, []
-    recipe.scores.accumulate = lambda: (accumulated.append(step), accumulate())
-    for step in range(6):
+    accumulate, steps = recipe.scores.accumulate, []
+
+    def noting(step):  # before the gradients of what is pruned are dropped
+        layers = recipe.masked[NEURONS]
+        gradients = [(layer.weight * layer.weight.grad).sum(0).view(layer.count, -1).sum(1) for layer in layers]
+        steps.append(torch.cat(gradients).square())
+        accumulate(step)
+
+    recipe.scores.accumulate = noting
+    for step in range(8):
         train_step(recipe, step)
-    assert accumulated == [1, 3, 5], "only the step of the event is within a window of one"
-    assert not torch.cat(recipe.scores.outer[NEURONS]).any(), "an event starts a new window"
-    accumulate()
-    assert torch.cat(recipe.scores.outer[NEURONS]).any()
+    scores = torch.cat(recipe.scores.densities((NEURONS,))[NEURONS])
+    expected = sum(steps[-window:])
+    torch.testing.assert_close(scores / scores.sum(), expected / expected.sum())
+
+
+def test_what_was_out_of_use_in_the_window_is_estimated_over_all_of_it(recipe_of):
+    recipe = recipe_of(pruning_frequency=2, pruning_window_steps=3, importance_mode="kd_grad")
+    for step in range(3):
+        train_step(recipe, step)
+    masked, scores = recipe.masked[NEURONS], recipe.scores
+    out = ~torch.cat([layer.kept for layer in masked])
+    assert out.any(), "the event at step 1 has removed some"
+    for layer in masked:
+        layer.keep(torch.ones_like(layer.kept))
+    train_step(recipe, 3)
+    offset = sum(layer.count for layer in recipe.masked[HEADS])
+    assert torch.equal(scores.in_use[offset:] >= 3, ~out), "one step in use is not three"
+    inner, outer = scores.inner.sum(0)[offset:], scores.outer.sum(0)[offset:]
+    found = torch.cat(scores.densities((NEURONS,))[NEURONS])
+    place = int(out.nonzero()[0])
+    layer = slice(0, masked[0].count)
+    assert place in range(masked[0].count)
+    in_use = ~out[layer]
+    ratio = inner[layer][in_use].sum() / outer[layer][in_use].sum()
+    other = int(in_use.nonzero()[0])
+    expected = outer[place] * (1 + ratio) / (inner[other] + outer[other])
+    torch.testing.assert_close(found[place] / found[other], expected)
 
 
 def test_overflowing_step_does_not_count(recipe_of):
-    recipe = recipe_of(pruning_frequency=2)
+    recipe = recipe_of(pruning_frequency=2, pruning_window_steps=2)
     train_step(recipe, 0)
-    before = torch.cat(recipe.scores.outer[NEURONS] + recipe.scores.inner[HEADS])
     recipe.masked[NEURONS][1].weight.grad[0, 0] = float("inf")
-    recipe.scores.accumulate()
-    assert torch.equal(torch.cat(recipe.scores.outer[NEURONS] + recipe.scores.inner[HEADS]), before)
-    assert before.any()
+    recipe.scores.accumulate(1)
+    assert recipe.scores.outer[0].any() and not recipe.scores.outer[1].any() and not recipe.scores.inner[1].any()
 
 
 def test_scores_follow_the_lambdas(recipe_of):
@@ -134,7 +163,6 @@ def test_scores_follow_the_lambdas(recipe_of):
         recipe = recipe_of(**changes)
         train_step(recipe, 0)
         train_step(recipe, 1)
-        recipe.scores.accumulate()
         return torch.cat(recipe.scores.densities((NEURONS,))[NEURONS])
 
     both, norm = scores(lambda_mag=1.0, lambda_grad=0.0), scores(importance_mode="l2")
@@ -173,7 +201,7 @@ def test_state_round_trip_gives_the_same_next_decision(recipe_of):
 
 
 def test_a_bert_is_pruned_with_the_token_types_of_pairs():
-    recipe = GradualPruning(tiny_bert(), torch.zeros(ROWS, 2), config())
+    recipe = stage.make_recipe(tiny_bert(), torch.zeros(ROWS, 2), config())
     ids = torch.randint(1, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1]),
              "rows": torch.arange(4)}  # fmt: skip

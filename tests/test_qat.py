@@ -10,16 +10,18 @@ import time
 
 import pytest
 import torch
-from conftest import KEPT, VOCABULARY, tiny_bert, tiny_distilbert
+from conftest import KEPT, VOCABULARY, load_script, tiny_bert, tiny_distilbert
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
-from compression.classifier.qat import QuantizationAwareConfig, QuantizationAwareDistillation
+from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
 from compression.classifier.tasks import Encoded
+from compression.config import pick
 from compression.distillation import hidden_state_loss, layer_map
 from compression.quantization import (
     Format,
+    Storage,
     check_exact,
     dequantized_weight,
     encoder_linears,
@@ -31,6 +33,7 @@ from compression.surgery import shrink
 from compression.training import fit
 
 ROWS = 26
+QATKDConfig = load_script("10_qat_kd_4bit").QATKDConfig
 
 
 def wide_teacher():
@@ -72,13 +75,14 @@ def train():
 
 
 def recipe_of(teacher, **changes):
-    config = QuantizationAwareConfig(**(dict(batch_size=8, num_epochs=2, learning_rate=1e-3, save_steps=2) | changes))
+    config = QATKDConfig.make(**(dict(batch_size=8, num_epochs=2, learning_rate=1e-3, save_steps=2) | changes))
     torch.manual_seed(0)
     model = shrink(tiny_distilbert(), KEPT)
+    inputs = model, config.training, pick(LossWeights, config), config.storage.format(), ROWS
     if config.beta_hidden:
-        return QuantizationAwareDistillation(model, config, ROWS, teacher=teacher)
+        return QuantizationAwareDistillation(*inputs, teacher=teacher)
     logits = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(0))
-    return QuantizationAwareDistillation(model, config, ROWS, teacher_logits=logits)
+    return QuantizationAwareDistillation(*inputs, teacher_logits=logits)
 
 
 def run_fit(recipe, train, work_dir):
@@ -95,10 +99,10 @@ def test_all_losses_count_and_the_projection_is_trained(train, tmp_path, teacher
     history = run_fit(recipe, train, tmp_path)
     terms = {"loss", "cross_entropy", "soft_label_loss", "hidden_state_loss"}
     assert all(terms <= set(record) for record in history)
-    last, config = history[-1], recipe.config
+    last, weights = history[-1], recipe.weights
     assert last["loss"] == pytest.approx(
-        config.beta_ce * last["cross_entropy"] + config.beta_logits * last["soft_label_loss"]
-        + config.beta_hidden * last["hidden_state_loss"], rel=1e-5,
+        weights.beta_ce * last["cross_entropy"] + weights.beta_logits * last["soft_label_loss"]
+        + weights.beta_hidden * last["hidden_state_loss"], rel=1e-5,
     )  # fmt: skip
     assert last["hidden_state_loss"] < history[0]["hidden_state_loss"]
     if wide:
@@ -119,7 +123,7 @@ def test_trained_values_are_the_packed_ones(train, tmp_path):
     recipe = recipe_of(wide_teacher(), double_quant=True)
     run_fit(recipe, train, tmp_path)
     values = recipe.finish()
-    packed = pack(recipe.model, recipe.config.storage(), torch.float32)
+    packed = pack(recipe.model, Storage(double_quant=True).format(), torch.float32)
     check_exact(packed, values)
     assert not any("projection" in name for name in packed.state_dict())
 
@@ -156,16 +160,16 @@ def test_killed_and_resumed_equals_undisturbed(train, tmp_path, kill_at):
 
 
 def test_settings_are_the_documented_ones():
-    config, fast = QuantizationAwareConfig(), QuantizationAwareConfig.fast()
+    config, fast = QATKDConfig().as_dict(), QATKDConfig.fast().as_dict()
     documented = (16, 1e-5, 2, 1.0, 0.3, 0.5, 0.2, 4.0)
     names = "batch_size learning_rate num_epochs max_grad_norm beta_ce beta_logits beta_hidden temperature".split()
-    assert tuple(getattr(config, name) for name in names) == documented
-    assert (fast.num_epochs, fast.batch_size, fast.train_fraction, fast.max_length) == (1, 32, 0.3, 64)
-    assert fast.beta_hidden == 0
+    assert tuple(config[name] for name in names) == documented
+    changed = dict(num_epochs=1, batch_size=32, train_fraction=0.3, max_length=64, beta_hidden=0.0, amp="auto")
+    assert fast == config | changed
     with pytest.raises(UserError, match="--temperature 0: allowed is 0.1 to 100"):
-        QuantizationAwareConfig(temperature=0)
+        QATKDConfig(temperature=0)
     with pytest.raises(UserError, match="--beta_ce 0 .* one of them must be above 0"):
-        QuantizationAwareConfig(beta_ce=0, beta_logits=0, beta_hidden=0)
+        QATKDConfig(beta_ce=0, beta_logits=0, beta_hidden=0)
 
 
 # The script.

@@ -4,13 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import VOCABULARY, tiny_distilbert
+from conftest import VOCABULARY, load_script, tiny_distilbert
 
 from compression.checkpoint import load_tensors
-from compression.classifier.gradual_pruning import GradualPruning, GradualPruningConfig
 from compression.classifier.tasks import Encoded
 from compression.runtime import UserError
-from compression.training import Recipe, TrainingConfig, clean_up, fit
+from compression.training import Recipe, Training, clean_up, fit
 
 
 class Killed(BaseException):
@@ -37,7 +36,8 @@ def gradual_recipe(model, **changes):
         num_epochs=7, pruning_start_epoch=1, pruning_end_epoch=5, batch_size=8, save_steps=2, pruning_frequency=3,
         learning_rate=1e-3, finetuning_learning_rate=1e-3, patience=1,
     )  # fmt: skip
-    return GradualPruning(model, logits, GradualPruningConfig(**(fields | changes)))
+    stage = load_script("8_pruning_with_finetuning")
+    return stage.make_recipe(model, logits, stage.GradualPruningWithFinetuningConfig.make(**(fields | changes)))
 
 
 def run(train, work_dir, kill_at=None, **changes):
@@ -96,7 +96,7 @@ def test_a_new_run_does_not_pick_up_an_old_state(train, tmp_path):
 
 def test_training_learns(train, tmp_path):
     model = tiny_distilbert()
-    config = TrainingConfig(num_epochs=12, batch_size=8, learning_rate=5e-3)
+    config = Training(num_epochs=12, batch_size=8, learning_rate=5e-3)
     history = fit(model, CrossEntropy(config, len(train)), train, lambda _: {}, tmp_path, 0)
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
 
@@ -110,7 +110,7 @@ def test_a_batch_in_parts_is_the_same_batch(train, tmp_path, parts):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        config = TrainingConfig(num_epochs=2, batch_size=8, gradient_accumulation_steps=steps, learning_rate=1e-3)
+        config = Training(num_epochs=2, batch_size=8, gradient_accumulation_steps=steps, learning_rate=1e-3)
         recipe = CrossEntropy(config, len(train))
         seen = []
 
@@ -132,7 +132,7 @@ def test_recomputed_activations_give_the_same_weights(train, tmp_path):
         model = tiny_distilbert()
         calls = []
         model.distilbert.transformer.layer[0].ffn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        config = TrainingConfig(num_epochs=1, batch_size=8, gradient_checkpointing=recompute)
+        config = Training(num_epochs=1, batch_size=8, gradient_checkpointing=recompute)
         fit(model, CrossEntropy(config, len(train)), train, lambda _: {}, tmp_path / str(recompute), 0)
         weights.append(model.state_dict())
         forwards.append(len(calls))
@@ -144,7 +144,7 @@ def test_recomputed_activations_give_the_same_weights(train, tmp_path):
 def test_frozen_weights_are_not_saved_to_resume_from(train, tmp_path):
     model = tiny_distilbert()
     model.distilbert.requires_grad_(False)
-    config = TrainingConfig(num_epochs=1, batch_size=8)
+    config = Training(num_epochs=1, batch_size=8)
     fit(model, CrossEntropy(config, len(train)), train, lambda _: {}, tmp_path, 0)
     (state,) = tmp_path.glob("step_*/model.safetensors")
     names = {"pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"}
@@ -161,7 +161,7 @@ def fresh_accelerate():
 
 def test_mixed_precision_ends_with_training(train, tmp_path, batch, fresh_accelerate):
     model = tiny_distilbert()
-    config = TrainingConfig(num_epochs=1, batch_size=8, amp="bf16")
+    config = Training(num_epochs=1, batch_size=8, amp="bf16")
     evaluated = []
     fit(
         model, CrossEntropy(config, len(train)), train, lambda m: evaluated.append(m(**batch).logits) or {}, tmp_path, 0
@@ -191,7 +191,7 @@ class BreaksDown(CrossEntropy):
 
 @pytest.mark.parametrize("what", ["loss", "soft_label_loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_ends_training(train, tmp_path, what):
-    config = TrainingConfig(num_epochs=2, batch_size=8, save_steps=1)
+    config = Training(num_epochs=2, batch_size=8, save_steps=1)
     found = {"loss": "the loss", "gradient": "the gradient's norm"}.get(what, f"the term {what}")
     with pytest.raises(UserError, match=f"broke down at step 4: {found} is not finite; nothing .*--learning_rate"):
         fit(tiny_distilbert(), BreaksDown(config, len(train), what, 3), train, lambda _: {}, tmp_path / "work", 0)
@@ -218,13 +218,13 @@ def test_a_damaged_state_is_not_resumed(train, tmp_path, file, damage):
 def test_fp16_needs_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="--amp fp16: needs a CUDA GPU"):
-        TrainingConfig(amp="fp16")
+        Training(amp="fp16")
 
 
 def test_tensorboard_gets_the_metrics_of_each_epoch(train, tmp_path):
     pytest.importorskip("tensorboard")
     model = tiny_distilbert()
-    config = TrainingConfig(num_epochs=1, batch_size=8, track="tensorboard", models_dir=tmp_path)
+    config = Training(num_epochs=1, batch_size=8, track="tensorboard")
     fit(model, CrossEntropy(config, len(train)), train, lambda _: {}, tmp_path / "work", 0)
     assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
 

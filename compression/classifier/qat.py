@@ -1,7 +1,7 @@
 """Quantization-aware training with distillation: the student computes with 4-bit weights while it learns."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,44 +9,18 @@ from transformers import PreTrainedModel
 
 from compression.batching import model_inputs
 from compression.distillation import hidden_state_loss, layer_map, soft_label_loss
-from compression.quantization import StorageFields, add_fake_quantization, remove_fake_quantization
-from compression.runtime import UserError
-from compression.training import Recipe, TrainingConfig
+from compression.quantization import Format, add_fake_quantization, remove_fake_quantization
+from compression.training import Recipe, Training
 
 
-@dataclass
-class QuantizationAwareConfig(StorageFields, TrainingConfig):
-    """Fields of quantization-aware training with distillation."""
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the three losses, and the temperature of the soft labels."""
 
-    batch_size: int = 16
-    """Sentences per optimizer step, over all processes."""
-    learning_rate: float = 1e-5
-    """Highest learning rate of AdamW."""
-    num_epochs: int = 2
-    """Passes over the training data."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    beta_ce: float = 0.3
-    """Weight of the cross-entropy on the labels."""
-    beta_logits: float = 0.5
-    """Weight of the soft-label loss."""
-    beta_hidden: float = 0.2
-    """Weight of the hidden-state loss; with 0 the teacher's outputs are computed once and kept."""
-    temperature: float = 4.0
-    """Softening of both models' logits."""
-
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "fast": dict(num_epochs=1, batch_size=32, train_fraction=0.3, max_length=64, beta_hidden=0.0, amp="auto"),
-    }
-
-    def check(self) -> None:
-        super().check()
-        betas = ("beta_ce", "beta_logits", "beta_hidden")
-        for name in betas:
-            self.check_range(name, 0)
-        if not any(getattr(self, name) for name in betas):
-            raise UserError("--beta_ce 0 --beta_logits 0 --beta_hidden 0: one of them must be above 0")
-        self.check_range("temperature", 0.1, 100)
+    beta_ce: float
+    beta_logits: float
+    beta_hidden: float
+    temperature: float
 
 
 class QuantizationAwareDistillation(Recipe):
@@ -57,6 +31,8 @@ class QuantizationAwareDistillation(Recipe):
 
     Args:
         model: the student, trained in place; it must be on its device.
+        weights: of the losses.
+        storage: the format that the weights are quantized to.
         rows: training sentences.
         teacher: runs on every batch; needed where hidden states count.
         teacher_logits: [rows, classes], instead of a teacher.
@@ -65,15 +41,17 @@ class QuantizationAwareDistillation(Recipe):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: QuantizationAwareConfig,
+        training: Training,
+        weights: LossWeights,
+        storage: Format,
         rows: int,
         teacher: PreTrainedModel | None = None,
         teacher_logits: Tensor | None = None,
     ):
-        super().__init__(config, rows)
-        self.model, self.teacher = model, teacher
+        super().__init__(training, rows)
+        self.model, self.weights, self.teacher = model, weights, teacher
         self.teacher_logits = None if teacher_logits is None else teacher_logits.to(model.device)
-        self.layers = add_fake_quantization(model, config.storage())
+        self.layers = add_fake_quantization(model, storage)
         if teacher is not None:
             teacher.eval().requires_grad_(False)
             self.layer_map = layer_map(teacher.config.num_hidden_layers, model.config.num_hidden_layers)
@@ -85,14 +63,14 @@ class QuantizationAwareDistillation(Recipe):
             self.model.hidden_projection = nn.Linear(width, teacher_width, bias=False, device=self.model.device)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        config = self.config
+        weights = self.weights
         student = model(**model_inputs(model, batch), output_hidden_states=self.teacher is not None)
         teacher = self._teacher(batch)
         terms = {
             "cross_entropy": nn.functional.cross_entropy(student.logits.float(), batch["labels"]),
-            "soft_label_loss": soft_label_loss(student.logits, teacher["logits"], config.temperature),
+            "soft_label_loss": soft_label_loss(student.logits, teacher["logits"], weights.temperature),
         }
-        loss = config.beta_ce * terms["cross_entropy"] + config.beta_logits * terms["soft_label_loss"]
+        loss = weights.beta_ce * terms["cross_entropy"] + weights.beta_logits * terms["soft_label_loss"]
         if self.teacher is not None:
             terms["hidden_state_loss"] = hidden_state_loss(
                 student.hidden_states[1:],
@@ -100,7 +78,7 @@ class QuantizationAwareDistillation(Recipe):
                 batch["attention_mask"],
                 getattr(self.model, "hidden_projection", None),
             )
-            loss = loss + config.beta_hidden * terms["hidden_state_loss"]
+            loss = loss + weights.beta_hidden * terms["hidden_state_loss"]
         return {"loss": loss} | terms
 
     @torch.no_grad()

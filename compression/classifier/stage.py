@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +25,34 @@ from compression.checkpoint import (
 from compression.classifier.metrics import predict
 from compression.classifier.tasks import Encoded, SentimentData, encode, load_sentiment
 from compression.classifier.teacher import teacher_logits
+from compression.config import NO_EFFECT, Between, Settings
 from compression.outputs import STATES_END, Output, fresh_path, owned
 from compression.runtime import log, pick_device, processes, seed_everything, shown
-from compression.training import Recipe, TrainingConfig, clean_up, fit
+from compression.training import Recipe, Training, clean_up, fit
+
+
+@dataclass
+class DataSettings(Settings):
+    """What every training stage is trained on."""
+
+    data_dir: Annotated[str | None, NO_EFFECT] = None
+    """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
+    max_length: Annotated[int, Between(4, 512)] = 128
+    """Tokens at which sentences are cut."""
+    train_fraction: Annotated[float, Between(1e-6, 1)] = 1.0
+    """Share of the training data that is used."""
+
+
+class StageConfig(Protocol):
+    """What the configuration of a training stage has, besides the stage's own fields."""
+
+    models_dir: Path
+    data: DataSettings
+    training: Training
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+    def result_fields(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -66,13 +91,23 @@ class Stage:
         output: the folder in `models_dir` that the stage writes: its name, or with a `*` at its end a new one each
             time, with the time in the star's place.
         teacher: the checkpoint that it learns from, if any.
+        overwrite: whether a result of other settings or inputs may be replaced.
 
     Raises:
         UserError: an input that is not there or of the wrong kind, or an output that must not be replaced.
     """
 
-    def __init__(self, name: str, config: TrainingConfig, parent: Path, output: str, teacher: Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        config: StageConfig,
+        parent: Path,
+        output: str,
+        teacher: Path | None = None,
+        overwrite: bool = False,
+    ):
         self.name, self.config, self.parent, self.teacher = name, config, Path(parent), teacher
+        self.overwrite = overwrite
         self.inputs: dict[str, Any] = {"parent": identify(parent)}
         if teacher is not None:
             require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
@@ -88,11 +123,11 @@ class Stage:
 
     @cached_property
     def data(self) -> SentimentData:
-        return load_sentiment(self.config.data_dir)
+        return load_sentiment(self.config.data.data_dir)
 
     def is_done(self) -> bool:
         """Whether `--skip_existing` is given and a result was made with these settings from these inputs."""
-        if not self.config.skip_existing:
+        if not self.config.training.skip_existing:
             return False
         outputs = find_all(self.config.models_dir, self.name) if self.prefix else [self.output.path]
         for output in outputs:
@@ -111,33 +146,33 @@ class Stage:
             inputs = [self.parent, *filter(None, [self.teacher])]
             self.output.check(inputs, shared=[self.config.models_dir])
             same = is_made_from(self.output.path, self.config.result_fields(), self.inputs)
-            self.output.check_same(same, self.config.overwrite)
+            self.output.check_same(same, self.overwrite)
         with owned(*paths):
             yield
 
     def load_model(self, num_labels: int | None = None) -> tuple[PreTrainedModel, SentimentTask]:
         """The parent checkpoint on this process's device, and the data tokenized for it."""
-        seed_everything(self.config.seed)
+        seed_everything(self.config.training.seed)
         model, tokenizer = load_classifier(self.parent, pick_device(), num_labels)
-        train = self.data.train.sample(self.config.train_fraction, self.config.seed)
+        train = self.data.train.sample(self.config.data.train_fraction, self.config.training.seed)
         log.info("Data: %s (%s), %d training sentences", self.data.name, self.data.source, len(train))
         splits = (train, self.data.selection, self.data.validation)
-        encoded = [encode(tokenizer, part, self.config.max_length) for part in splits]
+        encoded = [encode(tokenizer, part, self.config.data.max_length) for part in splits]
         for part in encoded:
             check_positions(model, "max_length", int(part.lengths.max()))
         return model, SentimentTask(tokenizer, *encoded)
 
     def teacher_logits(self) -> Tensor:
         """The teacher's logits [rows, classes] on the training sentences of this stage, computed once and kept."""
-        train = self.data.train.sample(self.config.train_fraction, self.config.seed)
+        train = self.data.train.sample(self.config.data.train_fraction, self.config.training.seed)
         model, tokenizer = load_classifier(self.teacher, pick_device())
-        encoded = encode(tokenizer, train, self.config.max_length)
+        encoded = encode(tokenizer, train, self.config.data.max_length)
         return teacher_logits(model, self.teacher, encoded, tokenizer.pad_token_id, self.config.models_dir)
 
     def train(self, model: PreTrainedModel, task: SentimentTask, recipe: Recipe) -> list[dict[str, Any]]:
         """Train in place; returns the history."""
         pad_token_id = task.tokenizer.pad_token_id
-        return fit(model, recipe, task.train, task.evaluate, self.work_dir, pad_token_id)
+        return fit(model, recipe, task.train, task.evaluate, self.work_dir, pad_token_id, self.config.as_dict())
 
     def save(self, model: PreTrainedModel, task: SentimentTask, history: list[dict[str, Any]], **metrics: Any) -> None:
         """Write the checkpoint with its metrics, then drop the states to resume from."""
