@@ -20,7 +20,7 @@ from compression.classifier.masks import MaskedLinear, add_masks, remove_masks
 from compression.distillation import distillation_loss
 from compression.runtime import UserError, log
 from compression.schedule import EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
-from compression.structures import HEADS, KINDS, NEURONS, LayerParts, layers_of
+from compression.structures import ENCODER_KINDS, HEADS, NEURONS, LayerParts, layers_of
 from compression.surgery import shrink
 from compression.training import Recipe, TrainingConfig
 
@@ -126,8 +126,8 @@ class StructureScores:
 
     def __init__(self, layers: list[LayerParts], masked: dict[str, list[MaskedLinear]], config: GradualPruningConfig):
         self.layers, self.masked, self.config = layers, masked, config
-        self.inner = {kind: [torch.zeros_like(layer.kept.float()) for layer in masked[kind]] for kind in KINDS}
-        self.outer = {kind: [torch.zeros_like(layer.kept.float()) for layer in masked[kind]] for kind in KINDS}
+        self.inner = {kind: [torch.zeros_like(layer.kept.float()) for layer in masked[kind]] for kind in ENCODER_KINDS}
+        self.outer = {kind: [torch.zeros_like(layer.kept.float()) for layer in masked[kind]] for kind in ENCODER_KINDS}
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -135,7 +135,7 @@ class StructureScores:
         if self.config.importance_mode == "l2":
             return
         totals, terms = [], []
-        for kind in KINDS:
+        for kind in ENCODER_KINDS:
             totals += self.inner[kind] + self.outer[kind]
             halves = [self._halves(kind, index) for index in range(len(self.layers))]
             terms += [inner for inner, _ in halves] + [outer for _, outer in halves]
@@ -294,7 +294,7 @@ class GradualPruning(Recipe):
         """Kinds that are ranked together, and the field that holds their final sparsity."""
         if self.config.enable_multi_granularity:
             return [((HEADS,), "head_final_sparsity"), ((NEURONS,), "ffn_final_sparsity")]
-        return [(KINDS, "target_sparsity")]
+        return [(ENCODER_KINDS, "target_sparsity")]
 
     def _pools(self, kinds: tuple[str, ...], scores: dict[str, list[Tensor]]) -> list[Pool]:
         limits = {HEADS: (self.config.min_heads, 1), NEURONS: (1, self.config.neuron_multiple)}
@@ -361,7 +361,7 @@ class GradualPruning(Recipe):
 
     def tensors(self) -> dict[str, Tensor]:
         named = {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for kind in KINDS:
+        for kind in ENCODER_KINDS:
             for index, layer in enumerate(self.masked[kind]):
                 named[f"mask.{kind}.{index}"] = layer.mask
                 named[f"inner.{kind}.{index}"] = self.scores.inner[kind][index]
@@ -373,7 +373,7 @@ class GradualPruning(Recipe):
         if state["best_metric"] is not None:
             self.early_stopping.best = state["best_metric"]
         self.best = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("best.")}
-        for kind in KINDS:
+        for kind in ENCODER_KINDS:
             for index, layer in enumerate(self.masked[kind]):
                 layer.mask.copy_(tensors[f"mask.{kind}.{index}"])
                 self.scores.inner[kind][index].copy_(tensors[f"inner.{kind}.{index}"])
