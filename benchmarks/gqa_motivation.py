@@ -37,7 +37,7 @@ from compression.llm.removal import removal_perplexities
 from compression.llm.run import FAST, RunFields, calibration_text
 from compression.runtime import RESULTS, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM_FOLDER
-from compression.structures import NEURONS, LayerParts, layers_of
+from compression.structures import CHANNELS, LayerParts, layers_of
 from compression.surgery import shrink_layer, to_pruned
 
 GENERIC = "generic channels, truncated to whole groups"
@@ -89,12 +89,12 @@ def generic(model, ratio: float):
         budget = (1 - ratio) * parts.parameters
         prune_attention_channels(parts, ratio)
     for layer, parts in zip(model.model.layers, layers_of(model), strict=True):
-        layer.self_attn.num_key_value_groups = parts.query_heads // parts.heads
-        attention = parts.parameters - parts.neurons * parts.structure_parameters(NEURONS)
-        left = int((budget - attention) / parts.structure_parameters(NEURONS))
-        scores = l2([parts.gate.weight.detach(), parts.up.weight.detach()], parts.down.weight.detach(), parts.neurons)
-        gone = select_gqa_groups_to_prune(scores, max(parts.neurons - left, 0))
-        shrink_layer(parts, {NEURONS: ~gone})
+        layer.self_attn.num_key_value_groups = parts.query_heads // parts.groups
+        attention = parts.parameters - parts.channels * parts.structure_parameters(CHANNELS)
+        left = int((budget - attention) / parts.structure_parameters(CHANNELS))
+        scores = l2([parts.gate.weight.detach(), parts.up.weight.detach()], parts.down.weight.detach(), parts.channels)
+        gone = select_gqa_groups_to_prune(scores, max(parts.channels - left, 0))
+        shrink_layer(parts, {CHANNELS: ~gone})
     return to_pruned(model)
 
 
@@ -102,8 +102,8 @@ def prune_attention_channels(parts: LayerParts, ratio: float) -> None:
     """Channels of least norm go from q, k and v; then as many as do not fill a whole group."""
     from torch_pruning import prune_linear_in_channels, prune_linear_out_channels
 
-    left = int((1 - ratio) * parts.heads * parts.head_size)
-    groups, per_group = left // parts.head_size, parts.query_heads // parts.heads
+    left = int((1 - ratio) * parts.groups * parts.head_size)
+    groups, per_group = left // parts.head_size, parts.query_heads // parts.groups
     for linear, heads in ((parts.q, groups * per_group), (parts.k, groups), (parts.v, groups)):
         weakest = linear.weight.detach().norm(dim=1).argsort()
         prune_linear_out_channels(linear, weakest[: int(ratio * linear.out_features)].tolist())

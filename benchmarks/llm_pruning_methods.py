@@ -39,7 +39,7 @@ from compression.llm.removal import removal_perplexities
 from compression.llm.text import CalibrationText, load_corpus, sample_windows, tokenize, windows
 from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM, LLM_FOLDER
-from compression.structures import KINDS, layers_of
+from compression.structures import DECODER_KINDS, layers_of
 from compression.surgery import shrink_decoder
 
 PLAIN = dict(compensation="none", epsilon=0.0, round_to=1)
@@ -114,7 +114,7 @@ def whole_layers(model, ratio: float, removal: dict[str, Any]):
         removed = sum(sizes[index] for index in gone)
     kept = {
         kind: [torch.full((parts.count(kind),), index not in gone) for index, parts in enumerate(layers_of(model))]
-        for kind in KINDS
+        for kind in DECODER_KINDS
     }
     return shrink_decoder(model, kept)
 
@@ -169,7 +169,7 @@ def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText
     config = PruningFields(pruning_ratio=ratio, **fields)
 
     def remember(name: str, make):
-        if not name.startswith("scores_1_"):
+        if not name.startswith("scores_of_step_1_"):
             return make()
         if config.importance_method not in known:
             known[config.importance_method] = make()

@@ -25,7 +25,7 @@ from compression.config import StageConfig, run_script
 from compression.distillation import distillation_loss
 from compression.files import write_json
 from compression.runtime import RESULTS, fingerprint, log, pick_device
-from compression.structures import KINDS
+from compression.structures import ENCODER_KINDS
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Trainer:
 
 def naive_scores(recipe: GradualPruning) -> None:
     """|weight * gradient| of every structure, one structure after the other."""
-    for kind in KINDS:
+    for kind in ENCODER_KINDS:
         for parts in recipe.layers:
             rows, outer = parts.split(kind)
             size = outer.in_features // parts.count(kind)
@@ -117,7 +117,7 @@ def compare(name: str, make_model, config: OverheadConfig, device: torch.device)
     with torch.no_grad():
         naive = median(seconds(lambda: naive_scores(pruning.recipe), device) for _ in range(3))
     result = {
-        "structures": {kind: sum(parts.count(kind) for parts in pruning.recipe.layers) for kind in KINDS},
+        "structures": {kind: sum(parts.count(kind) for parts in pruning.recipe.layers) for kind in ENCODER_KINDS},
         "step_off_ms": 1e3 * median(off),
         "step_on_ms": 1e3 * median(on),
         "on_over_off": median(on) / median(off),

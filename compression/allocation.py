@@ -169,8 +169,8 @@ def split_budget(
     budget: float,
     groups: int,
     group_parameters: int,
-    neurons: int,
-    neuron_parameters: int,
+    channels: int,
+    channel_parameters: int,
     groups_wanted: int,
     multiple: int = 1,
 ) -> tuple[int, int]:
@@ -182,24 +182,24 @@ def split_budget(
 
     Args:
         budget: parameters to remove.
-        groups, neurons: structures that the layer has. group_parameters, neuron_parameters: of one of them.
+        groups, channels: structures that the layer has. group_parameters, channel_parameters: of one of them.
         groups_wanted: groups that would go by their share of the budget.
         multiple: the number of channels that stay is a multiple of this, unless none go.
     """
-    spare_groups, spare_neurons = max(groups - 1, 0), max(neurons - multiple, 0)
+    spare_groups, spare_channels = max(groups - 1, 0), max(channels - multiple, 0)
     if budget <= 0:
         return 0, 0
     least = most = 0
     if spare_groups:
-        least = _at_least(budget - spare_neurons * neuron_parameters, group_parameters)
+        least = _at_least(budget - spare_channels * channel_parameters, group_parameters)
         most = int(budget / group_parameters)
     removed = max(min(groups_wanted, most), least)
     removed = max(0, min(removed, spare_groups))
     rest = budget - removed * group_parameters
-    if rest <= 0 or not spare_neurons:
+    if rest <= 0 or not spare_channels:
         return removed, 0
-    stay = neurons - min(_at_least(rest, neuron_parameters), spare_neurons)
-    return removed, neurons - stay // multiple * multiple
+    stay = channels - min(_at_least(rest, channel_parameters), spare_channels)
+    return removed, channels - stay // multiple * multiple
 
 
 def _at_least(budget: float, one: int) -> int:

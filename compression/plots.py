@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 
 from compression.files import new_file
+from compression.structures import CHANNELS, GROUPS
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; shapes tell the models apart in grey print.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -203,7 +204,7 @@ def plot_retained(rows: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(max(6, 0.32 * depth), 3.2), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for place, (kind, label) in enumerate((("heads", "attention"), ("neurons", "MLP"))):
+    for place, (kind, label) in enumerate(((GROUPS, "attention"), (CHANNELS, "MLP"))):
         total, left = np.zeros(depth), np.zeros(depth)
         for row in rows:
             if row["kind"] == kind:

@@ -24,7 +24,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from compression.config import Settings
 from compression.flops import part_of
 from compression.runtime import UserError, pick_dtype
-from compression.structures import KINDS, layers_of
+from compression.structures import ENCODER_KINDS, layers_of
 from compression.surgery import shrink
 
 QuantType = Literal["nf4", "fp4"]
@@ -369,7 +369,9 @@ def _linear_8bit(linear: nn.Linear) -> bnb.nn.Linear8bitLt:
 def _with_packed_tables(model: PreTrainedModel, bits: int) -> PreTrainedModel:
     """A copy of the model, of the pruned class of its family, whose tables are stored with so many bits."""
     layers, device = layers_of(model), model.device
-    everything = {kind: [torch.ones(part.count(kind), device=device).bool() for part in layers] for kind in KINDS}
+    everything = {
+        kind: [torch.ones(part.count(kind), device=device).bool() for part in layers] for kind in ENCODER_KINDS
+    }
     small = shrink(model, everything)
     if bits == 32:
         return small

@@ -1,9 +1,10 @@
-"""The prunable structures of a model: attention heads and FFN neurons, where their weights are, how many there are.
+"""The prunable structures of a model: their kinds, where their weights are, how many there are.
 
-A head is its rows of q/k/v and its columns of the output projection; a neuron is a row of the first FFN layer and a
-column of the second. With grouped-query attention (GQA) what counts as one head is a key-value head with all the query
-heads that share it, and in a gated MLP a neuron is a row of gate and up and a column of down: so the ratio of query to
-key-value heads survives any choice. Per-structure values (scores, masks) are kept as one tensor per layer, by kind.
+An encoder has heads and neurons. A head is its rows of q/k/v and its columns of the output projection; a neuron is a
+row of the first FFN layer and a column of the second. A decoder has groups and channels. A group is a key-value head
+with all the query heads that share it (grouped-query attention, GQA), so that their ratio survives any choice; a
+channel is a row of the gated MLP's gate and up and a column of its down. Per-structure values (scores, masks) are kept
+as one tensor per layer, by kind.
 """
 
 from collections.abc import Iterator
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 
 from compression.runtime import UserError
 
-HEADS = "heads"
-NEURONS = "neurons"
-KINDS = (HEADS, NEURONS)
+HEADS, NEURONS = ENCODER_KINDS = ("heads", "neurons")
+GROUPS, CHANNELS = DECODER_KINDS = ("groups", "channels")
 
 
 @dataclass(frozen=True)
 class Family:
     """Where one architecture keeps its layers and their Linear modules (dotted paths)."""
 
+    kinds: tuple[str, str]
+    """Of structures: the attention's and the FFN's."""
     layers: str
     q: str
     k: str
@@ -36,6 +38,7 @@ class Family:
 
 
 BERT = Family(
+    kinds=ENCODER_KINDS,
     layers="base_model.encoder.layer",
     q="attention.self.query",
     k="attention.self.key",
@@ -46,6 +49,7 @@ BERT = Family(
     head_size="attention.self.attention_head_size",
 )
 DISTILBERT = Family(
+    kinds=ENCODER_KINDS,
     layers="base_model.transformer.layer",
     q="attention.q_lin",
     k="attention.k_lin",
@@ -56,6 +60,7 @@ DISTILBERT = Family(
     head_size="attention.attention_head_size",
 )
 DECODER = Family(
+    kinds=DECODER_KINDS,
     layers="base_model.layers",
     q="self_attn.q_proj",
     k="self_attn.k_proj",
@@ -74,10 +79,11 @@ FAMILIES = ENCODERS | DECODERS
 class LayerParts:
     """The Linear modules of one layer; None where the layer's attention or FFN was removed.
 
-    q: [query heads * head_size, hidden]; k, v: [heads * head_size, hidden]; o: [hidden, query heads * head_size];
-    gate, up: [neurons, hidden]; down: [hidden, neurons].
+    q: [query heads * head_size, hidden]; k, v: [heads or groups * head_size, hidden];
+    o: [hidden, query heads * head_size]; gate, up: [neurons or channels, hidden]; down: [hidden, neurons or channels].
     """
 
+    kinds: tuple[str, str]
     q: nn.Linear | None
     k: nn.Linear | None
     v: nn.Linear | None
@@ -95,16 +101,39 @@ class LayerParts:
 
     @property
     def heads(self) -> int:
-        """Key-value heads: those of k and v."""
-        return 0 if self.k is None else self.k.out_features // self.head_size
+        return self.count(HEADS)
 
     @property
     def neurons(self) -> int:
-        return 0 if self.up is None else self.up.out_features
+        return self.count(NEURONS)
+
+    @property
+    def groups(self) -> int:
+        """Key-value heads."""
+        return self.count(GROUPS)
+
+    @property
+    def channels(self) -> int:
+        return self.count(CHANNELS)
 
     def count(self, kind: str) -> int:
-        """Number of structures of a kind."""
-        return self.heads if kind == HEADS else self.neurons
+        """Number of structures of a kind.
+
+        Raises:
+            ValueError: a kind that the layer's family does not have.
+        """
+        rows, size = (self.k, self.head_size) if self.is_attention(kind) else (self.up, 1)
+        return 0 if rows is None else rows.out_features // size
+
+    def is_attention(self, kind: str) -> bool:
+        """Whether a kind is the attention's, not the FFN's.
+
+        Raises:
+            ValueError: a kind that the layer's family does not have.
+        """
+        if kind not in self.kinds:
+            raise ValueError(f"this layer has {' and '.join(self.kinds)}, no {kind}")
+        return kind == self.kinds[0]
 
     def structure_parameters(self, kind: str) -> int:
         """Parameters of one structure, biases of its rows included; 0 where the layer has none of the kind."""
@@ -118,16 +147,16 @@ class LayerParts:
     @property
     def parameters(self) -> int:
         """Parameters of all structures of the layer (norms are not counted: they belong to none)."""
-        return sum(self.count(kind) * self.structure_parameters(kind) for kind in KINDS)
+        return sum(self.count(kind) * self.structure_parameters(kind) for kind in self.kinds)
 
     @property
     def empty(self) -> bool:
         """Whether nothing is left that the layer could add to the residual stream."""
-        return not (self.heads or self.neurons or self.biased)
+        return not (any(map(self.count, self.kinds)) or self.biased)
 
     def split(self, kind: str) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
         """The layers that hold a kind's rows, and the one that holds its columns."""
-        if kind == HEADS:
+        if self.is_attention(kind):
             return (self.q, self.k, self.v), self.o
         return ((self.up,) if self.gate is None else (self.gate, self.up)), self.down
 
@@ -164,7 +193,7 @@ def _parts(family: Family, layer: nn.Module, model: nn.Module) -> LayerParts:
     linears = {name: path and _find(layer, path) for name, path in paths.items()}
     head_size = attrgetter(family.head_size)(layer) if family.head_size else head_dim(model.config)
     biased = any(_bias(layer, path) is not None for path in (family.o, family.down))
-    return LayerParts(**linears, head_size=head_size, biased=biased)
+    return LayerParts(family.kinds, **linears, head_size=head_size, biased=biased)
 
 
 def _find(layer: nn.Module, path: str) -> nn.Linear | None:
@@ -180,7 +209,7 @@ def _bias(layer: nn.Module, path: str) -> nn.Parameter | None:
 
 def output_bias(layer: nn.Module, kind: str) -> Tensor | float:
     """What a decoder layer's attention or MLP adds to the residual stream when all its structures are gone."""
-    bias = _bias(layer, DECODER.o if kind == HEADS else DECODER.down)
+    bias = _bias(layer, DECODER.o if kind == GROUPS else DECODER.down)
     return 0.0 if bias is None else bias
 
 
@@ -194,7 +223,7 @@ def output_projections(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, 
     family = family_of(model)
     for layer in attrgetter(family.layers)(model):
         parts = _parts(family, layer, model)
-        for kind, path in ((HEADS, family.o), (NEURONS, family.down)):
+        for kind, path in zip(family.kinds, (family.o, family.down), strict=True):
             parent, _, name = path.rpartition(".")
             if parts.count(kind):
                 yield kind, attrgetter(parent)(layer), name, parts.count(kind)

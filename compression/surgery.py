@@ -17,7 +17,16 @@ from transformers import (
 from compression.modeling import auto_map, pruned_classes
 from compression.modeling.pruned_decoder import remove_attention, remove_mlp
 from compression.runtime import UserError
-from compression.structures import DECODERS, HEADS, KINDS, LayerParts, family_of, head_dim, layers_of
+from compression.structures import (
+    DECODER_KINDS,
+    DECODERS,
+    ENCODER_KINDS,
+    GROUPS,
+    LayerParts,
+    family_of,
+    head_dim,
+    layers_of,
+)
 
 
 def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:
@@ -35,7 +44,7 @@ def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedM
     """
     small = copy.deepcopy(model)
     for index, parts in enumerate(layers_of(small)):
-        shrink_layer(parts, {kind: kept[kind][index] for kind in KINDS})
+        shrink_layer(parts, {kind: kept[kind][index] for kind in ENCODER_KINDS})
     config_class, model_class = pruned_classes(model.config.model_type, AutoModelForSequenceClassification)
     layers = layers_of(small)
     config = config_class(
@@ -58,9 +67,9 @@ def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> Pre
     Args:
         model: a LLaMA-class language model, dense or already pruned. It is used up: its weights are cut down in place
             and become the result's, so that no second copy of a large model is needed.
-        kept: for heads (key-value heads with their query heads) and neurons one bool tensor [structures] per layer,
-            True where the structure stays. An attention or MLP of which nothing stays is taken out, but for the bias of
-            its output projection; a layer of which not even a bias stays is taken out whole.
+        kept: for groups and channels one bool tensor [structures] per layer, True where the structure stays. An
+            attention or MLP of which nothing stays is taken out, but for the bias of its output projection; a layer of
+            which not even a bias stays is taken out whole.
 
     Returns:
         A model of the pruned class of that family, in evaluation mode.
@@ -69,16 +78,16 @@ def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> Pre
         UserError: an architecture that is not supported, or no attention is left in any layer.
     """
     family = family_of(model, DECODERS)
-    if not any(mask.any() for mask in kept[HEADS]):
+    if not any(mask.any() for mask in kept[GROUPS]):
         raise UserError("nothing is left of any layer's attention: choose a lower pruning ratio")
     layers = attrgetter(family.layers)(model)
     for index, parts in enumerate(layers_of(model)):
-        here = {kind: kept[kind][index] for kind in KINDS if parts.count(kind)}
+        here = {kind: kept[kind][index] for kind in DECODER_KINDS if parts.count(kind)}
         for kind, mask in here.items():
             if mask.any():
                 shrink_layer(parts, {kind: mask})
             else:
-                (remove_attention if kind == HEADS else remove_mlp)(layers[index])
+                (remove_attention if kind == GROUPS else remove_mlp)(layers[index])
     stay = [index for index, parts in enumerate(layers_of(model)) if not parts.empty]
     model.model.layers = nn.ModuleList(layers[index] for index in stay)
     return to_pruned(model, stay)
@@ -110,7 +119,7 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
         UserError: the layers differ, or the stock class refuses their number of heads.
     """
     layers = layers_of(model)
-    sizes = {(parts.query_heads, parts.heads, parts.neurons) for parts in layers}
+    sizes = {(parts.query_heads, parts.groups, parts.channels) for parts in layers}
     if len(sizes) > 1 or not all(*sizes):
         raise UserError(f"layers of different sizes {sorted(sizes)} cannot be had in the stock model class")
     model_type = model.config.model_type.removeprefix("pruned_")
@@ -145,11 +154,11 @@ def _decoder_values(model: PreTrainedModel, stay: list[int] | range) -> dict:
 def _layer_values(parts: LayerParts) -> dict:
     """What `per_layer_config` says of a layer."""
     values = {}
-    if parts.heads:
-        values |= {"num_attention_heads": parts.query_heads, "num_key_value_heads": parts.heads}
-    if parts.neurons:
-        values |= {"intermediate_size": parts.neurons}
-    skip = ["attention"] * (not parts.heads) + ["mlp"] * (not parts.neurons)
+    if parts.groups:
+        values |= {"num_attention_heads": parts.query_heads, "num_key_value_heads": parts.groups}
+    if parts.channels:
+        values |= {"intermediate_size": parts.channels}
+    skip = ["attention"] * (not parts.groups) + ["mlp"] * (not parts.channels)
     return values | ({"skip": skip} if skip else {})
 
 

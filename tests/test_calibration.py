@@ -11,7 +11,7 @@ from compression.importance import removal_costs
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.scoring import Method, score_structures
-from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
 
@@ -52,11 +52,11 @@ def test_perplexity_is_that_of_the_usual_loss(model, windows):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_taylor_scores_are_those_of_kept_gradients(model, windows, method, checkpointing):
     scores = score_structures(model, windows, method, batch_size=2, gradient_checkpointing=checkpointing)
-    expected = {kind: [torch.zeros(parts.count(kind)) for parts in layers_of(model)] for kind in KINDS}
+    expected = {kind: [torch.zeros(parts.count(kind)) for parts in layers_of(model)] for kind in DECODER_KINDS}
     for ids in windows.split(2):
         model.zero_grad()
         plain_loss(model, ids).backward()
-        for kind in KINDS:
+        for kind in DECODER_KINDS:
             for parts, total in zip(layers_of(model), expected[kind], strict=True):
                 for index in range(len(total)):
                     pieces = [
@@ -69,7 +69,7 @@ def test_taylor_scores_are_those_of_kept_gradients(model, windows, method, check
                         total[index] += (
                             product + (0.5 * product**2 if method == "taylor_2nd" else 0)
                         ).sum().detach() / 2
-    for kind in KINDS:
+    for kind in DECODER_KINDS:
         for found, wanted in zip(scores[kind], expected[kind], strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
 
@@ -79,7 +79,7 @@ def test_fisher_scores_are_squared_derivatives_of_gates(model, windows, checkpoi
     """A gate of its own for every token, multiplied onto the input of the output projection."""
     scores = score_structures(model, windows, "fisher", gradient_checkpointing=checkpointing)
     gates, handles = {}, []
-    for kind in KINDS:
+    for kind in DECODER_KINDS:
         for index, parts in enumerate(layers_of(model)):
             outer, count = parts.split(kind)[1], parts.count(kind)
             gate = gates[kind, index] = torch.ones(*windows.shape, count, requires_grad=True)
@@ -97,7 +97,7 @@ def test_fisher_scores_are_squared_derivatives_of_gates(model, windows, checkpoi
 def test_obs_scores_come_from_inputs_and_output_gradients(model, windows, checkpointing):
     scores = score_structures(model, windows, "obs", batch_size=2, gradient_checkpointing=checkpointing)
     seen, handles = {}, []
-    for kind in KINDS:
+    for kind in DECODER_KINDS:
         for index, parts in enumerate(layers_of(model)):
 
             def note(_, x, y, key=(kind, index)):
@@ -127,7 +127,7 @@ def test_wanda_scores_weigh_with_input_norms(model, windows):
         handle.remove()
     scores = score_structures(model, windows, "wanda")
     parts = layers_of(model)[2]
-    for kind, index in ((HEADS, 1), (NEURONS, 5)):
+    for kind, index in ((GROUPS, 1), (CHANNELS, 5)):
         outer, columns = columns_of(parts, kind, index)
         expected = (outer.weight.abs() * inputs[outer].norm(dim=0))[:, columns].sum()
         for linear, rows in rows_of(parts, kind, index):
@@ -150,7 +150,7 @@ def test_bf16_weights_give_fp32_scores(windows):
     model = tiny_decoder()
     expected = score_structures(model, windows, "fisher")
     found = score_structures(model.bfloat16(), windows, "fisher")
-    for kind in KINDS:
+    for kind in DECODER_KINDS:
         for one, other in zip(found[kind], expected[kind], strict=True):
             assert one.dtype == torch.float32
             torch.testing.assert_close(one, other, rtol=0.5, atol=1e-3 * other.max().item())
@@ -160,15 +160,15 @@ def test_bf16_weights_give_fp32_scores(windows):
 def test_removal_analysis_equals_the_plain_way(model, windows):
     found = removal_perplexities(model, windows, batch_size=2)
     assert found["dense"] == pytest.approx(perplexity(model, windows), rel=1e-5)
-    counts = [(parts.heads, parts.neurons) for parts in layers_of(model)]
+    counts = [(parts.groups, parts.channels) for parts in layers_of(model)]
     for index in range(len(counts)):
-        for name, gone in (("layer", KINDS), ("attention", (HEADS,)), ("mlp", (NEURONS,))):
+        for name, gone in (("layer", DECODER_KINDS), ("attention", (GROUPS,)), ("mlp", (CHANNELS,))):
             kept = {
                 kind: [
                     torch.full((counts[layer][place],), not (layer == index and kind in gone))
                     for layer in range(len(counts))
                 ]
-                for place, kind in enumerate(KINDS)
+                for place, kind in enumerate(DECODER_KINDS)
             }
             small = shrink_decoder(copy.deepcopy(model), kept)
             assert found[name][index] == pytest.approx(perplexity(small, windows), rel=1e-4), (name, index)
@@ -178,13 +178,13 @@ def test_a_pruned_model_can_be_scored_again(windows):
     model = shrink_decoder(
         tiny_decoder(),
         {
-            HEADS: [torch.tensor(row).bool() for row in ([1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0])],
-            NEURONS: [torch.ones(48).bool(), torch.arange(48) < 8, torch.zeros(48).bool(), torch.ones(48).bool()],
+            GROUPS: [torch.tensor(row).bool() for row in ([1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0])],
+            CHANNELS: [torch.ones(48).bool(), torch.arange(48) < 8, torch.zeros(48).bool(), torch.ones(48).bool()],
         },
     )
     for method in get_args(Method):
         scores = score_structures(model, windows, method)
-        assert [len(score) for score in scores[HEADS]] == [3, 0, 4, 1]
-        assert [len(score) for score in scores[NEURONS]] == [48, 8, 0, 48]
-        assert all((score > 0).all() for kind in KINDS for score in scores[kind])
+        assert [len(score) for score in scores[GROUPS]] == [3, 0, 4, 1]
+        assert [len(score) for score in scores[CHANNELS]] == [48, 8, 0, 48]
+        assert all((score > 0).all() for kind in DECODER_KINDS for score in scores[kind])
     assert len(removal_perplexities(model, windows)["layer"]) == 4

@@ -7,7 +7,7 @@ import torch
 from conftest import DECODERS, tiny_decoder
 
 from compression.llm.repair import RIDGE, repair
-from compression.structures import HEADS, NEURONS, layers_of
+from compression.structures import CHANNELS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
 
@@ -22,17 +22,17 @@ def model(request):
 
 
 def everything(model):
-    return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in (HEADS, NEURONS)}
+    return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in (GROUPS, CHANNELS)}
 
 
 @torch.no_grad()
 def test_what_others_can_do_is_taken_over(model, windows, monkeypatch):
-    """Neurons and heads that are copies of others can go with no other trace than the ridge's."""
+    """Channels and groups that are copies of others can go with no other trace than the ridge's."""
     monkeypatch.setattr("compression.llm.repair.RIDGE", RIDGE / 100)
     kept = everything(model)
     for index in (1, 3):
         parts = layers_of(model)[index]
-        for kind, half in ((NEURONS, 24), (HEADS, 2)):
+        for kind, half in ((CHANNELS, 24), (GROUPS, 2)):
             for linear in parts.split(kind)[0]:
                 rows = linear.out_features // 2
                 linear.weight[rows:] = linear.weight[:rows]
@@ -51,8 +51,8 @@ def test_what_others_can_do_is_taken_over(model, windows, monkeypatch):
 def test_projection_is_the_ridge_solution_on_what_comes_in(windows):
     model = tiny_decoder()
     kept = everything(model)
-    kept[NEURONS][0] = torch.arange(48) % 3 > 0
-    kept[NEURONS][2] = torch.arange(48) % 4 > 0
+    kept[CHANNELS][0] = torch.arange(48) % 3 > 0
+    kept[CHANNELS][2] = torch.arange(48) % 4 > 0
     down = [parts.down for parts in layers_of(model)]
     whole = [linear.weight.clone() for linear in down]
     inputs = {}
@@ -65,7 +65,7 @@ def test_projection_is_the_ridge_solution_on_what_comes_in(windows):
         linear.register_forward_pre_hook(note)
     model(windows)  # what comes into layer 2 here has gone through the repaired layer 0
     for index in (0, 2):
-        columns, x = kept[NEURONS][index], inputs[down[index]]
+        columns, x = kept[CHANNELS][index], inputs[down[index]]
         gram = x[:, columns].T @ x[:, columns]
         gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
         missing = x[:, ~columns] @ whole[index][:, ~columns].T.double()
@@ -77,8 +77,8 @@ def test_projection_is_the_ridge_solution_on_what_comes_in(windows):
 
 def test_repair_of_layers_that_lose_a_whole_part(model, windows):
     kept = everything(model)
-    kept[HEADS][1] = torch.zeros(4).bool()
-    kept[NEURONS][2] = torch.zeros(48).bool()
-    kept[HEADS][3] = torch.tensor([1, 0, 1, 1]).bool()
+    kept[GROUPS][1] = torch.zeros(4).bool()
+    kept[CHANNELS][2] = torch.zeros(48).bool()
+    kept[GROUPS][3] = torch.tensor([1, 0, 1, 1]).bool()
     repair(model, kept, windows)
     assert shrink_decoder(model, kept)(windows).logits.isfinite().all()

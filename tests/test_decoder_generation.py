@@ -5,7 +5,7 @@ import torch
 from conftest import MIXED, tiny_decoder
 from transformers import DynamicCache
 
-from compression.structures import HEADS, NEURONS
+from compression.structures import CHANNELS, GROUPS
 from compression.surgery import shrink_decoder
 
 FAMILIES = {
@@ -18,10 +18,10 @@ FAMILIES = {
 
 def pruned(family, without=1, seed=0):
     """A model one of whose layers has no attention, another no MLP, and another neither; it may be the first."""
-    heads = [torch.tensor(row).bool() for row in ([1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0])]
-    neurons = [torch.arange(48) < many for many in (48, 8, 0, 0)]
+    groups = [torch.tensor(row).bool() for row in ([1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0])]
+    channels = [torch.arange(48) < many for many in (48, 8, 0, 0)]
     order = {0: [1, 0, 2, 3], 1: [0, 1, 2, 3], 3: [3, 0, 2, 1]}[without]
-    kept = {HEADS: [heads[place] for place in order], NEURONS: [neurons[place] for place in order]}
+    kept = {GROUPS: [groups[place] for place in order], CHANNELS: [channels[place] for place in order]}
     return shrink_decoder(tiny_decoder(family, seed=seed, **FAMILIES[family]), kept)
 
 

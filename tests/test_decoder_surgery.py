@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from compression.llm.global_pruning import masked
 from compression.modeling import add_modeling_code
 from compression.runtime import UserError
-from compression.structures import HEADS, NEURONS, layers_of
+from compression.structures import CHANNELS, GROUPS, layers_of
 from compression.surgery import shrink_decoder, to_stock
 
 # Layer 1 loses its attention, layer 2 its MLP, layer 3 both.
 KEPT = {
-    HEADS: [torch.tensor(row).bool() for row in ([1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0])],
-    NEURONS: [torch.arange(48) % 2 == 0, torch.arange(48) < 8, torch.zeros(48).bool(), torch.zeros(48).bool()],
+    GROUPS: [torch.tensor(row).bool() for row in ([1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0])],
+    CHANNELS: [torch.arange(48) % 2 == 0, torch.arange(48) < 8, torch.zeros(48).bool(), torch.zeros(48).bool()],
 }
-SAME = {HEADS: [torch.tensor([1, 0, 0, 1]).bool()] * 4, NEURONS: [torch.arange(48) < 40] * 4}
+SAME = {GROUPS: [torch.tensor([1, 0, 0, 1]).bool()] * 4, CHANNELS: [torch.arange(48) < 40] * 4}
 
 
 @pytest.fixture(params=sorted(DECODERS))
@@ -52,7 +52,7 @@ def test_smaller_model_computes_what_the_masked_one_does(model, ids):
     assert (dense - expected).abs().max() > 1e-3
     small = shrink_decoder(model, KEPT)
     torch.testing.assert_close(small(ids).logits, expected, atol=1e-5, rtol=0)
-    sizes = [(parts.query_heads, parts.heads, parts.neurons) for parts in layers_of(small)]
+    sizes = [(parts.query_heads, parts.groups, parts.channels) for parts in layers_of(small)]
     assert sizes[:3] == [(6, 3, 24), (0, 0, 8), (4, 2, 0)], (
         "two query heads for each key-value head, as in the dense model"
     )
@@ -66,14 +66,14 @@ def test_smaller_model_computes_what_the_masked_one_does(model, ids):
 def test_pruning_a_pruned_model_again(model, ids):
     small = shrink_decoder(model, KEPT)
     again = {
-        HEADS: [torch.tensor([1, 0, 1]).bool(), torch.zeros(0).bool(), torch.tensor([0, 1]).bool()],
-        NEURONS: [torch.arange(24) < 16, torch.arange(8) % 2 == 0, torch.zeros(0).bool()],
+        GROUPS: [torch.tensor([1, 0, 1]).bool(), torch.zeros(0).bool(), torch.tensor([0, 1]).bool()],
+        CHANNELS: [torch.arange(24) < 16, torch.arange(8) % 2 == 0, torch.zeros(0).bool()],
     }
     for masks in again.values():  # a layer that is left as its biases
         masks.extend([torch.zeros(0).bool()] * (len(layers_of(small)) - 3))
     masked = copy.deepcopy(small)
     for index, parts in enumerate(layers_of(masked)):
-        for kind in (HEADS, NEURONS):
+        for kind in (GROUPS, CHANNELS):
             if parts.count(kind):
                 outer = parts.split(kind)[1]
                 outer.weight.mul_(again[kind][index].repeat_interleave(outer.in_features // len(again[kind][index])))
@@ -82,7 +82,7 @@ def test_pruning_a_pruned_model_again(model, ids):
 
 
 def test_generation_with_the_cache_gives_the_same_tokens(model, ids):
-    kept = KEPT | {HEADS: [torch.zeros(4).bool(), *KEPT[HEADS][:1], *KEPT[HEADS][2:]]}
+    kept = KEPT | {GROUPS: [torch.zeros(4).bool(), *KEPT[GROUPS][:1], *KEPT[GROUPS][2:]]}
     small = shrink_decoder(model, kept)
     tokens = [
         small.generate(ids, max_new_tokens=16, do_sample=False, use_cache=cache, eos_token_id=None)
@@ -180,13 +180,13 @@ def test_uniform_model_is_one_of_the_stock_class(model, ids, tmp_path):
 def test_what_the_stock_class_cannot_hold_is_refused():
     with pytest.raises(UserError, match="layers of different sizes"):
         to_stock(shrink_decoder(tiny_decoder("llama"), KEPT))
-    three = {HEADS: [torch.tensor([1, 1, 0, 1]).bool()] * 4, NEURONS: SAME[NEURONS]}
+    three = {GROUPS: [torch.tensor([1, 1, 0, 1]).bool()] * 4, CHANNELS: SAME[CHANNELS]}
     with pytest.raises(UserError, match="stock llama class refuses.*multiple of the number of attention heads"):
         to_stock(shrink_decoder(tiny_decoder("llama"), three))
 
 
 def test_nothing_to_attend_with_is_refused():
-    nothing = {HEADS: [torch.zeros(4).bool()] * 4, NEURONS: SAME[NEURONS]}
+    nothing = {GROUPS: [torch.zeros(4).bool()] * 4, CHANNELS: SAME[CHANNELS]}
     with pytest.raises(UserError, match="nothing is left of any layer's attention"):
         shrink_decoder(tiny_decoder("llama"), nothing)
 

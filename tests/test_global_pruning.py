@@ -21,7 +21,7 @@ from compression.llm.removal import removal_perplexities
 from compression.llm.scoring import Method, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import ROOT, UserError
-from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder, to_stock
 
 
@@ -36,11 +36,13 @@ def config(**fields):
 
 
 def parameters(model):
-    return sum(parts.count(kind) * parts.structure_parameters(kind) for parts in layers_of(model) for kind in KINDS)
+    return sum(
+        parts.count(kind) * parts.structure_parameters(kind) for parts in layers_of(model) for kind in DECODER_KINDS
+    )
 
 
 def largest(model):
-    return max(parts.structure_parameters(kind) for parts in layers_of(model) for kind in KINDS)
+    return max(parts.structure_parameters(kind) for parts in layers_of(model) for kind in DECODER_KINDS)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -57,15 +59,15 @@ def test_budget_is_met_to_within_one_structure(text, family, seed):
     small = GlobalPruning(model, settings, text).prune()
     removed = total - parameters(small)
     assert 0 <= removed - settings.pruning_ratio * total < one
-    assert all(parts.query_heads == 2 * parts.heads for parts in layers_of(small))
+    assert all(parts.query_heads == 2 * parts.groups for parts in layers_of(small))
 
 
 def test_widths_are_round_or_as_they_were(text):
     model = tiny_decoder(intermediate_size=50)
-    block = 16 * layers_of(model)[0].structure_parameters(NEURONS)
+    block = 16 * layers_of(model)[0].structure_parameters(CHANNELS)
     total = parameters(model)
     small = GlobalPruning(model, config(pruning_ratio=0.3, round_to=16, iterative_steps=2), text).prune()
-    widths = {parts.neurons for parts in layers_of(small)}
+    widths = {parts.channels for parts in layers_of(small)}
     assert widths <= {50, 48, 32, 16, 0} and widths != {50}
     assert 0 <= total - parameters(small) - 0.3 * total < max(block, largest(small))
 
@@ -80,7 +82,7 @@ def test_formula_of_the_paper(text):
     pruning = GlobalPruning(model, settings, text, removal)
     densities = pruning._densities(scores)
     for layer, parts in enumerate(layers_of(model)):
-        for kind, block in ((HEADS, "attention"), (NEURONS, "mlp")):
+        for kind, block in ((GROUPS, "attention"), (CHANNELS, "mlp")):
             value = removal["layer"][layer] if removal["layer"][layer] < tau else removal[block][layer]
             expected = scores[kind][layer] / parts.structure_parameters(kind) * torch.tensor(value).log1p() ** 1.5
             torch.testing.assert_close(densities[kind][layer], expected)
@@ -92,7 +94,7 @@ def test_no_temperature_is_the_plain_score(text):
     settings = config(importance_method="taylor", normalize="none")
     densities = GlobalPruning(model, settings, text)._densities(scores)
     parts = layers_of(model)[2]
-    torch.testing.assert_close(densities[HEADS][2], scores[HEADS][2] / parts.structure_parameters(HEADS))
+    torch.testing.assert_close(densities[GROUPS][2], scores[GROUPS][2] / parts.structure_parameters(GROUPS))
 
 
 def test_normalized_scores_make_layers_share_the_budget(text):
@@ -102,7 +104,7 @@ def test_normalized_scores_make_layers_share_the_budget(text):
         with torch.no_grad():
             layers_of(model)[1].down.weight.mul_(0.01)  # by magnitude, all that is cheap is here
         settings = config(importance_method="magnitude", normalize=normalize, pruning_ratio=0.2, epsilon=0.0)
-        sizes[normalize] = [parts.neurons for parts in layers_of(GlobalPruning(model, settings, text).prune())]
+        sizes[normalize] = [parts.channels for parts in layers_of(GlobalPruning(model, settings, text).prune())]
     assert max(sizes["none"]) - min(sizes["none"]) > max(sizes["layer"]) - min(sizes["layer"])
 
 
@@ -138,7 +140,7 @@ def test_wanda_does_not_empty_the_layers_whose_scores_are_small(text):
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight.mul_(0.01)
     settings = config(importance_method="wanda", pruning_ratio=0.2, epsilon=0.0)
-    sizes = [parts.neurons for parts in layers_of(GlobalPruning(model, settings, text).prune())]
+    sizes = [parts.channels for parts in layers_of(GlobalPruning(model, settings, text).prune())]
     assert len(sizes) == 4 and min(sizes) > 24
 
 
@@ -149,7 +151,7 @@ def test_layers_that_are_left_as_their_biases_go_through_all_steps(text, compens
     settings = config(pruning_ratio=0.7, iterative_steps=3, epsilon=0.6, compensation=compensation)
     pruning = GlobalPruning(model, settings, text)
     small = pruning.prune()
-    sizes = [(parts.heads, parts.neurons) for parts in layers_of(small)]
+    sizes = [(parts.groups, parts.channels) for parts in layers_of(small)]
     assert len(sizes) == 4 and (0, 0) in sizes and pruning.origin == [0, 1, 2, 3]
     assert 0 <= total - parameters(small) - 0.7 * total < largest(tiny_decoder("llama", mlp_bias=True))
     left = sum(row["removed_in_step"] is None for row in pruning.table.values())
@@ -160,7 +162,7 @@ def test_layers_that_are_left_as_their_biases_go_through_all_steps(text, compens
 def test_protected_layers_stay_as_they_are(text):
     model = tiny_decoder()
     small = GlobalPruning(model, config(protect_first=1, protect_last=1), text).prune()
-    sizes = [(parts.heads, parts.neurons) for parts in layers_of(small)]
+    sizes = [(parts.groups, parts.channels) for parts in layers_of(small)]
     assert sizes[0] == sizes[-1] == (4, 48) and len(sizes) <= 4
     with pytest.raises(UserError, match="--pruning_ratio 0.6: with 1 and 1 protected layers at most 0.500 can go"):
         GlobalPruning(tiny_decoder(), config(pruning_ratio=0.6, protect_first=1, protect_last=1), text)
@@ -183,7 +185,7 @@ def test_factor_of_least_perplexity_is_taken(text, monkeypatch):
     answers = iter([30.0, 20.0, 10.0])
     monkeypatch.setattr("compression.llm.global_pruning.perplexity", lambda *_: next(answers))
     kept = pruning._best_choice(pruning._densities(pruning._score()), 1, 0.4)
-    assert all(mask.all() for mask in kept[HEADS]), "with the largest factor no attention goes"
+    assert all(mask.all() for mask in kept[GROUPS]), "with the largest factor no attention goes"
 
 
 def test_table_says_what_went_when(text):
@@ -199,7 +201,7 @@ def test_table_says_what_went_when(text):
     for index, layer in enumerate(pruning.origin):
         left = [row for row in rows if row["layer"] == layer and row["removed_in_step"] is None]
         parts = layers_of(small)[index]
-        assert [sum(row["kind"] == kind for row in left) for kind in KINDS] == [parts.heads, parts.neurons]
+        assert [sum(row["kind"] == kind for row in left) for kind in DECODER_KINDS] == [parts.groups, parts.channels]
 
 
 def test_what_is_kept_is_where_the_table_says(text):
@@ -208,7 +210,7 @@ def test_what_is_kept_is_where_the_table_says(text):
     pruning = GlobalPruning(tiny_decoder(), config(iterative_steps=3, pruning_ratio=0.6, epsilon=0.3), text)
     small = pruning.prune()
     for index, layer in enumerate(pruning.origin):
-        places = pruning.places[NEURONS][index]
+        places = pruning.places[CHANNELS][index]
         if len(places):
             assert torch.equal(layers_of(small)[index].up.weight, layers_of(dense)[layer].up.weight[places])
 
@@ -234,10 +236,10 @@ def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
     total = parameters(model)
     small = to_stock(GlobalPruning(model, config(uniform=True, pruning_ratio=0.3, round_to=8), text).prune())
     assert type(small).__name__ == "LlamaForCausalLM"
-    sizes = {(parts.query_heads, parts.heads, parts.neurons) for parts in layers_of(small)}
-    (query_heads, heads, neurons), *others = sizes
-    assert not others and query_heads == 2 * heads and neurons % 8 == 0
-    rounding = 4 * 8 * layers_of(small)[0].structure_parameters(NEURONS)
+    sizes = {(parts.query_heads, parts.groups, parts.channels) for parts in layers_of(small)}
+    (query_heads, groups, channels), *others = sizes
+    assert not others and query_heads == 2 * groups and channels % 8 == 0
+    rounding = 4 * 8 * layers_of(small)[0].structure_parameters(CHANNELS)
     assert 0 <= total - parameters(small) - 0.3 * total < rounding
     with pytest.raises(UserError, match="--pruning_ratio 0.95: no uniform sizes meet it"):
         GlobalPruning(tiny_decoder(), config(uniform=True, pruning_ratio=0.95), text).prune()
@@ -338,14 +340,14 @@ def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
     command = run_command(base, tmp_path / "killed", "--output_name", "one", *flags, "--resume")
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "killed").glob(".one_*.resume/kept_1_of_2")):
+    while not list((tmp_path / "killed").glob(".one_*.resume/kept_in_step_1_of_2")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
     process.wait()
     assert not (tmp_path / "killed" / "one" / "models").exists()
     saved = {part.name for part in (tmp_path / "killed").glob(".one_*.resume/*")}
-    assert {"dense", "removal", "scores_1_of_2", "kept_1_of_2"} <= saved
+    assert {"dense", "removal", "scores_of_step_1_of_2", "kept_in_step_1_of_2"} <= saved
     result = run(base, tmp_path / "killed", "--output_name", "one", *flags, "--resume")
     assert "Step 1," not in result.stdout and "Step 2," in result.stdout
     names = ("models/model.safetensors", "analysis/global_group_table.csv", "models/config.json")

@@ -29,7 +29,7 @@ from compression.llm.repair import repair
 from compression.llm.scoring import Method, score_layer, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import ROOT, UserError
-from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder, to_pruned
 from gqa_aware_pruning import (
     GQAAwarePruningConfig,
@@ -90,8 +90,8 @@ def test_importance_of_a_group_is_the_sum_over_all_that_belongs_to_it(ids, heads
                 expected[group] += (k[8 * group : 8 * group + 8].sum() + v[8 * group : 8 * group + 8].sum()) / 2
             for linear, axis in ((mlp.gate_proj, 1), (mlp.up_proj, 1), (mlp.down_proj, 0)):
                 channels += (linear.weight * linear.weight.grad).abs().sum(axis) / 2
-    torch.testing.assert_close(found[HEADS], expected, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(found[NEURONS], channels, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[GROUPS], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found[CHANNELS], channels, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", get_args(Method))
@@ -100,7 +100,7 @@ def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpoin
     model = tiny_decoder("qwen3")
     every = score_structures(model, ids[:3], method, batch_size=2)
     one = score_layer(model, 2, Entering(model, ids[:3], 2, layer=2), method, checkpointing)
-    for kind in KINDS:
+    for kind in DECODER_KINDS:
         torch.testing.assert_close(one[kind], every[kind][2], rtol=1e-4, atol=1e-8)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
@@ -157,9 +157,9 @@ def test_pruned_layers_compute_what_masked_ones_do(ids, heads, family):
     prune_attention_by_gqa_groups(model, 1, gone)
     prune_mlp_channels(model, 1, channels)
     parts = layers_of(model)[1]
-    assert parts.heads == groups - int(gone.sum()) and parts.query_heads * groups == parts.heads * query_heads
+    assert parts.groups == groups - int(gone.sum()) and parts.query_heads * groups == parts.groups * query_heads
     assert parts.q.weight.shape == (8 * parts.query_heads, 32) and parts.o.weight.shape == (32, 8 * parts.query_heads)
-    assert parts.k.weight.shape == parts.v.weight.shape == (8 * parts.heads, 32) and parts.neurons == 32
+    assert parts.k.weight.shape == parts.v.weight.shape == (8 * parts.groups, 32) and parts.channels == 32
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
         torch.testing.assert_close(model(ids[:2]).logits, expected, atol=1e-5, rtol=0)
@@ -168,11 +168,11 @@ def test_pruned_layers_compute_what_masked_ones_do(ids, heads, family):
 
 def test_what_cannot_be_pruned_is_refused():
     model = tiny_decoder()
-    with pytest.raises(ValueError, match="layer 1 has 4 heads, not 3"):
+    with pytest.raises(ValueError, match="layer 1 has 4 groups, not 3"):
         prune_attention_by_gqa_groups(model, 1, torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="at least one of its heads has to stay"):
+    with pytest.raises(ValueError, match="at least one of its groups has to stay"):
         prune_attention_by_gqa_groups(model, 1, torch.ones(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="at least one of its neurons has to stay"):
+    with pytest.raises(ValueError, match="at least one of its channels has to stay"):
         prune_mlp_channels(model, 1, torch.ones(48, dtype=torch.bool))
 
 
@@ -265,7 +265,7 @@ def test_budget_is_met_to_within_one_block_of_channels(text, seed):
     draw = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
     model = tiny_decoder(sorted(DECODERS)[seed % 4])
     round_to = (1, 4)[seed // 4]
-    before, block = total(model), round_to * layers_of(model)[0].structure_parameters(NEURONS)
+    before, block = total(model), round_to * layers_of(model)[0].structure_parameters(CHANNELS)
     config = fields(
         strategy="random", round_to=round_to, attention_ratio=2 * draw[0], iterative_rounds=1 + seed % 3,
         layers=("all", "1-3")[seed % 2],
@@ -280,7 +280,7 @@ def test_budget_is_met_to_within_one_block_of_channels(text, seed):
     assert 0 <= before - total(small) - ratio * chosen < block
     assert 0 <= pruning.removed() - ratio < block / chosen
     for parts, rate, row in zip(layers_of(small), rates, pruning.table(), strict=True):
-        assert parts.query_heads == 2 * parts.heads
+        assert parts.query_heads == 2 * parts.groups
         gone = row["parameters_before"] - row["parameters_after"]
         assert abs(gone - rate * row["parameters_before"]) < block, "each layer for itself too"
         assert row["removed"] == pytest.approx(gone / row["parameters_before"])
@@ -291,7 +291,7 @@ def test_attention_ratio_decides_what_attention_loses(text):
     for attention_ratio in (0.0, 1.0, 2.0):
         model, config = tiny_decoder(), fields(attention_ratio=attention_ratio)
         small = LayerwisePruning(model, [0.25] * 4, config, text).prune()
-        heads.append([parts.heads for parts in layers_of(small)])
+        heads.append([parts.groups for parts in layers_of(small)])
     assert heads == [[4] * 4, [3] * 4, [2] * 4]
 
 
@@ -312,8 +312,8 @@ def test_each_layer_is_scored_on_the_model_as_pruned_so_far(text):
     model = tiny_decoder()
     for index in (0, 2, 3):
         scores = score_structures(model, text.scores, "taylor", text.batch_size)
-        kept = {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in KINDS}
-        for kind in KINDS:
+        kept = {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in DECODER_KINDS}
+        for kind in DECODER_KINDS:
             left = layers_of(small)[index].count(kind)
             kept[kind][index] = torch.zeros(len(scores[kind][index])).bool()
             kept[kind][index][scores[kind][index].topk(left).indices] = True
@@ -327,9 +327,9 @@ def test_repair_is_that_of_the_whole_model(text):
     config = fields(importance_method="magnitude", compensation="lstsq")
     small = LayerwisePruning(tiny_decoder(), [0.4] * 4, config, text).prune()
     model = tiny_decoder()
-    scores, kept = score_structures(model, text.scores, "magnitude"), {kind: [] for kind in KINDS}
+    scores, kept = score_structures(model, text.scores, "magnitude"), {kind: [] for kind in DECODER_KINDS}
     for index, parts in enumerate(layers_of(small)):
-        for kind in KINDS:
+        for kind in DECODER_KINDS:
             mask = torch.zeros(len(scores[kind][index])).bool()
             mask[scores[kind][index].topk(parts.count(kind)).indices] = True
             kept[kind].append(mask)
@@ -359,16 +359,16 @@ def test_rounds_prune_a_bit_at_a_time(text):
 def test_a_pruned_model_can_be_pruned_again(text):
     """Layer 0 has no attention and layer 2 no MLP: what these cannot give is made up for behind them."""
     kept = {
-        HEADS: [torch.tensor(row).bool() for row in ([0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1])],
-        NEURONS: [torch.ones(48).bool(), torch.arange(48) < 30, torch.zeros(48).bool(), torch.ones(48).bool()],
+        GROUPS: [torch.tensor(row).bool() for row in ([0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1])],
+        CHANNELS: [torch.ones(48).bool(), torch.arange(48) < 30, torch.zeros(48).bool(), torch.ones(48).bool()],
     }
     model = shrink_decoder(tiny_decoder(), kept)
-    before, channel = total(model), layers_of(model)[0].structure_parameters(NEURONS)
+    before, channel = total(model), layers_of(model)[0].structure_parameters(CHANNELS)
     config = fields(compensation="lstsq", iterative_rounds=2)
     rates = layer_rates(config, layers_of(model), 0.3, None, 0)
     small = LayerwisePruning(model, rates, config, text).prune()
     assert 0 <= before - total(small) - 0.3 * before < channel
-    sizes = [(parts.heads, parts.neurons) for parts in layers_of(small)]
+    sizes = [(parts.groups, parts.channels) for parts in layers_of(small)]
     assert sizes[0][0] == 0 == sizes[2][1] and sizes[0][1] < 48 and sizes[2][0] < 4
 
 

@@ -11,7 +11,7 @@ from conftest import KEPT, save_decoder, tiny_bert, tiny_decoder, tiny_distilber
 
 from compression import modeling
 from compression.checkpoint import save_checkpoint
-from compression.structures import HEADS, NEURONS
+from compression.structures import CHANNELS, GROUPS
 from compression.surgery import shrink, shrink_decoder
 
 AUTO = {"bert": "SequenceClassification", "distilbert": "SequenceClassification", "decoder": "CausalLM"}
@@ -27,8 +27,8 @@ def checkpoint(kind, tokenizer, tmp_path):
     """A pruned model of the kind."""
     folder = tmp_path / "checkpoint"
     if kind == "decoder":
-        heads, neurons = torch.tensor([1, 0, 1, 1]).bool(), torch.arange(48)
-        kept = {HEADS: [heads] * 4, NEURONS: [neurons < size for size in (4, 8, 8, 48)]}
+        groups, channels = torch.tensor([1, 0, 1, 1]).bool(), torch.arange(48)
+        kept = {GROUPS: [groups] * 4, CHANNELS: [channels < size for size in (4, 8, 8, 48)]}
         return save_decoder(folder, shrink_decoder(tiny_decoder(), kept))
     model = {"bert": tiny_bert, "distilbert": tiny_distilbert}[kind]()
     return save_checkpoint(folder, shrink(model, KEPT), tokenizer, {"stage": "pruning"})

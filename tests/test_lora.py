@@ -13,15 +13,15 @@ from compression.checkpoint import load_tensors, save_folder
 from compression.flops import count_macs
 from compression.llm.lora import PROJECTIONS, add_lora, load_adapter, write_adapter
 from compression.runtime import UserError
-from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
 
 def pruned(family="llama"):
     """Four layers: one whole, one narrow, one without attention, one without MLP."""
-    heads = [*KEPT[HEADS][:2], torch.zeros(4).bool(), torch.ones(4).bool()]
-    neurons = [*KEPT[NEURONS][:2], torch.ones(48).bool(), torch.zeros(48).bool()]
-    return shrink_decoder(tiny_decoder(family, max_position_embeddings=128), {HEADS: heads, NEURONS: neurons})
+    groups = [*KEPT[GROUPS][:2], torch.zeros(4).bool(), torch.ones(4).bool()]
+    channels = [*KEPT[CHANNELS][:2], torch.ones(48).bool(), torch.zeros(48).bool()]
+    return shrink_decoder(tiny_decoder(family, max_position_embeddings=128), {GROUPS: groups, CHANNELS: channels})
 
 
 def with_adapter(model, r=4, seed=0):
@@ -93,11 +93,11 @@ def test_an_adapters_macs_and_structures_are_counted_right():
 
 def test_structures_of_4_bit_layers_are_counted_by_their_sizes(tmp_path):
     model = pruned()
-    expected = [[layer.structure_parameters(kind) for kind in KINDS] for layer in layers_of(model)]
+    expected = [[layer.structure_parameters(kind) for kind in DECODER_KINDS] for layer in layers_of(model)]
     model.save_pretrained(tmp_path)
     packed = type(model).from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     assert type(layers_of(packed)[0].q).__name__ == "Linear4bit"
-    assert [[layer.structure_parameters(kind) for kind in KINDS] for layer in layers_of(packed)] == expected
+    assert [[layer.structure_parameters(kind) for kind in DECODER_KINDS] for layer in layers_of(packed)] == expected
 
 
 @pytest.fixture

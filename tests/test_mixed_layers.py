@@ -13,7 +13,7 @@ from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repair
 from compression.llm.scoring import Method, score_layer, score_structures
-from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
 MODELS = {
@@ -41,7 +41,7 @@ def all_but(model, index, gone):
     layers = list(enumerate(layers_of(model)))
     return {
         kind: [torch.full((parts.count(kind),), layer != index or kind not in gone) for layer, parts in layers]
-        for kind in KINDS
+        for kind in DECODER_KINDS
     }
 
 
@@ -66,7 +66,7 @@ def test_states_between_layers_are_the_models_own(model, windows):
 def test_removal_analysis_is_that_of_smaller_models(model, windows):
     found = removal_perplexities(model, windows, batch_size=4)
     assert found["dense"] == pytest.approx(perplexity(model, windows), rel=1e-5)
-    for name, gone in (("layer", KINDS), ("attention", (HEADS,)), ("mlp", (NEURONS,))):
+    for name, gone in (("layer", DECODER_KINDS), ("attention", (GROUPS,)), ("mlp", (CHANNELS,))):
         expected = [
             perplexity(shrink_decoder(copy.deepcopy(model), all_but(model, index, gone)), windows) for index in range(4)
         ]
@@ -78,7 +78,7 @@ def test_scores_of_one_layer_are_those_of_the_whole_model(model, windows, method
     every = score_structures(model, windows, method, batch_size=2)
     for index in (0, 1, 3):
         one = score_layer(model, index, Entering(model, windows, 2, layer=index), method)
-        for kind in KINDS:
+        for kind in DECODER_KINDS:
             torch.testing.assert_close(one[kind], every[kind][index], rtol=1e-3, atol=1e-8)
 
 
@@ -86,14 +86,14 @@ def test_scores_of_one_layer_are_those_of_the_whole_model(model, windows, method
 @pytest.mark.parametrize("index", [0, 1, 3])
 def test_repair_is_fitted_to_what_comes_in(model, windows, index):
     kept = all_but(model, index, ())
-    kept[HEADS][index] = torch.tensor([1, 0, 1, 1]).bool()
+    kept[GROUPS][index] = torch.tensor([1, 0, 1, 1]).bool()
     outer, inputs = layers_of(model)[index].o, []
     whole = outer.weight.clone()
     handle = outer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1).double()))
     model(windows)
     handle.remove()
     repair(model, kept, windows, batch_size=4)
-    x, columns = inputs[0], kept[HEADS][index].repeat_interleave(outer.in_features // 4)
+    x, columns = inputs[0], kept[GROUPS][index].repeat_interleave(outer.in_features // 4)
     gram = x[:, columns].T @ x[:, columns]
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
     missing = x[:, ~columns] @ whole[:, ~columns].T.double()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_decoder
 
-from compression.llm import scoring as calibration
+from compression.llm import removal
 from compression.llm.global_pruning import GlobalPruning, PruningFields
 from compression.llm.layerwise import Entering
 from compression.llm.perplexity import exp_of_mean, perplexity
@@ -15,7 +15,7 @@ from compression.llm.repair import repair
 from compression.llm.scoring import score_layer, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError
-from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
 WEIGHT = r"models/broken has values that are not finite in model\.layers\.2\.mlp\.down_proj\.weight"
@@ -36,7 +36,7 @@ def broken():
 
 
 def everything(model):
-    return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in KINDS}
+    return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in DECODER_KINDS}
 
 
 def one_line(error):
@@ -73,7 +73,7 @@ def test_methods_with_a_loss_name_its_window(broken, windows, method):
 
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
 def test_methods_without_a_loss_name_layer_and_kind(broken, windows, method):
-    line = f"--importance_method {method}: scores of the neurons of layer 2 are not finite; {WEIGHT}"
+    line = f"--importance_method {method}: scores of the channels of layer 2 are not finite; {WEIGHT}"
     with pytest.raises(UserError, match=line) as error:
         score_layer(broken, 2, Entering(broken, windows, layer=2), method)
     one_line(error)
@@ -88,7 +88,7 @@ def test_removal_analysis_names_the_part(broken, windows):
 
 
 def test_removal_analysis_names_what_the_model_cannot_do_without(windows, monkeypatch):
-    monkeypatch.setattr(calibration, "output_bias", lambda layer, kind: torch.nan if layer is third else 0.0)
+    monkeypatch.setattr(removal, "output_bias", lambda layer, kind: torch.nan if layer is third else 0.0)
     model = tiny_decoder("qwen3")
     third = model.model.layers[2]
     with pytest.raises(UserError, match="perplexity of the model without layer 2: the mean loss is nan; the weights"):
@@ -99,8 +99,8 @@ def test_removal_analysis_names_what_the_model_cannot_do_without(windows, monkey
 
 def test_repair_names_the_layer(broken, windows):
     kept = everything(broken)
-    kept[NEURONS][2] = torch.arange(48) < 40
-    line = f"--compensation lstsq: what repairs the neurons of layer 2 is not finite; {WEIGHT}"
+    kept[CHANNELS][2] = torch.arange(48) < 40
+    line = f"--compensation lstsq: what repairs the channels of layer 2 is not finite; {WEIGHT}"
     with pytest.raises(UserError, match=line) as error:
         repair(broken, kept, windows)
     one_line(error)
@@ -116,9 +116,9 @@ def test_a_part_that_nothing_comes_into_is_no_error(windows):
             linear.bias.zero_()
     expected = model(windows).logits
     kept = everything(model)
-    kept[HEADS][1], kept[NEURONS][1] = torch.tensor([1, 0, 1, 0]).bool(), torch.arange(48) < 9
+    kept[GROUPS][1], kept[CHANNELS][1] = torch.tensor([1, 0, 1, 0]).bool(), torch.arange(48) < 9
     repair(model, kept, windows)
     with torch.enable_grad():
         scores = score_structures(model, windows, "obs")
-    assert max(scores[kind][1].max() for kind in KINDS) < 1e-20
+    assert max(scores[kind][1].max() for kind in DECODER_KINDS) < 1e-20
     torch.testing.assert_close(shrink_decoder(model, kept)(windows).logits, expected, atol=1e-5, rtol=0)

@@ -22,8 +22,7 @@ from compression.config import choice_of
 from compression.distillation import distillation_loss
 from compression.runtime import UserError, log
 from compression.schedule import EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
-from compression.structures import HEADS, NEURONS, LayerParts, layers_of
-from compression.structures import KINDS as ENCODER_KINDS
+from compression.structures import ENCODER_KINDS, HEADS, NEURONS, LayerParts, layers_of
 from compression.surgery import shrink
 from compression.training import Recipe, Training
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression.structures import KINDS, output_projections
+from compression.structures import ENCODER_KINDS, output_projections
 
 
 class _StraightThroughMask(torch.autograd.Function):
@@ -63,7 +63,7 @@ class MaskedLinear(nn.Linear):
 
 def add_masks(model: nn.Module) -> dict[str, list[MaskedLinear]]:
     """Replace the output projections by masked ones, all structures in use; returns them by kind, layer by layer."""
-    masked: dict[str, list[MaskedLinear]] = {kind: [] for kind in KINDS}
+    masked: dict[str, list[MaskedLinear]] = {kind: [] for kind in ENCODER_KINDS}
     for kind, parent, name, count in output_projections(model):
         layer = MaskedLinear(getattr(parent, name), count)
         setattr(parent, name, layer)

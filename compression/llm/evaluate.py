@@ -108,7 +108,7 @@ def measure(
     found = {
         "parameters": count_parameters(model) | {"structures": sum(parts.parameters for parts in layers)},
         "layers": [
-            {"query_heads": parts.query_heads, "key_value_heads": parts.heads, "intermediate_size": parts.neurons}
+            {"query_heads": parts.query_heads, "key_value_heads": parts.groups, "intermediate_size": parts.channels}
             for parts in layers
         ],
         "perplexity": {name: perplexity(model, ids, batch_size) for name, ids in tests.items()},

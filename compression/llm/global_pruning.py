@@ -21,7 +21,7 @@ from compression.llm.repair import repair
 from compression.llm.scoring import Method, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
-from compression.structures import HEADS, KINDS, NEURONS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
 Kept = dict[str, list[Tensor]]
@@ -117,8 +117,8 @@ class GlobalPruning:
         layers = layers_of(model)
         # Of each layer and structure that is left: its place in the dense model.
         self.origin = list(range(len(layers)))
-        self.places = {kind: [torch.arange(parts.count(kind)) for parts in layers] for kind in KINDS}
-        self.parameters = {kind: [parts.structure_parameters(kind) for parts in layers] for kind in KINDS}
+        self.places = {kind: [torch.arange(parts.count(kind)) for parts in layers] for kind in DECODER_KINDS}
+        self.parameters = {kind: [parts.structure_parameters(kind) for parts in layers] for kind in DECODER_KINDS}
         self.total = sum(parts.parameters for parts in layers)
         self.depth = len(layers)
         self.table: dict[tuple[int, str, int], dict[str, Any]] = {}
@@ -134,11 +134,11 @@ class GlobalPruning:
         """Remove structures until the budget is met."""
         steps = self.config.iterative_steps
         for step in range(1, steps + 1):
-            scores = self._remembered(f"scores_{step}_of_{steps}", self._score)
+            scores = self._remembered(f"scores_of_step_{step}_of_{steps}", self._score)
             densities = self._densities(scores)
             ratio = self.config.pruning_ratio * step / steps
             choose = partial(self._best_choice, densities, step, ratio)
-            kept = self._remembered(f"kept_{step}_of_{steps}", choose)
+            kept = self._remembered(f"kept_in_step_{step}_of_{steps}", choose)
             self._note(scores, densities)
             log.info("Step %d of %d: %s", step, steps, _summary(kept))
             if self.config.compensation == "lstsq":
@@ -158,14 +158,14 @@ class GlobalPruning:
         )  # fmt: skip
 
     def _remembered(self, name: str, make: Callable[[], Kept]) -> Kept:
-        """What `make` gives, or gave in an earlier run; its tensors are kept by names such as heads.3."""
+        """What `make` gives, or gave in an earlier run; its tensors are kept by names such as groups.3."""
 
         def named() -> dict[str, Tensor]:
             made = make()
-            return {f"{kind}.{index}": value for kind in KINDS for index, value in enumerate(made[kind])}
+            return {f"{kind}.{index}": value for kind in DECODER_KINDS for index, value in enumerate(made[kind])}
 
         tensors = self.remember(name, named)
-        return {kind: [tensors[f"{kind}.{index}"] for index in range(len(self.origin))] for kind in KINDS}
+        return {kind: [tensors[f"{kind}.{index}"] for index in range(len(self.origin))] for kind in DECODER_KINDS}
 
     def _best_choice(self, densities: Kept, step: int, ratio: float) -> Kept:
         if self.config.uniform:
@@ -184,8 +184,8 @@ class GlobalPruning:
 
     def _densities(self, scores: Kept) -> Kept:
         """Scores per parameter, corrected and on the scale on which layers compete."""
-        densities: Kept = {kind: [] for kind in KINDS}
-        for kind in KINDS:
+        densities: Kept = {kind: [] for kind in DECODER_KINDS}
+        for kind in DECODER_KINDS:
             for layer, score in zip(self.origin, scores[kind], strict=True):
                 density = score.cpu() / max(self.parameters[kind][layer], 1) * self._correction(layer, kind)
                 if self.config.normalization == "layer" and len(density):
@@ -199,7 +199,7 @@ class GlobalPruning:
             return 1.0
         layers = torch.tensor(self.removal["layer"])
         tau = layers.quantile(0.25).item() if self.config.tau is None else self.config.tau
-        block = self.removal["attention" if kind == HEADS else "mlp"][layer]
+        block = self.removal["attention" if kind == GROUPS else "mlp"][layer]
         value = layers[layer].item() if layers[layer] < tau else block
         return torch.tensor(value).log1p().pow(self.config.temperature).item()
 
@@ -208,7 +208,7 @@ class GlobalPruning:
         layers = []
         for index, layer in enumerate(self.origin):
             pools = []
-            for kind, factor, multiple in ((HEADS, attention_factor, 1), (NEURONS, 1.0, self.config.round_to)):
+            for kind, factor, multiple in ((GROUPS, attention_factor, 1), (CHANNELS, 1.0, self.config.round_to)):
                 density = densities[kind][index]
                 least = len(density) if self._is_protected(layer) else 0
                 pools.append(Pool(density * factor, self.parameters[kind][layer], least, multiple))
@@ -216,22 +216,23 @@ class GlobalPruning:
         left = sum(pool.parameters * len(pool.scores) for pools in layers for pool in pools)
         target = max(0.0, 1 - (1 - ratio) * self.total / left)
         kept = keep_or_drop_layers(layers, target, self.config.epsilon)
-        return {kind: [masks[place] for masks in kept] for place, kind in enumerate(KINDS)}
+        return {kind: [masks[place] for masks in kept] for place, kind in enumerate(DECODER_KINDS)}
 
     def _same_sizes(self, densities: Kept, ratio: float) -> dict[str, Kept]:
-        """What stays if every layer keeps as many heads and neurons: one choice for each number of heads."""
+        """What stays if every layer keeps as many groups and channels: one choice for each number of groups."""
         choices, budget = {}, (1 - ratio) * self.total / self.depth
-        groups, parts = len(densities[HEADS][0]), layers_of(self.model)[0]
-        for heads in range(groups, 0, -1):
+        most = len(densities[GROUPS][0])
+        queries_per_group = layers_of(self.model)[0].query_heads // most
+        for groups in range(most, 0, -1):
             # The stock LLaMA class wants the number of query heads to divide the hidden size.
-            if self.model.config.hidden_size % (heads * parts.query_heads // groups):
+            if self.model.config.hidden_size % (groups * queries_per_group):
                 continue
-            left = budget - heads * self.parameters[HEADS][0]
-            neurons = int(left / self.parameters[NEURONS][0]) // self.config.round_to * self.config.round_to
-            if self.config.round_to <= neurons <= len(densities[NEURONS][0]):
-                counts = {HEADS: heads, NEURONS: neurons}
-                kept = {kind: [_best(density, counts[kind]) for density in densities[kind]] for kind in KINDS}
-                choices[f"{heads} key-value heads and {neurons} neurons"] = kept
+            left = budget - groups * self.parameters[GROUPS][0]
+            channels = int(left / self.parameters[CHANNELS][0]) // self.config.round_to * self.config.round_to
+            if self.config.round_to <= channels <= len(densities[CHANNELS][0]):
+                counts = {GROUPS: groups, CHANNELS: channels}
+                kept = {kind: [_best(density, counts[kind]) for density in densities[kind]] for kind in DECODER_KINDS}
+                choices[f"{groups} groups and {channels} channels"] = kept
         if not choices:
             raise UserError(f"--pruning_ratio {ratio}: no uniform sizes meet it; choose a lower one, or no --uniform")
         return choices
@@ -239,7 +240,7 @@ class GlobalPruning:
     # The table of all structures.
 
     def _note(self, scores: Kept, densities: Kept) -> None:
-        for kind in KINDS:
+        for kind in DECODER_KINDS:
             for index, layer in enumerate(self.origin):
                 columns = self.places[kind][index], scores[kind][index], densities[kind][index]
                 for place, score, density in zip(*(column.tolist() for column in columns), strict=True):
@@ -253,20 +254,22 @@ class GlobalPruning:
         biased = [parts.biased for parts in layers_of(self.model)]
         stay = []
         for index, layer in enumerate(self.origin):
-            for kind in KINDS:
+            for kind in DECODER_KINDS:
                 mask = kept[kind][index]
                 for place in self.places[kind][index][~mask].tolist():
                     self.table[layer, kind, place]["removed_in_step"] = step
                 self.places[kind][index] = self.places[kind][index][mask]
-            if biased[index] or any(len(self.places[kind][index]) for kind in KINDS):
+            if biased[index] or any(len(self.places[kind][index]) for kind in DECODER_KINDS):
                 stay.append(index)
         self.origin = [self.origin[index] for index in stay]
-        self.places = {kind: [self.places[kind][index] for index in stay] for kind in KINDS}
+        self.places = {kind: [self.places[kind][index] for index in stay] for kind in DECODER_KINDS}
 
 
 def _summary(kept: Kept) -> str:
     """How many structures stay."""
-    counts = (f"{sum(int(m.sum()) for m in kept[kind])} of {sum(map(len, kept[kind]))} {kind}" for kind in KINDS)
+    counts = (
+        f"{sum(int(m.sum()) for m in kept[kind])} of {sum(map(len, kept[kind]))} {kind}" for kind in DECODER_KINDS
+    )
     return ", ".join(counts) + " stay"
 
 
@@ -281,7 +284,7 @@ def masked(model: PreTrainedModel, kept: Kept) -> Iterator[None]:
     """The outputs of what is not kept count as zero: the smaller model's logits before it is made."""
     handles = []
     for index, parts in enumerate(layers_of(model)):
-        for kind in KINDS:
+        for kind in DECODER_KINDS:
             if parts.count(kind) and not kept[kind][index].all():
                 outer = parts.split(kind)[1]
                 columns = kept[kind][index].repeat_interleave(outer.in_features // parts.count(kind))

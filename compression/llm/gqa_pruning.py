@@ -21,7 +21,7 @@ from compression.llm.repair import repair_layer
 from compression.llm.scoring import Method, score_layer
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
-from compression.structures import DECODERS, HEADS, KINDS, NEURONS, LayerParts, family_of, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, DECODERS, GROUPS, LayerParts, family_of, layers_of
 from compression.surgery import shrink_layer, to_pruned
 
 Remember = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
@@ -38,9 +38,9 @@ def compute_gqa_group_importance(
     batch_size: int = 1,
     gradient_checkpointing: bool = False,
 ) -> dict[str, Tensor]:
-    """Importance of one layer's key-value heads with all that belongs to them, and of its MLP channels.
+    """Importance of one layer's groups (key-value heads with their query heads) and of its MLP channels.
 
-    With `taylor`, a key-value head's is the sum of |w * dL/dw| over its rows of k and v, the rows of q of all its query
+    With `taylor`, a group's is the sum of |w * dL/dw| over its rows of k and v, the rows of q of all its query
     heads, and their columns of o; an MLP channel's that over its rows of gate and up and its column of down. L is the
     mean loss of a batch; the scores are means over batches. No other layer's weights get a gradient.
 
@@ -50,7 +50,7 @@ def compute_gqa_group_importance(
         method: see `calibration.score_structures`.
 
     Returns:
-        heads: [key-value heads], neurons: [channels], both fp32.
+        groups: [groups], channels: [channels], both fp32.
 
     Raises:
         UserError: an architecture that is not supported.
@@ -82,19 +82,19 @@ def select_gqa_groups_to_prune(importance: Tensor, count: int) -> Tensor:
 
 
 def prune_attention_by_gqa_groups(model: PreTrainedModel, layer: int, pruned: Tensor) -> None:
-    """Remove key-value heads with their query heads from one layer, in place; their ratio stays.
+    """Remove groups, key-value heads with their query heads, from one layer, in place; their ratio stays.
 
     The model computes on at once. Once all layers are done, `surgery.to_pruned` gives it a config that says how wide
     they are, so that it can be saved.
 
     Args:
         layer: its index.
-        pruned: bool [key-value heads], True where the group goes.
+        pruned: bool [groups], True where the group goes.
 
     Raises:
         ValueError: the layer has another number of groups, or none would stay.
     """
-    _prune(model, layer, HEADS, pruned)
+    _prune(model, layer, GROUPS, pruned)
 
 
 def prune_mlp_channels(model: PreTrainedModel, layer: int, pruned: Tensor) -> None:
@@ -106,7 +106,7 @@ def prune_mlp_channels(model: PreTrainedModel, layer: int, pruned: Tensor) -> No
     Raises:
         ValueError: the layer has another number of channels, or none would stay.
     """
-    _prune(model, layer, NEURONS, pruned)
+    _prune(model, layer, CHANNELS, pruned)
 
 
 def _prune(model: PreTrainedModel, layer: int, kind: str, pruned: Tensor) -> None:
@@ -257,7 +257,7 @@ def prunable_layers(config: GQAPruningFields, layers: list[LayerParts]) -> list[
 
 def _reachable(parts: LayerParts) -> float:
     """The share of a layer that can go when one structure of each kind stays."""
-    least = sum(parts.structure_parameters(kind) for kind in KINDS)
+    least = sum(parts.structure_parameters(kind) for kind in DECODER_KINDS)
     return 1 - least / parts.parameters
 
 
@@ -295,7 +295,7 @@ class LayerwisePruning:
         remember: Remember = lambda _, make: make(),
     ):
         self.model, self.rates, self.config, self.text, self.remember = model, rates, config, text, remember
-        self.before = [(parts.heads, parts.neurons, parts.parameters) for parts in layers_of(model)]
+        self.before = [(parts.groups, parts.channels, parts.parameters) for parts in layers_of(model)]
 
     def prune(self) -> PreTrainedModel:
         """Remove what the rates say, in as many sweeps as the configuration wants."""
@@ -307,13 +307,13 @@ class LayerwisePruning:
     def table(self) -> list[dict[str, Any]]:
         """What each layer was and is, a row per layer."""
         rows = []
-        for index, (parts, (groups, neurons, parameters)) in enumerate(
+        for index, (parts, (groups, channels, parameters)) in enumerate(
             zip(layers_of(self.model), self.before, strict=True)
         ):
             rows.append({
                 "layer": index, "rate": self.rates[index], "removed": 1 - parts.parameters / max(parameters, 1),
-                "groups_before": groups, "groups_after": parts.heads,
-                "channels_before": neurons, "channels_after": parts.neurons,
+                "groups_before": groups, "groups_after": parts.groups,
+                "channels_before": channels, "channels_after": parts.channels,
                 "parameters_before": parameters, "parameters_after": parts.parameters,
             })  # fmt: skip
         return rows
@@ -351,7 +351,7 @@ class LayerwisePruning:
         if not any(counts.values()):
             return
         scores = self.remember(
-            f"round_{round_}_layer_{index}",
+            f"scores_of_round_{round_}_layer_{index}",
             lambda: compute_gqa_group_importance(
                 self.model, index, streams[0], self.config.importance_method,
                 gradient_checkpointing=self.text.gradient_checkpointing,
@@ -360,18 +360,18 @@ class LayerwisePruning:
         pruned = {kind: select_gqa_groups_to_prune(scores[kind], count) for kind, count in counts.items()}
         if self.config.compensation == "lstsq":
             repair_layer(self.model, index, {kind: ~mask for kind, mask in pruned.items()}, streams[1])
-        prune_attention_by_gqa_groups(self.model, index, pruned[HEADS])
-        prune_mlp_channels(self.model, index, pruned[NEURONS])
+        prune_attention_by_gqa_groups(self.model, index, pruned[GROUPS])
+        prune_mlp_channels(self.model, index, pruned[CHANNELS])
 
     def _counts(self, parts: LayerParts, index: int, budget: float, share: float) -> dict[str, int]:
         """How many groups and channels of the layer go now."""
         groups = self.before[index][0]
         by_rate = int(self.config.attention_ratio * self.rates[index] * share * groups + 0.5)
-        heads, neurons = split_budget(
-            budget, parts.heads, parts.structure_parameters(HEADS), parts.neurons, parts.structure_parameters(NEURONS),
-            by_rate - (groups - parts.heads), self.config.round_to,
+        groups_gone, channels_gone = split_budget(
+            budget, parts.groups, parts.structure_parameters(GROUPS), parts.channels,
+            parts.structure_parameters(CHANNELS), by_rate - (groups - parts.groups), self.config.round_to,
         )  # fmt: skip
-        return {HEADS: heads, NEURONS: neurons}
+        return {GROUPS: groups_gone, CHANNELS: channels_gone}
 
 
 # The search for a ratio.

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from compression.llm.layerwise import first_input, layer_inputs
 from compression.llm.perplexity import exp_of_mean, token_losses
-from compression.structures import HEADS, NEURONS, output_bias
+from compression.structures import CHANNELS, GROUPS, output_bias
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def _without(part: str, layer: nn.Module, state: Tensor, options: dict[str, Any]
     if part == "mlp":
         state = state + layer.self_attn(hidden_states=layer.input_layernorm(state), **options)[0]
     else:
-        state = state + output_bias(layer, HEADS)
+        state = state + output_bias(layer, GROUPS)
     if part == "attention":
         return state + layer.mlp(layer.post_attention_layernorm(state))
-    return state + output_bias(layer, NEURONS)
+    return state + output_bias(layer, CHANNELS)

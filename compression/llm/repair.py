@@ -18,7 +18,7 @@ from compression.importance import RIDGE, damp
 from compression.llm.layerwise import Entering
 from compression.llm.perplexity import broken_weight, suspect
 from compression.runtime import UserError
-from compression.structures import HEADS, KINDS, layers_of
+from compression.structures import DECODER_KINDS, GROUPS, layers_of
 
 
 class Seen(Exception):
@@ -29,10 +29,10 @@ class Seen(Exception):
 def repair(model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tensor, batch_size: int = 1) -> None:
     """Solve the output projections of every pruned layer anew, in place; the columns of what goes become zero.
 
-    The text should have many times as many tokens as a layer has neurons: with few it is fitted, not the language.
+    The text should have many times as many tokens as a layer has channels: with few it is fitted, not the language.
 
     Args:
-        kept: for heads and neurons one bool tensor [structures] per layer, True where the structure stays.
+        kept: for groups and channels one bool tensor [structures] per layer, True where the structure stays.
         windows: token ids [count, length].
 
     Raises:
@@ -40,7 +40,7 @@ def repair(model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tenso
     """
     entering = Entering(model, windows, batch_size)
     for index in tqdm(range(len(model.model.layers)), desc="repair", leave=False, disable=None):
-        repair_layer(model, index, {kind: kept[kind][index] for kind in KINDS}, entering)
+        repair_layer(model, index, {kind: kept[kind][index] for kind in DECODER_KINDS}, entering)
         entering.advance()
 
 
@@ -49,19 +49,19 @@ def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], en
     """As `repair`, of one layer.
 
     Args:
-        kept: for heads and neurons a bool tensor [structures], True where the structure stays.
+        kept: for groups and channels a bool tensor [structures], True where the structure stays.
         entering: the text, standing before that layer.
 
     Raises:
         UserError: a projection has no finite solution.
     """
     layer, parts = model.model.layers[index], layers_of(model)[index]
-    for kind in KINDS:
+    for kind in DECODER_KINDS:
         mask, outer = kept[kind], parts.split(kind)[1] if parts.count(kind) else None
         if outer is not None and not mask.all():
             columns = mask.repeat_interleave(outer.in_features // len(mask)).to(outer.weight.device)
             inputs = ((state, options[index]) for _, state, options in entering)
-            gram = _gram(layer, outer, inputs, attention=kind == HEADS)
+            gram = _gram(layer, outer, inputs, attention=kind == GROUPS)
             solved = _solve(outer.weight, gram, columns)
             if not solved.isfinite().all():
                 singular = gram.isfinite().all() and broken_weight(model) is None

@@ -18,7 +18,7 @@ from compression import importance
 from compression.llm.layerwise import Entering
 from compression.llm.perplexity import check_losses, suspect, token_losses
 from compression.runtime import UserError
-from compression.structures import KINDS, LayerParts, layers_of
+from compression.structures import DECODER_KINDS, LayerParts, layers_of
 
 Method = Literal["fisher", "obs", "taylor", "taylor_2nd", "wanda", "magnitude"]
 Scores = dict[str, list[Tensor]]
@@ -49,7 +49,7 @@ def score_structures(
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
 
     Returns:
-        For heads and for neurons a list over layers of fp32 scores [structures] on the model's device.
+        For groups and for channels a list over layers of fp32 scores [structures] on the model's device.
 
     Raises:
         UserError: a loss or score is not finite, and where that began.
@@ -70,7 +70,7 @@ def score_layer(
         index: of the layer that `entering` stands before.
 
     Returns:
-        For heads and for neurons the fp32 scores [structures] on the model's device.
+        For groups and for channels the fp32 scores [structures] on the model's device.
 
     Raises:
         UserError: a loss or score is not finite, and where that began.
@@ -95,7 +95,7 @@ def _score(
         numbered: the layers by their index.
     """
     layers = list(numbered.values())
-    scores = {kind: [torch.zeros(parts.count(kind), device=model.device) for parts in layers] for kind in KINDS}
+    scores = {kind: [torch.zeros(parts.count(kind), device=model.device) for parts in layers] for kind in DECODER_KINDS}
     if method == "magnitude":
         _add_weighted(scores, layers, None)
     elif method == "wanda":
@@ -106,10 +106,10 @@ def _score(
         observe = _observe_gates if method == "fisher" else partial(_observe_weights, second_order=method != "taylor")
         with observe(model, layers, scores), _checkpointing(model, gradient_checkpointing):
             batches, tokens = _backward(model, passes, mean=method != "fisher")
-        for kind in KINDS:
+        for kind in DECODER_KINDS:
             for score in scores[kind]:
                 score /= tokens if method == "fisher" else batches
-    for kind in KINDS:
+    for kind in DECODER_KINDS:
         for index, score in zip(numbered, scores[kind], strict=True):
             if not score.isfinite().all():
                 where = f"scores of the {kind} of layer {index}"
@@ -313,7 +313,7 @@ def _add_weighted(scores: Scores, layers: list[LayerParts], norms: dict[nn.Linea
 
 def _matrices(layers: list[LayerParts], scores: Scores) -> Iterator[tuple[Tensor, bool, nn.Linear]]:
     """(the scores it counts for, whether structures are its rows or its columns, the matrix), all that there are."""
-    for kind in KINDS:
+    for kind in DECODER_KINDS:
         for parts, score in zip(layers, scores[kind], strict=True):
             if len(score):
                 inner, outer = parts.split(kind)
