@@ -15,10 +15,11 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from compression.checkpoint import identify, load_language_model, require_language_model
-from compression.config import run_script
+from compression.config import Config, Flat, group, run_script
 from compression.files import write_json
 from compression.llm.evaluate import (
-    EvaluationFields,
+    FAST_EVALUATION,
+    Evaluation,
     efficiency_ratios,
     evaluation_windows,
     measure,
@@ -33,7 +34,7 @@ DENSE, BASE, ADAPTED, MERGED = "dense", "base", "base+adapter", "merged"
 
 
 @dataclass
-class LoraEvaluationConfig(EvaluationFields):
+class LoraEvaluationConfig(Config):
     pruned_model: Path = RESULTS / "hgsp" / "models"
     """The model that the adapter was trained on."""
     lora_dir: Path = RESULTS / "recovered"
@@ -48,10 +49,11 @@ class LoraEvaluationConfig(EvaluationFields):
     """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32."""
     output_file: Path = RESULTS / "lora_evaluation.json"
     """Where the figures go."""
-    run_evaluation: str = "all"
-    """What is measured of each model: some of ppl,zeroshot,efficiency, or all, or none."""
+    data_dir: str | None = None
+    """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
+    evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="all", eval_ppl_datasets="wikitext2")
 
-    presets: ClassVar = {"fast": EvaluationFields.fast_evaluation}
+    presets: ClassVar = {"fast": FAST_EVALUATION}
 
 
 def main(config: LoraEvaluationConfig) -> None:
@@ -63,16 +65,16 @@ def main(config: LoraEvaluationConfig) -> None:
         require_language_model(config.dense_model, "--dense_model", "python download_model.py --only llm")
     folder, name = config.output_file.parent, config.output_file.name
     check_files(folder, [name], "--output_file")
-    config.check_zero_shot()
+    config.evaluation.check_zero_shot(config.data_dir)
     models, tokenizer = load_models(config)
-    tests = evaluation_windows(config, tokenizer, models[BASE])
+    tests = evaluation_windows(config.evaluation, config.data_dir, tokenizer, models[BASE])
 
     figures = {}
     for role, model in models.items():
         log.info("%s:", role)
-        figures[role] = measure(model, tokenizer, tests, config)
-    if config.evaluates("efficiency"):
-        costs = measure_efficiency(models, next(iter(models.values())).device, config)
+        figures[role] = measure(model, tokenizer, tests, config.evaluation, config.data_dir)
+    if config.evaluation.evaluates("efficiency"):
+        costs = measure_efficiency(models, next(iter(models.values())).device, config.evaluation)
         for role in models:
             figures[role]["efficiency"] = costs[role] | {"ratios": efficiency_ratios(costs[role], costs[BASE])}
 

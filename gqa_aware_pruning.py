@@ -7,32 +7,22 @@
 Reads the model (fetched if it is not there) and calibration text; writes results/NAME: models/ (the smaller model, an
 ordinary checkpoint), analysis/ (rates of the layers, perplexity without each, the search's trials), evaluation/.
 The three steps for a layer can be imported from here: compute_gqa_group_importance, select_gqa_groups_to_prune,
-prune_attention_by_gqa_groups. The method's fields are documented in compression/llm/gqa_pruning.py.
+prune_attention_by_gqa_groups.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from transformers import PreTrainedModel
-
-from compression.assets import ensure_llm
-from compression.checkpoint import (
-    SavedParts,
-    describe_stage,
-    identify,
-    load_language_model,
-    save_checkpoint,
-)
-from compression.config import run_script
+from compression.config import AtLeast, Between, Config, Flat, formerly, group, pick, run_script
 from compression.files import write_json
-from compression.llm.evaluate import evaluation_windows, measure
+from compression.llm.evaluate import Evaluation
 from compression.llm.gqa_pruning import (
-    GQAPruningFields,
+    Cuts,
     LayerwisePruning,
+    Rates,
     check_ratio,
     compute_gqa_group_importance,
     layer_rates,
@@ -40,119 +30,139 @@ from compression.llm.gqa_pruning import (
     ratio_range,
     search_ratio,
     select_gqa_groups_to_prune,
+    selected_layers,
 )
 from compression.llm.perplexity import perplexity
-from compression.llm.removal import removal_perplexities
-from compression.llm.run import FAST, Results, RunFields, calibration_text, compare, write_table
-from compression.llm.text import CalibrationText
+from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, write_table
+from compression.llm.scoring import Method
 from compression.plots import plot_rates, save_figure
-from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
-from compression.sources import LLM_FOLDER, describe_source
-from compression.structures import DECODERS, family_of, layers_of
+from compression.runtime import UserError, log
+from compression.structures import layers_of
+from compression.surgery import to_stock
 
 __all__ = ["compute_gqa_group_importance", "prune_attention_by_gqa_groups", "select_gqa_groups_to_prune"]
 
 
 @dataclass
-class GQAAwarePruningConfig(GQAPruningFields, RunFields):
-    output_name: str = "gqa"
-    """Results go to results/NAME."""
-    num_samples: int = 8
-    """Windows of calibration text that scores are computed on: each layer has a backward pass of its own."""
+class GQAAwarePruningConfig(Config):
+    # How much goes.
+    pruning_ratio: Annotated[float, Between(0, 0.95)] = 0.2
+    """Share of the parameters of the decoder layers (those of --layers) to remove."""
+    target_perplexity: Annotated[float | None, AtLeast(1)] = None
+    """Perplexity on held-out text to stay under; the largest ratio that does is searched, --pruning_ratio not used."""
+    search_steps: Annotated[int, AtLeast(1)] = 6
+    """Trials of that search; each halves what is left of the range up to --max_rate."""
+    layers: str = "all"
+    """Which layers: all, one such as 12, or a range such as 10-14. Layers count from 0."""
+    protect_first: Annotated[int, AtLeast(0)] = 2
+    """Number of leading layers never pruned."""
+    protect_last: Annotated[int, AtLeast(0)] = 2
+    """Number of trailing layers never pruned."""
+    strategy: Literal["inverse", "uniform", "random"] = "inverse"
+    """Rates of layers: in inverse proportion to what removing the layer adds to the loss, all the same, or random."""
+    min_rate: Annotated[float, Between(0, 0.95)] = 0.0
+    """Least share of its parameters that a pruned layer loses."""
+    max_rate: Annotated[float, Between(0, 0.95)] = 0.8
+    """Largest share of its parameters that a layer loses."""
+    uniform: bool = False
+    """The same sizes in every layer, so that the stock model class loads the result: uniform rates, none protected."""
+
+    # What goes of a layer: groups (key-value head with its query heads) and channels of least score.
+    importance_method: Method = "taylor"
+    """Score of a structure: one of those in compression/llm/scoring.py, which --help lists."""
+    attention_ratio: Annotated[float, Between(0, 10)] = 0.5
+    """Attention's rate relative to its layer's, rounded to whole groups; the MLP makes up the rest of the budget."""
+    round_to: Annotated[int, AtLeast(1)] = 32
+    """Number of which MLP widths are multiples, unless nothing is removed: matrix units are slow at odd widths."""
+    iterative_steps: Annotated[int, AtLeast(1), *formerly("iterative_rounds")] = 1
+    """Number of sweeps over all layers in which the rates are reached."""
+
+    # What becomes of the rest.
+    compensation: Literal["none", "lstsq"] = "lstsq"
+    """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
+
+    data_dir: str | None = None
+    """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
+    run: Flat[RunSettings] = group(RunSettings, output_name="gqa")
+    # Few windows for scores: each layer has a backward pass of its own.
+    calibration: Flat[Calibration] = group(
+        Calibration, dataset="wikitext2", num_samples=8, repair_samples=64, sequence_length=1024
+    )
+    evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
+    finetuning: Flat[Finetuning] = group(Finetuning, finetune=False)
 
     presets: ClassVar = {"fast": FAST | dict(search_steps=3)}
 
     def check(self) -> None:
-        super().check()
-        if self.strategy == "inverse" and not self.analysis_samples:
+        Between(self.min_rate, 0.95).check("max_rate", self.max_rate)
+        selected_layers(self.layers, None)
+        if self.uniform and self.layers != "all":
+            raise UserError(f"--uniform: not allowed with --layers {self.layers}; leave one of them out")
+        if self.rates.strategy == "inverse" and not self.calibration.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 with --strategy inverse; or choose uniform")
+
+    @property
+    def rates(self) -> Rates:
+        """Which layers lose how much."""
+        if self.uniform:
+            return pick(Rates, self, strategy="uniform", protect_first=0, protect_last=0)
+        return pick(Rates, self)
 
 
 def main(config: GQAAwarePruningConfig) -> None:
-    base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
-    config.check_zero_shot()
-    inputs = {"parent": identify(base)}
-    output = Results(config, "gqa_pruning", base, inputs)
-    seed_everything(config.seed)
-    device = pick_device(config.device_map)
-    load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
-    model, tokenizer = load()
-    family_of(model, DECODERS)  # refuses an unsupported architecture at once
-    corpora, text, analysis_windows = calibration_text(config, tokenizer, model)
-    tests = evaluation_windows(config, tokenizer, model)
-    limits = ratio_range(config, layers_of(model))
+    run = Run("gqa_pruning", config)
+    limits = ratio_range(config.rates, layers_of(run.model))
     if config.target_perplexity is None:
-        check_ratio(config, layers_of(model), config.pruning_ratio)
+        check_ratio(config.rates, layers_of(run.model), config.pruning_ratio)
     else:
-        check_target(config.target_perplexity, perplexity(model, text.held_out, text.batch_size))
+        check_target(config.target_perplexity, perplexity(run.model, run.text.held_out, run.text.batch_size))
 
-    with output.running() as saved:
-        # What the dense model is, and what removing each layer of it would cost.
-        dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
-        removal = None
-        if len(analysis_windows):
-            analyse = partial(removal_perplexities, model, analysis_windows, config.gradient_batch_size, ("layer",))
-            removal = saved.json("removal", analyse)
-
-        # Layer by layer; where a perplexity is wanted, at the largest ratio that stays under it.
-        trials = Trials(config, lambda: load()[0], text, removal, saved)
+    with run.running():
+        # What removing each layer of the dense model would cost; then layer by layer.
+        trials = Trials(config, run, run.removal_perplexities(("layer",)))
         ratio = config.pruning_ratio
         if config.target_perplexity is not None:
             try:
                 ratio = search_ratio(trials.perplexity, config.target_perplexity, *limits, config.search_steps)
             except UserError:
-                saved.remove()
+                run.saved.remove()
                 raise
         pruning = trials.prune(ratio)
-        results = compare(base, dense, pruning.model, tokenizer, tests, config) | {"ratio": ratio}
-        selected = results["reduction"]["selected_layers"] = pruning.removed()
-        log.info("Of the parameters of --layers %s %.2f %% are gone", config.layers, 100 * selected)
-
-        log.info("Base model: %s (%s)", shown(base), describe_source(base))
-        data = {"calibration": [corpus.describe() for corpus in corpora]}
-        stage = describe_stage("gqa_pruning", config.as_dict(), inputs, results, data)
-        if processes().is_main_process:
-            with output.written(saved) as folder:
-                save_checkpoint(folder / "models", pruning.model, tokenizer, stage)
-                write_analysis(folder / "analysis", pruning, removal, trials.perplexities)
-                evaluation = results | {"data": data, "stage": stage["environment"]}
-                write_json(folder / "evaluation" / "evaluation_results.json", evaluation)
-        processes().wait_for_everyone()
+        removed = pruning.removed(config.layers)
+        log.info("Of the parameters of --layers %s %.2f %% are gone", config.layers, 100 * removed)
+        small = to_stock(pruning.model) if config.uniform else pruning.model
+        run.finish(
+            small,
+            partial(write_analysis, pruning, trials.removal, trials.perplexities),
+            lambda results: {"ratio": ratio, "reduction": results["reduction"] | {"selected_layers": removed}},
+        )
 
 
 class Trials:
     """Models pruned from the dense one, each from its beginning.
 
     Args:
-        load: gives a dense model.
-        saved: keeps the scores of each layer and the perplexity of each trial, in case the run is killed.
+        removal: what removing each layer costs.
     """
 
-    def __init__(
-        self,
-        config: GQAAwarePruningConfig,
-        load: Callable[[], PreTrainedModel],
-        text: CalibrationText,
-        removal: dict[str, Any] | None,
-        saved: SavedParts,
-    ):
-        self.config, self.load, self.text, self.removal, self.saved = config, load, text, removal, saved
+    def __init__(self, config: GQAAwarePruningConfig, run: Run, removal: dict[str, Any] | None):
+        self.config, self.run, self.removal = config, run, removal
         self.perplexities: dict[float, float] = {}
 
     def prune(self, ratio: float) -> LayerwisePruning:
         """Prune by a ratio."""
-        model = self.load()
-        rates = layer_rates(self.config, layers_of(model), ratio, self.removal, self.config.seed)
+        model, text, config = self.run.load(), self.run.text, self.config
+        rates = layer_rates(config.rates, layers_of(model), ratio, self.removal, config.run.seed)
         pruning = LayerwisePruning(
-            model, rates, self.config, self.text, lambda name, make: self.saved.tensors(f"{ratio!r}_{name}", make)
+            model, rates, pick(Cuts, config), text, lambda name, make: self.run.saved.tensors(f"{ratio!r}_{name}", make)
         )
         pruning.prune()
         return pruning
 
     def perplexity(self, ratio: float) -> float:
-        """Perplexity on held-out text when pruned by a ratio."""
-        text = self.text
-        self.perplexities[ratio] = self.saved.json(
+        """Perplexity on held-out text when pruned by a ratio; kept, in case the run is killed."""
+        text = self.run.text
+        self.perplexities[ratio] = self.run.saved.json(
             f"{ratio!r}_perplexity", lambda: perplexity(self.prune(ratio).model, text.held_out, text.batch_size)
         )
         return self.perplexities[ratio]
@@ -166,7 +176,9 @@ def check_target(target: float, dense: float) -> None:
         )
 
 
-def write_analysis(folder: Path, pruning: LayerwisePruning, removal: dict[str, Any] | None, trials: dict) -> None:
+def write_analysis(
+    pruning: LayerwisePruning, removal: dict[str, Any] | None, trials: dict[float, float], folder: Path
+) -> None:
     """Rates and sizes of the layers with the perplexity without each of them, a plot of both, the search's trials."""
     without = removal["layer"] if removal else [None] * len(pruning.rates)
     rows = [row | {"removal_perplexity": value} for row, value in zip(pruning.table(), without, strict=True)]

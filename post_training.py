@@ -4,40 +4,86 @@
     python post_training.py --finetune_method full --kd_weight 0.5
 
 Reads the model and training data; writes results/OUTPUT_NAME or --output_dir: an adapter in PEFT's format, or with
-`full` an ordinary checkpoint. The method's fields are documented in compression/llm/recovery.py, those of any training
-in compression/training.py, those of the evaluation before and after it in compression/llm/evaluate.py.
+`full` an ordinary checkpoint.
 """
 
+import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from compression.config import run_script
-from compression.llm.evaluate import EvaluationFields
-from compression.llm.recovery import RecoveryFields, recover
+from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, FolderName, group, pick, run_script
+from compression.llm.evaluate import FAST_EVALUATION, Evaluation
+from compression.llm.recovery import Recovery, recover
 from compression.outputs import check_place
-from compression.runtime import RESULTS
+from compression.runtime import RESULTS, Dtype
+from compression.training import Training
 
 
 @dataclass
-class PostTrainingConfig(RecoveryFields):
-    pruned_model: Path = RESULTS / "hgsp" / "models"
+class PostTrainingConfig(Config):
+    pruned_model: Annotated[Path, NO_EFFECT] = RESULTS / "hgsp" / "models"
     """Model to train on: a checkpoint of a language model, pruned or dense."""
-    output_name: str = "recovered"
-    """The result goes to results/NAME."""
-    results_dir: Path = RESULTS
-    """Where results go."""
-    output_dir: Path | None = None
-    """Where the result goes instead."""
+    output_name: Annotated[str, FolderName(), NO_EFFECT] = "recovered"
+    """Name of the folder in results_dir that the result goes to."""
+    results_dir: Annotated[Path, NO_EFFECT] = RESULTS
+    """Folder of all results."""
+    output_dir: Annotated[Path | None, NO_EFFECT] = None
+    """Folder that the result goes to instead."""
+    overwrite: Annotated[bool, NO_EFFECT] = False
+    """Replace an earlier result that was made with other settings or inputs."""
+
+    # What is trained, and on what.
+    finetune_method: Literal["lora", "full"] = "lora"
+    """Train adapters beside the frozen weights, or all weights."""
+    data_dir: Annotated[str | None, NO_EFFECT] = None
+    """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
+    dataset: str = "wikitext2"
+    """wikitext2, ptb, c4, a text file (of each the train part), or a .json or .jsonl file of instructions."""
+    finetune_samples: Annotated[int, AtLeast(1)] = 500
+    """Windows of text, or rows of instructions, that are trained on."""
+    max_length: Annotated[int, AtLeast(8)] = 512
+    """Tokens per window; instructions with their responses are cut there."""
+    train_on_inputs: bool = False
+    """With instructions: predict the prompts too, and not the responses alone."""
+    validation_dataset: str | None = None
+    """Text whose validation part gives the perplexity after each epoch; by default --dataset, else wikitext2."""
+    validation_samples: Annotated[int, AtLeast(1)] = 16
+    """Windows of it."""
+
+    # Adapters.
+    lora_r: Annotated[int, AtLeast(1)] = 8
+    """Rank of the adapters."""
+    lora_alpha: Annotated[float, AtLeast(1e-6)] = 16.0
+    """Numerator of lora_alpha / lora_r, by which the adapters' output is scaled."""
+    lora_dropout: Annotated[float, Between(0, 0.99)] = 0.0
+    """Dropout on the adapters' input."""
+    lora_projections: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    """Projections that get adapters, separated by commas."""
+    load_in_4bit: bool = False
+    """Frozen weights under the adapters in 4 bits (NF4)."""
+    dtype: Dtype = "auto"
+    """Of frozen weights; auto: bfloat16 where the hardware multiplies it, else float32. What is trained is float32."""
+
+    # Distillation: (1 - kd_weight) * cross-entropy + kd_weight * T^2 * KL(teacher || student) over the tokens.
+    kd_weight: Annotated[float, Between(0, 1)] = 0.0
+    """Share of the loss that is KL to the teacher's predictions; the rest is cross-entropy."""
+    kd_temperature: Annotated[float, Between(0.1, 100)] = 2.0
+    """Softening of both models' logits there."""
+    teacher: Annotated[Path | None, NO_EFFECT] = None
+    """The model to learn from; by default the one that the pruned model was made from."""
+
+    training: Flat[Training] = group(
+        Training, num_epochs=2, batch_size=8, learning_rate=5e-5, amp="auto", save_steps=100
+    )
+    evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
 
     presets: ClassVar = {
-        "fast": dict(finetune_samples=64, num_epochs=1, max_length=128, validation_samples=4)
-        | EvaluationFields.fast_evaluation,
+        "fast": dict(finetune_samples=64, num_epochs=1, max_length=128, validation_samples=4) | FAST_EVALUATION,
     }
 
     def check(self) -> None:
-        super().check()
-        self.check_name("output_name")
+        pick(Recovery, self)
 
 
 def main(config: PostTrainingConfig) -> None:
@@ -45,7 +91,8 @@ def main(config: PostTrainingConfig) -> None:
     if output is None:
         output, flag = config.results_dir / config.output_name, "--output_name"
     check_place(output, flag, shared=[config.results_dir])
-    recover(config, config.pruned_model, output, flag)
+    recovery = pick(Recovery, config)
+    recover(recovery, config.pruned_model, output, flag, config.data_dir, config.overwrite, config.as_dict())
 
 
 if __name__ == "__main__":

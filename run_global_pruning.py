@@ -4,144 +4,112 @@
 
 Reads the model (fetched if it is not there) and calibration text; writes results/NAME: models/ (the smaller model, an
 ordinary checkpoint), analysis/ (what removing each part costs, every structure's score and fate), evaluation/, plots.
-The method's fields are documented in compression/llm/global_pruning.py; `--preset paper` is the formula as published.
+`--preset paper` is the formula as published.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
-import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
-
-from compression.assets import ensure_llm
-from compression.checkpoint import SavedParts, describe_stage, identify, load_language_model, save_checkpoint
-from compression.config import run_script
-from compression.files import link_or_copy, read_json, write_json
-from compression.integrity import RUN_FILE
-from compression.llm.evaluate import EvaluationFields, evaluation_windows, measure
-from compression.llm.global_pruning import GlobalPruning, PruningFields
-from compression.llm.recovery import RecoveryFields, recover
-from compression.llm.removal import removal_perplexities
-from compression.llm.run import FAST, Results, RunFields, calibration_text, compare, write_table
+from compression.config import AtLeast, Between, Config, Flat, group, pick, run_script
+from compression.files import write_json
+from compression.llm.evaluate import Evaluation
+from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
+from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, write_table
+from compression.llm.scoring import Method
 from compression.plots import plot_removal, plot_retained, save_figure
-from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
-from compression.sources import LLM_FOLDER, describe_source
-from compression.structures import DECODERS, family_of
+from compression.runtime import UserError
 from compression.surgery import to_stock
 
 
 @dataclass
-class GlobalPruningConfig(PruningFields, RunFields):
-    output_name: str = "hgsp"
-    """Results go to results/NAME."""
-    save_bin: bool = False
-    """Also write pruned_model.bin, a plain state dict."""
-    finetune: bool = False
-    """Train the pruned model on, as post_training.py does, and measure it again."""
-    finetune_method: Literal["lora", "full"] = "lora"
-    """Train adapters beside the frozen weights, or all weights."""
-    finetune_samples: int = 500
-    """Windows of the train part of --dataset that are trained on."""
-    lora_r: int = 8
-    """Rank of the adapters."""
+class GlobalPruningConfig(Config):
+    # How much goes.
+    pruning_ratio: Annotated[float, Between(0, 0.95)] = 0.5
+    """Share of the decoder layers' parameters to remove."""
+    epsilon: Annotated[float, Between(0, 1)] = 0.15
+    """Share of its parameters that a layer must keep; one that would keep less is removed whole."""
+    protect_first: Annotated[int, AtLeast(0)] = 0
+    """Number of leading layers never pruned."""
+    protect_last: Annotated[int, AtLeast(0)] = 0
+    """Number of trailing layers never pruned."""
+    uniform: bool = False
+    """The same sizes in every layer, so that the stock model class loads the result; no layer is protected then."""
+    round_to: Annotated[int, AtLeast(1)] = 32
+    """Number of which MLP widths are multiples, unless nothing is removed: matrix units are slow at odd widths."""
+    iterative_steps: Annotated[int, AtLeast(1)] = 1
+    """Number of steps to the budget, with new scores at each."""
 
-    presets: ClassVar = PruningFields.presets | {"fast": FAST | dict(finetune_samples=64)}
+    # What goes: the groups (key-value head with its query heads) and channels of least score per parameter.
+    importance_method: Method = "fisher"
+    """Score of a structure: one of those in compression/llm/scoring.py, which --help lists."""
+    temperature: Annotated[float, Between(0, 10)] = 0.0
+    """Exponent T of the correction by removal perplexities, score * ln(1 + ppl)^T; 0 leaves it out."""
+    tau: Annotated[float | None, AtLeast(0)] = None
+    """Removal perplexity under which the layer's value corrects, above it the block's own; none: 25th percentile."""
+    normalize: Literal["auto", "none", "layer"] = "auto"
+    """Scale of the scores. layer: relative to their mean in each layer and kind, so that layers share the budget
+    evenly; auto: that for the methods whose scores do not compare across layers as they are."""
+    attention_factors: tuple[float, ...] = (1.0,)
+    """Factors on the scores of groups; of several the one with the least perplexity on held-out text is taken."""
+
+    # What becomes of the rest.
+    compensation: Literal["none", "lstsq"] = "lstsq"
+    """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
+
+    data_dir: str | None = None
+    """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
+    run: Flat[RunSettings] = group(RunSettings, output_name="hgsp")
+    calibration: Flat[Calibration] = group(
+        Calibration, dataset="wikitext2", num_samples=32, repair_samples=64, sequence_length=1024
+    )
+    evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
+    finetuning: Flat[Finetuning] = group(Finetuning, finetune=False)
+
+    presets: ClassVar = {
+        "fast": FAST,
+        "paper": dict(importance_method="taylor", normalize="none", temperature=1.0, compensation="none", round_to=1),
+    }
 
     def check(self) -> None:
-        super().check()
-        if self.temperature and not self.analysis_samples:
+        if not self.attention_factors or min(self.attention_factors) <= 0:
+            raise UserError(f"--attention_factors {self.attention_factors}: allowed are one or more above 0")
+        if self.temperature and not self.calibration.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
-        if self.finetune:
-            self.recovery()
 
-    def recovery(self) -> RecoveryFields:
-        """How the pruned model is trained on."""
-        evaluations = [what for what in RecoveryFields.evaluations if self.evaluates(what)]
-        shared = ("finetune_method", "finetune_samples", "lora_r", "dataset", "data_dir", "resume", "overwrite", "seed")
-        evaluation = [field.name for field in fields(EvaluationFields) if field.name != "run_evaluation"]
-        return RecoveryFields(
-            **{name: getattr(self, name) for name in {*shared, *evaluation}},
-            run_evaluation=",".join(evaluations) or "none",
-            skip_existing=self.resume,
-            max_length=min(RecoveryFields.max_length, self.sequence_length),
-            dtype=self.dtype if self.finetune_method == "lora" else "auto",
-        )
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"normalize": pick(Scoring, self).normalization}
 
 
 def main(config: GlobalPruningConfig) -> None:
-    base = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name)
-    config.check_zero_shot()
-    inputs = {"parent": identify(base)}
-    output = Results(config, "global_pruning", base, inputs)
-    seed_everything(config.seed)
-    device = pick_device(config.device_map)
-    model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
-    family_of(model, DECODERS)  # refuses an unsupported architecture at once
-    corpora, text, analysis_windows = calibration_text(config, tokenizer, model)
-    tests = evaluation_windows(config, tokenizer, model)
-
-    with output.running() as saved:
-        # What the dense model is: perplexities, and what removing each part of it would cost.
-        dense = saved.json("dense", lambda: measure(model, tokenizer, tests, config, config.gradient_batch_size))
-        removal = None
-        if len(analysis_windows):
-            analyse = partial(removal_perplexities, model, analysis_windows, config.gradient_batch_size)
-            removal = saved.json("removal", analyse)
-
-        # The budget, over all layers at once.
-        pruning = GlobalPruning(model, config, text, removal, saved.tensors)
+    run = Run("global_pruning", config)
+    with run.running():
+        # What removing each part of the dense model would cost; then the budget, over all layers at once.
+        removal = run.removal_perplexities()
+        scoring, budget = pick(Scoring, config), pick(Budget, config)
+        pruning = GlobalPruning(run.model, scoring, budget, run.text, removal, run.saved.tensors)
         small = pruning.prune()
         if config.uniform:
             small = to_stock(small)
-        results = saved.json("results", lambda: compare(base, dense, small, tokenizer, tests, config))
-
-        log.info("Base model: %s (%s)", shown(base), describe_source(base))
-        data = {"calibration": [corpus.describe() for corpus in corpora]}
-        stage = describe_stage("global_pruning", config.as_dict(), inputs, results, data)
-        if processes().is_main_process:
-            with output.written(saved) as folder:
-                write(folder, config, small, tokenizer, pruning, removal, results, stage)
-        processes().wait_for_everyone()
-        if config.finetune:
-            finetune(config, output, saved)
+        run.finish(small, partial(write_analysis, pruning, removal))
 
 
-def write(folder, config, model, tokenizer, pruning, removal, results, stage) -> None:
-    """Checkpoint, analysis, evaluation and plots."""
-    save_checkpoint(folder / "models", model, tokenizer, stage)
-    if config.save_bin:
-        torch.save(model.state_dict(), folder / "models" / "pruned_model.bin")
-
+def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, folder: Path) -> None:
+    """Every structure's score and fate, what removing each part costs, and plots of both."""
     rows = list(pruning.table.values())
-    write_table(folder / "analysis" / "global_group_table.csv", rows)
-    removed = [row for row in rows if row["removed_in_step"] is not None]
-    write_table(folder / "analysis" / "groups_to_prune.csv", removed)
+    write_table(folder / "global_group_table.csv", rows)
+    write_table(folder / "groups_to_prune.csv", [row for row in rows if row["removed_in_step"] is not None])
     if removal:
-        blocks = {"attention": removal["attention"], "mlp": removal["mlp"]}
-        write_json(
-            folder / "analysis" / "layer_removal_ppl.json", {"dense": removal["dense"], "layer": removal["layer"]}
+        layer, block = (
+            {"dense": removal["dense"]} | {part: removal[part] for part in parts}
+            for parts in (["layer"], ["attention", "mlp"])
         )
-        write_json(folder / "analysis" / "block_removal_ppl.json", {"dense": removal["dense"]} | blocks)
-        save_figure(plot_removal(removal), folder / "analysis" / "removal_perplexity.png")
-    save_figure(plot_retained(rows), folder / "analysis" / "retained.png")
-    evaluation = results | {"data": stage["data"], "stage": stage["environment"]}
-    write_json(folder / "evaluation" / "evaluation_results.json", evaluation)
-
-
-def finetune(config: GlobalPruningConfig, output: Results, saved: SavedParts) -> None:
-    """Train the written model on; then it lies beside it, and what it is stands in the evaluation."""
-    trained = saved.folder / "finetuned"
-    found = recover(config.recovery(), config.folder / "models", trained, "--output_name")
-    if processes().is_main_process:
-        with output.written(saved) as folder:
-            anew = shutil.ignore_patterns("logs", RUN_FILE)
-            shutil.copytree(config.folder, folder, ignore=anew, copy_function=link_or_copy, dirs_exist_ok=True)
-            shutil.copytree(trained, folder / "finetuned", copy_function=link_or_copy)
-            path = folder / "evaluation" / "evaluation_results.json"
-            write_json(path, read_json(path) | {"finetuned": found["after"]})
-    processes().wait_for_everyone()
+        write_json(folder / "layer_removal_ppl.json", layer)
+        write_json(folder / "block_removal_ppl.json", block)
+        save_figure(plot_removal(removal), folder / "removal_perplexity.png")
+    save_figure(plot_retained(rows), folder / "retained.png")
 
 
 if __name__ == "__main__":

@@ -16,29 +16,31 @@ Torch-Pruning is no part of the environment: pip install torch-pruning==1.6.1. W
 
 import importlib.util
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from compression.assets import ensure_llm
 from compression.checkpoint import describe_stage, identify, load_language_model, save_checkpoint
-from compression.config import run_script
+from compression.config import AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.files import write_json
 from compression.importance import l2
-from compression.llm.evaluate import evaluation_windows
-from compression.llm.gqa_pruning import GQAPruningFields, LayerwisePruning, layer_rates, select_gqa_groups_to_prune
+from compression.llm.evaluate import Evaluation, evaluation_windows
+from compression.llm.gqa_pruning import Cuts, LayerwisePruning, layer_rates, select_gqa_groups_to_prune
 from compression.llm.perplexity import perplexity
-from compression.llm.recovery import RecoveryFields, recover
+from compression.llm.recovery import Recovery, recover
 from compression.llm.removal import removal_perplexities
-from compression.llm.run import FAST, RunFields, calibration_text
+from compression.llm.run import FAST, Calibration, RunSettings, calibration_text
 from compression.runtime import RESULTS, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM_FOLDER
 from compression.structures import CHANNELS, LayerParts, layers_of
 from compression.surgery import shrink_layer, to_pruned
+from gqa_aware_pruning import GQAAwarePruningConfig
+from post_training import PostTrainingConfig
 
 GENERIC = "generic channels, truncated to whole groups"
 # Name -> the fields in which the flow differs from gqa_aware_pruning.py's defaults.
@@ -53,29 +55,26 @@ FLOWS = {
 
 
 @dataclass
-class MotivationConfig(RunFields):
-    output_name: str = "gqa_motivation"
-    """Checkpoints go to results/NAME."""
-    pruning_ratio: float = 0.2
+class MotivationConfig(Config):
+    pruning_ratio: Annotated[float, Between(0, 0.9)] = 0.2
     """Share of the decoder layers' parameters to remove."""
-    num_samples: int = 8
-    """Windows of calibration text that scores are computed on."""
-    eval_samples: int = 30
-    """So many windows of each test text; 0: all of it."""
-    finetune_samples: int = 200
+    finetune_samples: Annotated[int, AtLeast(1)] = 200
     """Windows of 512 tokens that recovery trains on."""
-    finetune_epochs: int = 1
+    finetune_epochs: Annotated[int, AtLeast(1)] = 1
     """Passes over them."""
     finetune_learning_rate: float = 5e-4
     """Of the adapters."""
-    methods: tuple[str, ...] = field(default_factory=lambda: (GENERIC, *FLOWS))
+    methods: tuple[str, ...] = (GENERIC, *FLOWS)
     """Which of the ways."""
+    data_dir: str | None = None
+    """Folder with wikitext2/ and ptb/."""
+    run: Flat[RunSettings] = group(RunSettings, output_name="gqa_motivation")
+    calibration: Flat[Calibration] = group(Calibration, num_samples=8)
+    evaluation: Flat[Evaluation] = group(Evaluation, eval_samples=30)
 
-    presets: ClassVar = {"fast": FAST | dict(finetune_samples=16)}
+    presets: ClassVar = {"fast": {**FAST, "finetune_samples": 16}}
 
     def check(self) -> None:
-        super().check()
-        self.check_range("pruning_ratio", 0, 0.9)
         for name in self.methods:
             if name not in (GENERIC, *FLOWS):
                 raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join((GENERIC, *FLOWS))}")
@@ -113,12 +112,15 @@ def prune_attention_channels(parts: LayerParts, ratio: float) -> None:
 
 
 def main(config: MotivationConfig) -> None:
-    base, device = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name), pick_device(config.device_map)
-    load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
+    base, device = (
+        ensure_llm(config.base_model, config.run.models_dir / LLM_FOLDER.name),
+        pick_device(config.run.device_map),
+    )
+    load = partial(load_language_model, base, device, pick_dtype(config.run.dtype, "Weights"))
     model, tokenizer = load()
-    _, text, analysis = calibration_text(config, tokenizer, model)
-    tests = evaluation_windows(config, tokenizer, model)
-    removal = removal_perplexities(model, analysis, config.gradient_batch_size, ("layer",))
+    _, text, analysis = calibration_text(config.calibration, config.data_dir, config.run.seed, tokenizer, model)
+    tests = evaluation_windows(config.evaluation, config.data_dir, tokenizer, model)
+    removal = removal_perplexities(model, analysis, config.calibration.gradient_batch_size, ("layer",))
     found = {"dense": {name: perplexity(model, ids) for name, ids in tests.items()}}
     log.info("dense: %s", found["dense"])
     total = sum(parts.parameters for parts in layers_of(model))
@@ -129,21 +131,25 @@ def main(config: MotivationConfig) -> None:
         if name == GENERIC:
             model = generic(model, config.pruning_ratio)
         else:
-            fields = GQAPruningFields(pruning_ratio=config.pruning_ratio, **FLOWS[name])
-            rates = layer_rates(fields, layers_of(model), config.pruning_ratio, removal, config.seed)
-            model = LayerwisePruning(model, rates, fields, text).prune()
+            flow = GQAAwarePruningConfig.make(pruning_ratio=config.pruning_ratio, **FLOWS[name])
+            rates = layer_rates(flow.rates, layers_of(model), config.pruning_ratio, removal, config.run.seed)
+            model = LayerwisePruning(model, rates, pick(Cuts, flow), text).prune()
         removed = 1 - sum(parts.parameters for parts in layers_of(model)) / total
         log.info("%s: %.4f of the layers' parameters removed", name, removed)
-        folder = config.folder / name.replace(", ", "_").replace(" ", "_")
+        folder = config.run.folder / name.replace(", ", "_").replace(" ", "_")
         stage = describe_stage("gqa_motivation", config.as_dict(), inputs, {}, {})
         save_checkpoint(folder / "models", model, tokenizer, stage)
-        recovery = RecoveryFields(
-            data_dir=config.data_dir, dataset=config.dataset, finetune_samples=config.finetune_samples,
-            num_epochs=config.finetune_epochs, learning_rate=config.finetune_learning_rate, seed=config.seed,
-            eval_length=config.eval_length, eval_samples=config.eval_samples, dtype=config.dtype,
-            eval_ppl_datasets=config.eval_ppl_datasets,
-        )  # fmt: skip
-        metrics = recover(recovery, folder / "models", folder / "recovered")
+        training = PostTrainingConfig.make(
+            dataset=config.calibration.dataset,
+            finetune_samples=config.finetune_samples,
+            dtype=config.run.dtype,
+            num_epochs=config.finetune_epochs,
+            learning_rate=config.finetune_learning_rate,
+            seed=config.run.seed,
+            **config.evaluation.as_dict(),
+        )
+        recovery = pick(Recovery, training)
+        metrics = recover(recovery, folder / "models", folder / "recovered", data_dir=config.data_dir)
         found[name] = {"removed": removed} | {when: metrics[when]["perplexity"] for when in ("before", "after")}
         log.info("%s: %s", name, found[name])
         path = RESULTS / "gqa_motivation.json"

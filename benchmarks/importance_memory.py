@@ -21,7 +21,7 @@ import torch
 
 from compression.assets import ensure_llm
 from compression.checkpoint import load_language_model
-from compression.config import StageConfig, run_script
+from compression.config import Config, run_script
 from compression.files import write_json
 from compression.llm.perplexity import perplexity, token_losses
 from compression.llm.scoring import Method, score_structures
@@ -33,7 +33,7 @@ CHECKPOINTING = " with gradient checkpointing"
 
 
 @dataclass
-class MemoryConfig(StageConfig):
+class MemoryConfig(Config):
     base_model: str = LLM
     """Model to score: a folder, or a name on the hub."""
     length: int = 1024

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.checkpoint import find_newest, read_stage, require
-from compression.config import StageConfig, run_script
+from compression.config import Config, run_script
 from compression.files import write_json
 from compression.runtime import MODELS, RESULTS, ROOT, fingerprint, log
 
@@ -24,7 +24,7 @@ MODES = ("l2", "kd_grad", "l2+kd_grad", "fisher")
 
 
 @dataclass
-class ModesConfig(StageConfig):
+class ModesConfig(Config):
     seeds: int = 3
     """Runs of each mode."""
     head_final_sparsity: float = 0.5

@@ -18,13 +18,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression import checkpoint, files, integrity, outputs
-from compression.config import StageConfig, run_script
+from compression.config import Config, run_script
 from compression.files import write_json
 from compression.runtime import RESULTS, ROOT, fingerprint, log
 
 
 @dataclass
-class CostConfig(StageConfig):
+class CostConfig(Config):
     fast: bool = True
     """Quick settings of all stages."""
     train_fraction: float = 0.0

@@ -18,13 +18,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.checkpoint import find_newest, identify, read_stage, require
-from compression.config import StageConfig, run_script
+from compression.config import Config, run_script
 from compression.files import read_json, write_json
 from compression.runtime import MODELS, RESULTS, ROOT, UserError, log
 
 
 @dataclass
-class KillConfig(StageConfig):
+class KillConfig(Config):
     kills: int = 5
     """How many runs are killed, each once, and resumed."""
     train_fraction: float = 0.02

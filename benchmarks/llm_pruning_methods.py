@@ -31,9 +31,9 @@ from transformers import PreTrainedModel
 
 from compression.assets import ensure_llm
 from compression.checkpoint import load_language_model
-from compression.config import StageConfig, run_script
+from compression.config import Config, pick, run_script
 from compression.files import read_json, write_json
-from compression.llm.global_pruning import GlobalPruning, PruningFields
+from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.text import CalibrationText, load_corpus, sample_windows, tokenize, windows
@@ -41,6 +41,7 @@ from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pic
 from compression.sources import LLM, LLM_FOLDER
 from compression.structures import DECODER_KINDS, layers_of
 from compression.surgery import shrink_decoder
+from run_global_pruning import GlobalPruningConfig
 
 PLAIN = dict(compensation="none", epsilon=0.0, round_to=1)
 # Name -> the fields in which the method differs from the defaults.
@@ -50,8 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, no repair": dict(compensation="none"),
     "H-GSP, obs scores": dict(importance_method="obs"),
     "H-GSP, obs scores, no repair": dict(importance_method="obs", compensation="none"),
-    "H-GSP, paper": PruningFields.presets["paper"],
-    "H-GSP, paper, T = 0": PruningFields.presets["paper"] | {"temperature": 0.0},
+    "H-GSP, paper": GlobalPruningConfig.presets["paper"],
+    "H-GSP, paper, T = 0": GlobalPruningConfig.presets["paper"] | {"temperature": 0.0},
     "uniform Taylor on MLP, ends protected": PLAIN
     | dict(importance_method="taylor", normalize="layer", attention_factors=(1e9,), protect_first=2, protect_last=2),
     "magnitude, per layer": PLAIN | dict(importance_method="magnitude", normalize="layer"),
@@ -63,7 +64,7 @@ ALL_METHODS = (*METHODS, WHOLE_LAYERS, TORCH_PRUNING)
 
 
 @dataclass
-class MethodsConfig(StageConfig):
+class MethodsConfig(Config):
     base_model: str = LLM
     """Model to prune: a folder, or a name on the hub."""
     ratios: tuple[float, ...] = (0.2, 0.3, 0.5)
@@ -166,16 +167,17 @@ def layer_parameters(model: PreTrainedModel) -> int:
 
 def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText, removal, known: dict):
     """Prune by this project's own machinery; scores of the dense model are computed once for each importance method."""
-    config = PruningFields(pruning_ratio=ratio, **fields)
+    config = GlobalPruningConfig.make(pruning_ratio=ratio, **fields)
 
     def remember(name: str, make):
-        if not name.startswith("scores_of_step_1_"):
+        if not name.startswith("scores_1_of_"):
             return make()
         if config.importance_method not in known:
             known[config.importance_method] = make()
         return known[config.importance_method]
 
-    return GlobalPruning(model, config, text, removal, remember).prune()
+    scoring, budget = pick(Scoring, config), pick(Budget, config)
+    return GlobalPruning(model, scoring, budget, text, removal, remember).prune()
 
 
 def main(config: MethodsConfig) -> None:

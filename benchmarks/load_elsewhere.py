@@ -22,7 +22,7 @@ import torch
 
 from compression.checkpoint import find_newest, load_classifier, load_language_model, read_stage
 from compression.classifier.tasks import load_sentiment
-from compression.config import StageConfig, run_script
+from compression.config import Config, run_script
 from compression.files import read_json, write_json
 from compression.llm.perplexity import token_losses
 from compression.llm.text import load_corpus, tokenize, windows
@@ -54,7 +54,7 @@ print(json.dumps([type(model).__name__, losses.double().mean().exp().item(), log
 
 
 @dataclass
-class LoadConfig(StageConfig):
+class LoadConfig(Config):
     checkpoint: Path | None = None
     """A pruned checkpoint, classifier or language model; by default the newest classifier under models/."""
     data_dir: str | None = None

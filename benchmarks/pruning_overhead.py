@@ -7,6 +7,7 @@ Python loop, interleaved in one process, on the student and on a random model of
 18,432 neurons). Writes results/pruning_overhead.json.
 """
 
+import runpy
 import sys
 import time
 from dataclasses import dataclass
@@ -20,16 +21,19 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.checkpoint import load_classifier, require
-from compression.classifier.gradual_pruning import GradualPruning, GradualPruningConfig
-from compression.config import StageConfig, run_script
+from compression.classifier.gradual_pruning import GradualPruning
+from compression.config import Config, run_script
 from compression.distillation import distillation_loss
 from compression.files import write_json
-from compression.runtime import RESULTS, fingerprint, log, pick_device
+from compression.runtime import RESULTS, ROOT, fingerprint, log, pick_device
 from compression.structures import ENCODER_KINDS
+
+# Its name begins with a digit, so it cannot be imported.
+STAGE = runpy.run_path(str(ROOT / "8_pruning_with_finetuning.py"))
 
 
 @dataclass
-class OverheadConfig(StageConfig):
+class OverheadConfig(Config):
     student_path: Path = Path("models/student_model")
     """The student to time besides the random model."""
     batch_size: int = 32
@@ -52,8 +56,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         rows = 40 * config.batch_size
         self.teacher_logits = torch.randn(rows, 2).to(model.device)
-        schedule = GradualPruningConfig(batch_size=config.batch_size, pruning_start_epoch=1)
-        self.recipe = GradualPruning(model, self.teacher_logits, schedule) if prune else None
+        settings = STAGE["GradualPruningWithFinetuningConfig"].make(batch_size=config.batch_size, pruning_start_epoch=1)
+        self.recipe = STAGE["make_recipe"](model, self.teacher_logits, settings) if prune else None
         self.step = 0
 
     def take(self, batch) -> None:

@@ -21,7 +21,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from compression import quantization
 from compression.checkpoint import find_newest, load_classifier
-from compression.config import StageConfig, run_script
+from compression.config import Config, run_script
 from compression.files import write_json
 from compression.flops import count_parameters
 from compression.quantization import Format, add_fake_quantization, fake_quantize
@@ -30,7 +30,7 @@ from compression.timing import interleaved_times
 
 
 @dataclass
-class StepConfig(StageConfig):
+class StepConfig(Config):
     model_path: Path | None = None
     """The model to time; by default the newest pruned one, else the student."""
     batch_size: int = 16

@@ -19,7 +19,7 @@ from torch import nn
 
 from compression.assets import ensure_llm
 from compression.checkpoint import load_language_model
-from compression.config import StageConfig, run_script
+from compression.config import Config, run_script
 from compression.files import write_json
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
@@ -30,7 +30,7 @@ from compression.sources import LLM, LLM_FOLDER
 
 
 @dataclass
-class RemovalConfig(StageConfig):
+class RemovalConfig(Config):
     base_model: str = LLM
     """Model to analyse: a folder, or a name on the hub."""
     data_dir: str | None = None

@@ -151,11 +151,18 @@ def short_hash(*identity: Any) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def is_made_from(folder: Path, config: dict[str, Any], inputs: dict[str, Any], record: str = STAGE_FILE) -> bool:
+def is_made_from(
+    folder: Path,
+    config: dict[str, Any],
+    inputs: dict[str, Any],
+    record: str = STAGE_FILE,
+    former: dict[str, str] | None = None,
+) -> bool:
     """Whether a result exists that was made with these settings from these inputs.
 
     Args:
         record: the name of the file that says so.
+        former: what settings were called in older records, by their names now.
 
     Raises:
         UserError: it exists and is damaged.
@@ -164,8 +171,11 @@ def is_made_from(folder: Path, config: dict[str, Any], inputs: dict[str, Any], r
     stage = read_record(folder, record)
     if stage is None or contents(stage.get("inputs")) != contents(inputs):
         return False
-    found = stage.get("config")
-    if not isinstance(found, dict) or any(found.get(name) != value for name, value in config.items()):
+    noted = stage.get("config")
+    if not isinstance(noted, dict):
+        return False
+    noted = {name: noted[old] for name, old in (former or {}).items() if old in noted} | noted
+    if any(noted.get(name) != value for name, value in config.items()):
         return False
     verify(folder)
     return True

@@ -109,6 +109,16 @@ def to_pruned(model: PreTrainedModel, stay: list[int] | range | None = None) -> 
     return _rebuild(model, config_class(**values), model_class)
 
 
+def stock_group_counts(model: PreTrainedModel) -> list[int]:
+    """The numbers of key-value heads per layer, largest first, that the stock class of a language model takes.
+
+    Its number of query heads has to divide the hidden size.
+    """
+    parts, hidden = layers_of(model)[0], model.config.hidden_size
+    queries = parts.query_heads // parts.groups
+    return [count for count in range(parts.groups, 0, -1) if hidden % (count * queries) == 0]
+
+
 def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     """A pruned language model of the stock class of its family, which needs every layer to have the same sizes.
 

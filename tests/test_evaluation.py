@@ -12,7 +12,7 @@ from compression import timing as efficiency
 from compression.batching import batches
 from compression.classifier.metrics import classification_metrics, paired_difference, predict
 from compression.classifier.tasks import Encoded, Split, encode
-from compression.llm.evaluate import EvaluationFields, check_positions, evaluation_windows
+from compression.llm.evaluate import Evaluation, check_positions, evaluation_windows
 from compression.runtime import UserError
 from compression.timing import interleaved_times, measure_latency, size_on_disk
 
@@ -175,5 +175,5 @@ def test_windows_beyond_the_models_positions_are_refused(kind):
     with pytest.raises(UserError, match="^--analysis_length 65: allowed is at most 64, the model's positions$"):
         check_positions(model, "analysis_length", 65)
     with pytest.raises(UserError, match="^--eval_length 65: allowed is at most 64, the model's positions$"):
-        evaluation_windows(EvaluationFields(run_evaluation=kind, eval_length=65), None, model)
-    assert evaluation_windows(EvaluationFields(run_evaluation="none", eval_length=65), None, model) == {}
+        evaluation_windows(Evaluation(run_evaluation=kind, eval_length=65), None, None, model)
+    assert evaluation_windows(Evaluation(run_evaluation="none", eval_length=65), None, None, model) == {}

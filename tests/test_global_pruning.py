@@ -13,9 +13,9 @@ from conftest import WORDS, tiny_decoder
 from transformers import AutoModelForCausalLM
 
 from compression.checkpoint import load_language_model
-from compression.config import parse
+from compression.config import parse, pick
 from compression.flops import encoder_macs_formula
-from compression.llm.global_pruning import GlobalPruning, PruningFields, masked
+from compression.llm.global_pruning import Budget, GlobalPruning, Scoring, masked
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.scoring import Method, score_structures
@@ -23,6 +23,7 @@ from compression.llm.text import CalibrationText
 from compression.runtime import ROOT, UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder, to_stock
+from run_global_pruning import GlobalPruningConfig
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,11 @@ def text():
 
 
 def config(**fields):
-    return PruningFields(**dict(pruning_ratio=0.4, compensation="none", round_to=1) | fields)
+    return GlobalPruningConfig.make(**dict(pruning_ratio=0.4, compensation="none", round_to=1) | fields)
+
+
+def pruning_of(model, settings, *inputs):
+    return GlobalPruning(model, pick(Scoring, settings), pick(Budget, settings), *inputs)
 
 
 def parameters(model):
@@ -56,7 +61,7 @@ def test_budget_is_met_to_within_one_structure(text, family, seed):
         importance_method=("obs", "fisher", "taylor", "wanda", "taylor_2nd")[seed],
         compensation=("none", "lstsq")[seed % 2], round_to=(1, 4)[seed % 2],
     )  # fmt: skip
-    small = GlobalPruning(model, settings, text).prune()
+    small = pruning_of(model, settings, text).prune()
     removed = total - parameters(small)
     assert 0 <= removed - settings.pruning_ratio * total < one
     assert all(parts.query_heads == 2 * parts.groups for parts in layers_of(small))
@@ -66,7 +71,7 @@ def test_widths_are_round_or_as_they_were(text):
     model = tiny_decoder(intermediate_size=50)
     block = 16 * layers_of(model)[0].structure_parameters(CHANNELS)
     total = parameters(model)
-    small = GlobalPruning(model, config(pruning_ratio=0.3, round_to=16, iterative_steps=2), text).prune()
+    small = pruning_of(model, config(pruning_ratio=0.3, round_to=16, iterative_steps=2), text).prune()
     widths = {parts.channels for parts in layers_of(small)}
     assert widths <= {50, 48, 32, 16, 0} and widths != {50}
     assert 0 <= total - parameters(small) - 0.3 * total < max(block, largest(small))
@@ -77,9 +82,9 @@ def test_formula_of_the_paper(text):
     removal = removal_perplexities(model, text.held_out)
     scores = score_structures(model, text.scores, "taylor", text.batch_size)
     tau = sorted(removal["layer"])[1]  # one layer of four lies under it
-    settings = PruningFields.preset("paper")
+    settings = GlobalPruningConfig.preset("paper")
     settings.tau, settings.temperature = tau, 1.5
-    pruning = GlobalPruning(model, settings, text, removal)
+    pruning = pruning_of(model, settings, text, removal)
     densities = pruning._densities(scores)
     for layer, parts in enumerate(layers_of(model)):
         for kind, block in ((GROUPS, "attention"), (CHANNELS, "mlp")):
@@ -92,7 +97,7 @@ def test_no_temperature_is_the_plain_score(text):
     model = tiny_decoder()
     scores = score_structures(model, text.scores, "taylor", text.batch_size)
     settings = config(importance_method="taylor", normalize="none")
-    densities = GlobalPruning(model, settings, text)._densities(scores)
+    densities = pruning_of(model, settings, text)._densities(scores)
     parts = layers_of(model)[2]
     torch.testing.assert_close(densities[GROUPS][2], scores[GROUPS][2] / parts.structure_parameters(GROUPS))
 
@@ -104,17 +109,17 @@ def test_normalized_scores_make_layers_share_the_budget(text):
         with torch.no_grad():
             layers_of(model)[1].down.weight.mul_(0.01)  # by magnitude, all that is cheap is here
         settings = config(importance_method="magnitude", normalize=normalize, pruning_ratio=0.2, epsilon=0.0)
-        sizes[normalize] = [parts.channels for parts in layers_of(GlobalPruning(model, settings, text).prune())]
+        sizes[normalize] = [parts.channels for parts in layers_of(pruning_of(model, settings, text).prune())]
     assert max(sizes["none"]) - min(sizes["none"]) > max(sizes["layer"]) - min(sizes["layer"])
 
 
 def test_each_method_has_its_own_normalization():
-    found = {method: PruningFields(importance_method=method) for method in get_args(Method)}
-    resolved = {method: fields.as_dict()["normalize"] for method, fields in found.items()}
+    configs = {method: GlobalPruningConfig.make(importance_method=method) for method in get_args(Method)}
+    resolved = {method: fields.as_dict()["normalize"] for method, fields in configs.items()}
     assert resolved == dict.fromkeys(get_args(Method), "none") | {"wanda": "layer"}
-    assert all(fields.normalization == resolved[method] for method, fields in found.items())
-    assert PruningFields(importance_method="wanda", normalize="none").as_dict()["normalize"] == "none"
-    assert PruningFields.preset("paper").normalization == "none"
+    assert all(pick(Scoring, fields).normalization == resolved[method] for method, fields in configs.items())
+    assert GlobalPruningConfig.make(importance_method="wanda", normalize="none").as_dict()["normalize"] == "none"
+    assert pick(Scoring, GlobalPruningConfig.preset("paper")).normalization == "none"
 
 
 @pytest.mark.parametrize(
@@ -128,10 +133,7 @@ def test_each_method_has_its_own_normalization():
     ],
 )
 def test_flags_that_name_the_method_settle_the_normalization(flags, wanted):
-    class Fields(PruningFields):
-        presets = PruningFields.presets | {"fast": {}}
-
-    assert parse(Fields, flags).as_dict()["normalize"] == wanted
+    assert parse(GlobalPruningConfig, flags).as_dict()["normalize"] == wanted
 
 
 def test_wanda_does_not_empty_the_layers_whose_scores_are_small(text):
@@ -140,7 +142,7 @@ def test_wanda_does_not_empty_the_layers_whose_scores_are_small(text):
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight.mul_(0.01)
     settings = config(importance_method="wanda", pruning_ratio=0.2, epsilon=0.0)
-    sizes = [parts.channels for parts in layers_of(GlobalPruning(model, settings, text).prune())]
+    sizes = [parts.channels for parts in layers_of(pruning_of(model, settings, text).prune())]
     assert len(sizes) == 4 and min(sizes) > 24
 
 
@@ -149,7 +151,7 @@ def test_layers_that_are_left_as_their_biases_go_through_all_steps(text, compens
     model = tiny_decoder("llama", mlp_bias=True)
     total = parameters(model)
     settings = config(pruning_ratio=0.7, iterative_steps=3, epsilon=0.6, compensation=compensation)
-    pruning = GlobalPruning(model, settings, text)
+    pruning = pruning_of(model, settings, text)
     small = pruning.prune()
     sizes = [(parts.groups, parts.channels) for parts in layers_of(small)]
     assert len(sizes) == 4 and (0, 0) in sizes and pruning.origin == [0, 1, 2, 3]
@@ -161,17 +163,17 @@ def test_layers_that_are_left_as_their_biases_go_through_all_steps(text, compens
 
 def test_protected_layers_stay_as_they_are(text):
     model = tiny_decoder()
-    small = GlobalPruning(model, config(protect_first=1, protect_last=1), text).prune()
+    small = pruning_of(model, config(protect_first=1, protect_last=1), text).prune()
     sizes = [(parts.groups, parts.channels) for parts in layers_of(small)]
     assert sizes[0] == sizes[-1] == (4, 48) and len(sizes) <= 4
     with pytest.raises(UserError, match="--pruning_ratio 0.6: with 1 and 1 protected layers at most 0.500 can go"):
-        GlobalPruning(tiny_decoder(), config(pruning_ratio=0.6, protect_first=1, protect_last=1), text)
+        pruning_of(tiny_decoder(), config(pruning_ratio=0.6, protect_first=1, protect_last=1), text)
 
 
 def test_masked_model_is_the_smaller_one(text):
     model = tiny_decoder("qwen3")
     settings = config(pruning_ratio=0.5, attention_factors=(1.0,))
-    pruning = GlobalPruning(model, settings, text)
+    pruning = pruning_of(model, settings, text)
     kept = pruning._best_choice(pruning._densities(pruning._score()), 1, 0.5)
     with masked(model, kept):
         expected = perplexity(model, text.held_out)
@@ -181,7 +183,7 @@ def test_masked_model_is_the_smaller_one(text):
 
 def test_factor_of_least_perplexity_is_taken(text, monkeypatch):
     model = tiny_decoder()
-    pruning = GlobalPruning(model, config(attention_factors=(0.001, 1.0, 1000.0)), text)
+    pruning = pruning_of(model, config(attention_factors=(0.001, 1.0, 1000.0)), text)
     answers = iter([30.0, 20.0, 10.0])
     monkeypatch.setattr("compression.llm.global_pruning.perplexity", lambda *_: next(answers))
     kept = pruning._best_choice(pruning._densities(pruning._score()), 1, 0.4)
@@ -191,7 +193,7 @@ def test_factor_of_least_perplexity_is_taken(text, monkeypatch):
 def test_table_says_what_went_when(text):
     model = tiny_decoder()
     total = parameters(model)
-    pruning = GlobalPruning(model, config(iterative_steps=2, pruning_ratio=0.5), text)
+    pruning = pruning_of(model, config(iterative_steps=2, pruning_ratio=0.5), text)
     small = pruning.prune()
     rows = list(pruning.table.values())
     assert len(rows) == 4 * (4 + 48)
@@ -207,7 +209,7 @@ def test_table_says_what_went_when(text):
 def test_what_is_kept_is_where_the_table_says(text):
     """Weights of the smaller model are those of the dense one at the places that the table names."""
     dense = tiny_decoder()
-    pruning = GlobalPruning(tiny_decoder(), config(iterative_steps=3, pruning_ratio=0.6, epsilon=0.3), text)
+    pruning = pruning_of(tiny_decoder(), config(iterative_steps=3, pruning_ratio=0.6, epsilon=0.3), text)
     small = pruning.prune()
     for index, layer in enumerate(pruning.origin):
         places = pruning.places[CHANNELS][index]
@@ -234,7 +236,7 @@ def test_bad_values_are_refused(fields, message):
 def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
     model = tiny_decoder()
     total = parameters(model)
-    small = to_stock(GlobalPruning(model, config(uniform=True, pruning_ratio=0.3, round_to=8), text).prune())
+    small = to_stock(pruning_of(model, config(uniform=True, pruning_ratio=0.3, round_to=8), text).prune())
     assert type(small).__name__ == "LlamaForCausalLM"
     sizes = {(parts.query_heads, parts.groups, parts.channels) for parts in layers_of(small)}
     (query_heads, groups, channels), *others = sizes
@@ -242,7 +244,7 @@ def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
     rounding = 4 * 8 * layers_of(small)[0].structure_parameters(CHANNELS)
     assert 0 <= total - parameters(small) - 0.3 * total < rounding
     with pytest.raises(UserError, match="--pruning_ratio 0.95: no uniform sizes meet it"):
-        GlobalPruning(tiny_decoder(), config(uniform=True, pruning_ratio=0.95), text).prune()
+        pruning_of(tiny_decoder(), config(uniform=True, pruning_ratio=0.95), text).prune()
 
 
 # The command line.

@@ -13,9 +13,9 @@ from conftest import DECODERS, tiny_decoder
 
 import compression.llm.scoring as calibration
 from compression.allocation import largest_ratio, split_budget, spread_rates
-from compression.config import run_script
+from compression.config import pick, run_script
 from compression.llm.gqa_pruning import (
-    GQAPruningFields,
+    Cuts,
     LayerwisePruning,
     layer_rates,
     prunable_layers,
@@ -57,7 +57,15 @@ def fields(**values):
         protect_first=0, protect_last=0, pruning_ratio=0.4, strategy="uniform", round_to=1, attention_ratio=1.0,
         compensation="none",
     )  # fmt: skip
-    return GQAPruningFields(**defaults | values)
+    return GQAAwarePruningConfig.make(**defaults | values)
+
+
+def rates_of(config, *inputs):
+    return layer_rates(config.rates, *inputs)
+
+
+def layerwise(model, rates, config, *inputs):
+    return LayerwisePruning(model, rates, pick(Cuts, config), *inputs)
 
 
 def total(model):
@@ -209,32 +217,32 @@ def test_rates_at_and_beyond_the_bounds():
 def test_inverse_rates_follow_the_loss_that_removal_adds():
     layers = layers_of(tiny_decoder())
     removal = {"dense": 10.0, "layer": [40.0, 20.0, 80.0, 10.0]}  # adds ln 4, ln 2, ln 8, nothing
-    rates = layer_rates(fields(strategy="inverse", max_rate=0.8), layers, 0.3, removal, seed=0)
+    rates = rates_of(fields(strategy="inverse", max_rate=0.8), layers, 0.3, removal, 0)
     assert rates[3] == pytest.approx(0.8) and sum(rates) / 4 == pytest.approx(0.3)
     assert rates[1] == pytest.approx(2 * rates[0]) == pytest.approx(3 * rates[2])
 
 
 def test_uniform_and_random_rates():
     layers = layers_of(tiny_decoder())
-    assert layer_rates(fields(), layers, 0.3, None, seed=0) == pytest.approx([0.3] * 4)
-    drawn = [layer_rates(fields(strategy="random"), layers, 0.3, None, seed) for seed in (1, 1, 2)]
+    assert rates_of(fields(), layers, 0.3, None, 0) == pytest.approx([0.3] * 4)
+    drawn = [rates_of(fields(strategy="random"), layers, 0.3, None, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(sum(rates) / 4 == pytest.approx(0.3) and len(set(rates)) == 4 for rates in drawn)
 
 
 def test_layers_that_are_left_alone():
     layers = layers_of(tiny_decoder())
-    assert layer_rates(fields(protect_first=1, protect_last=1), layers, 0.3, None, 0) == pytest.approx([0, 0.6, 0.6, 0])
-    assert layer_rates(fields(layers="2"), layers, 0.3, None, 0) == pytest.approx([0, 0, 0.3, 0])
-    assert layer_rates(fields(layers="1-2"), layers, 0.3, None, 0) == pytest.approx([0, 0.3, 0.3, 0])
-    assert layer_rates(fields(layers="0-1", protect_first=1), layers, 0.3, None, 0) == pytest.approx([0, 0.6, 0, 0])
+    assert rates_of(fields(protect_first=1, protect_last=1), layers, 0.3, None, 0) == pytest.approx([0, 0.6, 0.6, 0])
+    assert rates_of(fields(layers="2"), layers, 0.3, None, 0) == pytest.approx([0, 0, 0.3, 0])
+    assert rates_of(fields(layers="1-2"), layers, 0.3, None, 0) == pytest.approx([0, 0.3, 0.3, 0])
+    assert rates_of(fields(layers="0-1", protect_first=1), layers, 0.3, None, 0) == pytest.approx([0, 0.6, 0, 0])
     with pytest.raises(UserError, match="--layers 0-1: all of them are protected by --protect_first 2"):
-        prunable_layers(fields(layers="0-1", protect_first=2), layers)
+        prunable_layers(fields(layers="0-1", protect_first=2).rates, layers)
     with pytest.raises(UserError, match="--layers 3-4: the model has 4 layers; allowed are 0 to 3"):
-        prunable_layers(fields(layers="3-4"), layers)
+        prunable_layers(fields(layers="3-4").rates, layers)
     message = "--pruning_ratio 0.5: with --min_rate 0, --max_rate 0.8 and 2 of 4 .* allowed is 0.000 to 0.400"
     with pytest.raises(UserError, match=message):
-        layer_rates(fields(protect_first=1, protect_last=1), layers, 0.5, None, 0)
+        rates_of(fields(protect_first=1, protect_last=1), layers, 0.5, None, 0)
 
 
 # The budget.
@@ -267,18 +275,18 @@ def test_budget_is_met_to_within_one_block_of_channels(text, seed):
     round_to = (1, 4)[seed // 4]
     before, block = total(model), round_to * layers_of(model)[0].structure_parameters(CHANNELS)
     config = fields(
-        strategy="random", round_to=round_to, attention_ratio=2 * draw[0], iterative_rounds=1 + seed % 3,
+        strategy="random", round_to=round_to, attention_ratio=2 * draw[0], iterative_steps=1 + seed % 3,
         layers=("all", "1-3")[seed % 2],
         importance_method=("taylor", "fisher", "wanda", "magnitude")[seed // 2], max_rate=0.9,
         compensation=("none", "lstsq")[seed % 2],
     )  # fmt: skip
     ratio = 0.1 + 0.7 * draw[1]
-    rates = layer_rates(config, layers_of(model), ratio, None, seed)
-    pruning = LayerwisePruning(model, rates, config, text)
+    rates = rates_of(config, layers_of(model), ratio, None, seed)
+    pruning = layerwise(model, rates, config, text)
     small = pruning.prune()
     chosen = before if config.layers == "all" else 3 * before // 4
     assert 0 <= before - total(small) - ratio * chosen < block
-    assert 0 <= pruning.removed() - ratio < block / chosen
+    assert 0 <= pruning.removed(config.layers) - ratio < block / chosen
     for parts, rate, row in zip(layers_of(small), rates, pruning.table(), strict=True):
         assert parts.query_heads == 2 * parts.groups
         gone = row["parameters_before"] - row["parameters_after"]
@@ -290,7 +298,7 @@ def test_attention_ratio_decides_what_attention_loses(text):
     heads = []
     for attention_ratio in (0.0, 1.0, 2.0):
         model, config = tiny_decoder(), fields(attention_ratio=attention_ratio)
-        small = LayerwisePruning(model, [0.25] * 4, config, text).prune()
+        small = layerwise(model, [0.25] * 4, config, text).prune()
         heads.append([parts.groups for parts in layers_of(small)])
     assert heads == [[4] * 4, [3] * 4, [2] * 4]
 
@@ -298,7 +306,7 @@ def test_attention_ratio_decides_what_attention_loses(text):
 def test_nothing_to_remove_leaves_the_model_as_it_is(text, ids):
     model = tiny_decoder()
     expected = perplexity(model, ids)
-    small = LayerwisePruning(model, [0.0] * 4, fields(), text).prune()
+    small = layerwise(model, [0.0] * 4, fields(), text).prune()
     assert perplexity(small, ids) == pytest.approx(expected, rel=1e-6)
 
 
@@ -307,8 +315,8 @@ def test_nothing_to_remove_leaves_the_model_as_it_is(text, ids):
 
 def test_each_layer_is_scored_on_the_model_as_pruned_so_far(text):
     """The same as doing it by hand, with scores of the whole model at each layer."""
-    config, rates = fields(iterative_rounds=1), [0.5, 0.0, 0.3, 0.4]
-    small = LayerwisePruning(tiny_decoder(), rates, config, text).prune()
+    config, rates = fields(iterative_steps=1), [0.5, 0.0, 0.3, 0.4]
+    small = layerwise(tiny_decoder(), rates, config, text).prune()
     model = tiny_decoder()
     for index in (0, 2, 3):
         scores = score_structures(model, text.scores, "taylor", text.batch_size)
@@ -325,7 +333,7 @@ def test_each_layer_is_scored_on_the_model_as_pruned_so_far(text):
 def test_repair_is_that_of_the_whole_model(text):
     """With scores that gradients do not enter, one sweep with repair is one call of `repair` and one cut."""
     config = fields(importance_method="magnitude", compensation="lstsq")
-    small = LayerwisePruning(tiny_decoder(), [0.4] * 4, config, text).prune()
+    small = layerwise(tiny_decoder(), [0.4] * 4, config, text).prune()
     model = tiny_decoder()
     scores, kept = score_structures(model, text.scores, "magnitude"), {kind: [] for kind in DECODER_KINDS}
     for index, parts in enumerate(layers_of(small)):
@@ -349,11 +357,11 @@ def test_rounds_prune_a_bit_at_a_time(text):
         return make()
 
     before = total(model)
-    pruning = LayerwisePruning(model, [0.4] * 4, fields(iterative_rounds=2), text, remember)
+    pruning = layerwise(model, [0.4] * 4, fields(iterative_steps=2), text, remember)
     pruning.prune()
-    assert names == [f"round_{round_}_layer_{index}" for round_ in (1, 2) for index in range(4)]
+    assert names == [f"scores_of_step{step}_layer_{index}" for step in (1, 2) for index in range(4)]
     assert 1 - sum(sizes[4]) / before == pytest.approx(0.2, abs=0.02), "half of it after the first round"
-    assert pruning.removed() == pytest.approx(0.4, abs=0.02)
+    assert pruning.removed("all") == pytest.approx(0.4, abs=0.02)
 
 
 def test_a_pruned_model_can_be_pruned_again(text):
@@ -364,9 +372,9 @@ def test_a_pruned_model_can_be_pruned_again(text):
     }
     model = shrink_decoder(tiny_decoder(), kept)
     before, channel = total(model), layers_of(model)[0].structure_parameters(CHANNELS)
-    config = fields(compensation="lstsq", iterative_rounds=2)
-    rates = layer_rates(config, layers_of(model), 0.3, None, 0)
-    small = LayerwisePruning(model, rates, config, text).prune()
+    config = fields(compensation="lstsq", iterative_steps=2)
+    rates = rates_of(config, layers_of(model), 0.3, None, 0)
+    small = layerwise(model, rates, config, text).prune()
     assert 0 <= before - total(small) - 0.3 * before < channel
     sizes = [(parts.groups, parts.channels) for parts in layers_of(small)]
     assert sizes[0][0] == 0 == sizes[2][1] and sizes[0][1] < 48 and sizes[2][0] < 4
@@ -388,10 +396,10 @@ def test_bisection_finds_the_largest_ratio_that_passes():
 def test_search_stays_under_the_target(text):
     def perplexity_at(ratio):
         model, config = tiny_decoder(), fields()
-        rates = layer_rates(config, layers_of(model), ratio, None, 0)
-        return perplexity(LayerwisePruning(model, rates, config, text).prune(), text.held_out)
+        rates = rates_of(config, layers_of(model), ratio, None, 0)
+        return perplexity(layerwise(model, rates, config, text).prune(), text.held_out)
 
-    limits = ratio_range(fields(), layers_of(tiny_decoder()))
+    limits = ratio_range(fields().rates, layers_of(tiny_decoder()))
     assert limits == pytest.approx((0, 0.8), abs=1e-9)
     tried = [perplexity_at(0.8 * step / 16) for step in range(17)]
     assert tried[0] != tried[16]
@@ -415,7 +423,7 @@ def test_search_stays_under_the_target(text):
         ({"max_rate": 0.2, "min_rate": 0.3}, "--max_rate 0.2: allowed is 0.3 to 0.95"),
         ({"min_rate": -1}, "--min_rate -1: allowed is 0 to 0.95"),
         ({"attention_ratio": -1}, "--attention_ratio -1: allowed is 0 to 10"),
-        ({"iterative_rounds": 0}, "--iterative_rounds 0: allowed is at least 1"),
+        ({"iterative_steps": 0}, "--iterative_steps 0: allowed is at least 1"),
         ({"search_steps": 0}, "--search_steps 0: allowed is at least 1"),
         ({"target_perplexity": 0.5}, "--target_perplexity 0.5: allowed is at least 1"),
         ({"round_to": 0}, "--round_to 0: allowed is at least 1"),
@@ -429,7 +437,7 @@ def test_search_stays_under_the_target(text):
 )
 def test_bad_values_are_refused(values, message):
     with pytest.raises(UserError, match=message):
-        GQAAwarePruningConfig(**values)
+        GQAAwarePruningConfig.make(**values)
 
 
 # The command line.
@@ -507,7 +515,7 @@ KILLED = """
 import os, signal, sys
 import compression.llm.gqa_pruning as gqa_pruning
 import gqa_aware_pruning
-from compression.config import run_script
+from compression.config import pick, run_script
 
 score, calls, last = gqa_pruning.compute_gqa_group_importance, [], int(sys.argv.pop(1))
 

@@ -17,16 +17,17 @@ import evaluate_lora_model
 import merge_and_save_lora
 import post_training
 from compression.checkpoint import load_language_model, load_tensors, read_stage
-from compression.config import run_script
+from compression.config import pick, run_script
 from compression.files import read_json
 from compression.llm.lora import load_adapter
 from compression.llm.perplexity import perplexity
-from compression.llm.recovery import LanguageModelling, RecoveryFields, recover
+from compression.llm.recovery import LanguageModelling, Recovery, recover
 from compression.llm.rows import of_instructions, of_windows, read_instructions
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.quantization import nf4_base
 from compression.runtime import ROOT, UserError, setup_logging
 from compression.training import fit
+from post_training import PostTrainingConfig
 
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "stage.json", "training_history.json"}
 ALPACA = [
@@ -54,7 +55,7 @@ def settings(folder, **changes):
         finetune_samples=24, validation_samples=4, batch_size=4, learning_rate=5e-3, save_steps=2,
         dtype="float32",
     )  # fmt: skip
-    return RecoveryFields(**fields | changes)
+    return pick(Recovery, PostTrainingConfig.make(**fields | changes))
 
 
 def text_perplexity(folder, model, length=16):

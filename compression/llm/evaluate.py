@@ -1,14 +1,15 @@
 """What a language model is worth and what it costs, as every script of the language-model track measures it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import check_positions
-from compression.config import StageConfig
+from compression.config import AtLeast, Settings
 from compression.flops import count_macs, count_parameters
 from compression.llm.perplexity import perplexity
 from compression.llm.text import load_corpus, tokenize, windows
@@ -20,74 +21,79 @@ from compression.timing import measure_generation
 NEW_TOKENS = 32
 
 
-@dataclass
-class EvaluationFields(StageConfig):
-    """Fields of every script that measures language models."""
+EVALUATIONS = ("ppl", "zeroshot", "efficiency")
+FAST_EVALUATION = dict(eval_samples=4, eval_zeroshot_limit=20, efficiency_repeats=3)
 
-    data_dir: str | None = None
-    """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
+
+@dataclass
+class Evaluation(Settings):
+    """What is measured of a language model, and on what."""
+
     run_evaluation: str = "ppl"
     """What is measured of each model: some of ppl,zeroshot,efficiency, or all, or none."""
     eval_ppl_datasets: str = "wikitext2"
     """Texts for perplexity, separated by commas: wikitext2, ptb, c4, or text files."""
     eval_length: int = 1024
     """Tokens per window there."""
-    eval_samples: int = 0
-    """So many windows only; 0: the whole test part."""
+    eval_samples: Annotated[int, AtLeast(0)] = 0
+    """Number of windows; 0: the whole test part."""
     eval_zeroshot_tasks: str = "piqa,hellaswag,winogrande,arc_easy"
     """Tasks of lm-evaluation-harness, separated by commas."""
-    eval_zeroshot_limit: int = 0
-    """The first so many questions of each task only; 0: all of them."""
-    efficiency_repeats: int = 10
+    eval_zeroshot_limit: Annotated[int, AtLeast(0)] = 0
+    """Number of questions of each task, from the first; 0: all of them."""
+    efficiency_repeats: Annotated[int, AtLeast(1)] = 10
     """Timed prefills and decodes of each model."""
 
-    fast_evaluation: ClassVar = dict(eval_samples=4, eval_zeroshot_limit=20, efficiency_repeats=3)
-    evaluations: ClassVar = ("ppl", "zeroshot", "efficiency")
-
     def check(self) -> None:
-        super().check()
-        self.check_range("eval_samples", 0)
-        self.check_range("eval_zeroshot_limit", 0)
-        self.check_range("efficiency_repeats", 1)
-        unknown = set(self.run_evaluation.split(",")) - {*self.evaluations, "all", "none"}
+        self.check_allowed(EVALUATIONS)
+        # What is decoded goes on behind a prompt of that length, with the prompt's own tokens.
+        AtLeast(NEW_TOKENS if self.evaluates("efficiency") else 2).check("eval_length", self.eval_length)
+
+    def check_allowed(self, allowed: Sequence[str]) -> None:
+        """Raise UserError where anything else is to be measured."""
+        unknown = set(self.run_evaluation.split(",")) - {*allowed, "all", "none"}
         if unknown:
             raise UserError(
                 f"--run_evaluation {self.run_evaluation}: unknown {', '.join(sorted(unknown))}; allowed are "
-                f"{', '.join(self.evaluations)}, separated by commas, or all, or none"
+                f"{', '.join(allowed)}, separated by commas, or all, or none"
             )
-        # What is decoded goes on behind a prompt of that length, with the prompt's own tokens.
-        self.check_range("eval_length", NEW_TOKENS if self.evaluates("efficiency") else 2)
 
     def evaluates(self, what: str) -> bool:
         """Whether a kind of evaluation is asked for."""
         return what in self.run_evaluation.split(",") or self.run_evaluation == "all"
 
-    def check_zero_shot(self) -> None:
+    @property
+    def tasks(self) -> list[str]:
+        """The zero-shot tasks."""
+        return self.eval_zeroshot_tasks.split(",")
+
+    def check_zero_shot(self, data_dir: str | None) -> None:
         """Raise UserError early where zero-shot accuracy is asked for and its data cannot be had."""
         if self.evaluates("zeroshot"):
-            check_tasks(self.eval_zeroshot_tasks.split(","), self.data_dir, self.eval_zeroshot_limit or None)
+            check_tasks(self.tasks, data_dir, self.eval_zeroshot_limit or None)
 
 
 def evaluation_windows(
-    config: EvaluationFields, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    evaluation: Evaluation, data_dir: str | None, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> dict[str, Tensor]:
     """Windows [count, length] of the test part of each text that perplexity is measured on, by name.
 
     Args:
+        data_dir: folder with the texts; None asks the hub.
         model: whose positions `eval_length` is checked against.
 
     Raises:
         UserError: a text that is not there, or that is shorter than a window; windows beyond the model's positions.
     """
-    if config.evaluates("ppl") or config.evaluates("efficiency"):
-        check_positions(model, "eval_length", config.eval_length)
-    if not config.evaluates("ppl"):
+    if evaluation.evaluates("ppl") or evaluation.evaluates("efficiency"):
+        check_positions(model, "eval_length", evaluation.eval_length)
+    if not evaluation.evaluates("ppl"):
         return {}
     found = {}
-    for name in config.eval_ppl_datasets.split(","):
-        corpus = load_corpus(name, "test", config.data_dir, flag="--eval_ppl_datasets")
-        every = windows(tokenize(tokenizer, corpus), config.eval_length, corpus.name)
-        found[corpus.name] = every[: config.eval_samples or None]
+    for name in evaluation.eval_ppl_datasets.split(","):
+        corpus = load_corpus(name, "test", data_dir, flag="--eval_ppl_datasets")
+        every = windows(tokenize(tokenizer, corpus), evaluation.eval_length, corpus.name)
+        found[corpus.name] = every[: evaluation.eval_samples or None]
     return found
 
 
@@ -95,13 +101,15 @@ def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tests: dict[str, Tensor],
-    config: EvaluationFields,
+    evaluation: Evaluation,
+    data_dir: str | None = None,
     batch_size: int = 1,
 ) -> dict[str, Any]:
     """Parameters, sizes of the layers, perplexity on each text, zero-shot accuracy where it is asked for.
 
     Args:
         tests: see `evaluation_windows`.
+        data_dir: folder with the data of zero-shot tasks; None asks the hub.
         batch_size: windows per forward pass.
     """
     layers = layers_of(model)
@@ -116,9 +124,9 @@ def measure(
     }
     for name, value in found["perplexity"].items():
         log.info("Perplexity on %s (%d windows of %d tokens): %.2f", name, *tests[name].shape, value)
-    if config.evaluates("zeroshot"):
-        tasks = config.eval_zeroshot_tasks.split(",")
-        found["zeroshot"] = zero_shot(model, tokenizer, tasks, config.data_dir, config.eval_zeroshot_limit or None)
+    if evaluation.evaluates("zeroshot"):
+        limit = evaluation.eval_zeroshot_limit or None
+        found["zeroshot"] = zero_shot(model, tokenizer, evaluation.tasks, data_dir, limit)
         for task, figures in found["zeroshot"].items():
             accuracy, error = figures["acc"], figures["acc_standard_error"]
             log.info("%s: %.1f ± %.1f %% of %d", task, 100 * accuracy, 100 * error, figures["n"])
@@ -126,11 +134,11 @@ def measure(
 
 
 def measure_efficiency(
-    models: dict[str, PreTrainedModel], device: torch.device, config: EvaluationFields
+    models: dict[str, PreTrainedModel], device: torch.device, evaluation: Evaluation
 ) -> dict[str, dict[str, Any]]:
     """MACs, prefill and decode speed of each model, interleaved; peak memory of a prefill where there is a GPU."""
-    length = config.eval_length
-    found = measure_generation(models, device, length, NEW_TOKENS, config.efficiency_repeats)
+    length = evaluation.eval_length
+    found = measure_generation(models, device, length, NEW_TOKENS, evaluation.efficiency_repeats)
     for name, model in models.items():
         found[name]["macs"] = count_macs(model, length).as_dict()
         if device.type == "cuda":

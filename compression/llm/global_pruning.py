@@ -15,82 +15,49 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.allocation import Pool, keep_or_drop_layers
-from compression.config import StageConfig
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
 from compression.llm.scoring import Method, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
-from compression.surgery import shrink_decoder
+from compression.surgery import shrink_decoder, stock_group_counts
 
 Kept = dict[str, list[Tensor]]
 # Methods whose scores compare across layers as they are.
 COMPARABLE = ("fisher", "obs", "taylor", "taylor_2nd", "magnitude")
 
 
-@dataclass
-class PruningFields(StageConfig):
-    """What is pruned and how; each choice can be switched off alone."""
+@dataclass(frozen=True)
+class Scoring:
+    """How structures are scored, and on which scale the layers compete."""
 
-    pruning_ratio: float = 0.5
-    """Share of the decoder layers' parameters to remove."""
-    importance_method: Method = "fisher"
-    """How structures are scored: fisher, obs, taylor, taylor_2nd, wanda or magnitude."""
-    temperature: float = 0.0
-    """Exponent T of the correction by removal perplexities, score * ln(1 + ppl)^T; 0 leaves it out."""
-    tau: float | None = None
-    """Removal perplexity under which the layer's value corrects, above it the block's own; none: 25th percentile."""
-    epsilon: float = 0.15
-    """A layer that would keep less than this share of its parameters is removed whole."""
-    normalize: Literal["auto", "none", "layer"] = "auto"
-    """layer: scores are relative to their mean in each layer and kind, so that layers share the budget evenly; auto:
-    that for the methods whose scores do not compare across layers as they are."""
-    protect_first: int = 0
-    """So many layers at the start are left alone."""
-    protect_last: int = 0
-    """So many layers at the end are left alone."""
-    attention_factors: tuple[float, ...] = (1.0,)
-    """Factors on the scores of attention groups; the one with the least perplexity on held-out text is taken."""
-    iterative_steps: int = 1
-    """The budget is reached in so many steps, with new scores at each."""
-    compensation: Literal["none", "lstsq"] = "lstsq"
-    """lstsq: solve the output projections anew so that what stays makes up for what goes."""
-    uniform: bool = False
-    """Every layer gets the same sizes, so that the stock model class loads the result; no layer is protected then."""
-    round_to: int = 32
-    """MLP widths are multiples of this, unless nothing is removed: matrix units are slow at odd widths."""
-
-    presets = {
-        "paper": dict(
-            importance_method="taylor", normalize="none", temperature=1.0, compensation="none", round_to=1
-        )
-    }  # fmt: skip
-
-    def check(self) -> None:
-        super().check()
-        self.check_range("pruning_ratio", 0, 0.95)
-        self.check_range("temperature", 0, 10)
-        self.check_range("epsilon", 0, 1)
-        if self.tau is not None:
-            self.check_range("tau", 0)
-        for name in ("protect_first", "protect_last"):
-            self.check_range(name, 0)
-        self.check_range("iterative_steps", 1)
-        self.check_range("round_to", 1)
-        if not self.attention_factors or min(self.attention_factors) <= 0:
-            raise UserError(f"--attention_factors {self.attention_factors}: allowed are one or more above 0")
+    importance_method: Method
+    temperature: float
+    tau: float | None
+    normalize: Literal["auto", "none", "layer"]
 
     @property
     def normalization(self) -> Literal["none", "layer"]:
-        """`normalize`, where it is auto: what suits the method."""
-        # Resolved here and not when the config is built: a preset is built before a flag names the method.
+        """`normalize`; where it is auto, what suits the method."""
         if self.normalize != "auto":
             return self.normalize
         return "none" if self.importance_method in COMPARABLE else "layer"
 
-    def as_dict(self) -> dict[str, Any]:
-        return super().as_dict() | {"normalize": self.normalization}
+
+@dataclass(frozen=True)
+class Budget:
+    """How much goes, where from, in which steps, and whether what stays is repaired."""
+
+    pruning_ratio: float
+    epsilon: float
+    protect_first: int
+    protect_last: int
+    attention_factors: tuple[float, ...]
+    iterative_steps: int
+    compensation: Literal["none", "lstsq"]
+    uniform: bool
+    round_to: int
 
 
 class GlobalPruning:
@@ -108,12 +75,20 @@ class GlobalPruning:
     def __init__(
         self,
         model: PreTrainedModel,
-        config: PruningFields,
+        scoring: Scoring,
+        budget: Budget,
         text: CalibrationText,
         removal: dict[str, Any] | None = None,
         remember: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
     ):
-        self.model, self.config, self.text, self.removal, self.remember = model, config, text, removal, remember
+        self.model, self.scoring, self.budget, self.text, self.removal, self.remember = (
+            model,
+            scoring,
+            budget,
+            text,
+            removal,
+            remember,
+        )
         layers = layers_of(model)
         # Of each layer and structure that is left: its place in the dense model.
         self.origin = list(range(len(layers)))
@@ -123,37 +98,37 @@ class GlobalPruning:
         self.depth = len(layers)
         self.table: dict[tuple[int, str, int], dict[str, Any]] = {}
         protected = sum(parts.parameters for index, parts in enumerate(layers) if self._is_protected(index))
-        if config.pruning_ratio * self.total > self.total - protected:
+        if budget.pruning_ratio * self.total > self.total - protected:
             raise UserError(
-                f"--pruning_ratio {config.pruning_ratio}: with {config.protect_first} and {config.protect_last} "
+                f"--pruning_ratio {budget.pruning_ratio}: with {budget.protect_first} and {budget.protect_last} "
                 f"protected layers at most {1 - protected / self.total:.3f} can go; set --protect_first and "
                 "--protect_last lower"
             )
 
     def prune(self) -> PreTrainedModel:
         """Remove structures until the budget is met."""
-        steps = self.config.iterative_steps
+        steps = self.budget.iterative_steps
         for step in range(1, steps + 1):
             scores = self._remembered(f"scores_of_step_{step}_of_{steps}", self._score)
             densities = self._densities(scores)
-            ratio = self.config.pruning_ratio * step / steps
+            ratio = self.budget.pruning_ratio * step / steps
             choose = partial(self._best_choice, densities, step, ratio)
             kept = self._remembered(f"kept_in_step_{step}_of_{steps}", choose)
             self._note(scores, densities)
             log.info("Step %d of %d: %s", step, steps, _summary(kept))
-            if self.config.compensation == "lstsq":
+            if self.budget.compensation == "lstsq":
                 repair(self.model, kept, self.text.repair, self.text.batch_size)
             self._follow(kept, step)
             self.model = shrink_decoder(self.model, kept)
         return self.model
 
     def _is_protected(self, layer: int) -> bool:
-        ends = layer < self.config.protect_first or layer >= self.depth - self.config.protect_last
-        return ends and not self.config.uniform
+        ends = layer < self.budget.protect_first or layer >= self.depth - self.budget.protect_last
+        return ends and not self.budget.uniform
 
     def _score(self) -> Kept:
         return score_structures(
-            self.model, self.text.scores, self.config.importance_method, self.text.batch_size,
+            self.model, self.text.scores, self.scoring.importance_method, self.text.batch_size,
             self.text.gradient_checkpointing,
         )  # fmt: skip
 
@@ -168,10 +143,10 @@ class GlobalPruning:
         return {kind: [tensors[f"{kind}.{index}"] for index in range(len(self.origin))] for kind in DECODER_KINDS}
 
     def _best_choice(self, densities: Kept, step: int, ratio: float) -> Kept:
-        if self.config.uniform:
+        if self.budget.uniform:
             choices = self._same_sizes(densities, ratio)
         else:
-            factors = self.config.attention_factors
+            factors = self.budget.attention_factors
             choices = {f"attention factor {factor:g}": self._allocate(densities, ratio, factor) for factor in factors}
         if len(choices) == 1:
             return next(iter(choices.values()))
@@ -188,48 +163,43 @@ class GlobalPruning:
         for kind in DECODER_KINDS:
             for layer, score in zip(self.origin, scores[kind], strict=True):
                 density = score.cpu() / max(self.parameters[kind][layer], 1) * self._correction(layer, kind)
-                if self.config.normalization == "layer" and len(density):
+                if self.scoring.normalization == "layer" and len(density):
                     density = density / density.mean().clamp_min(torch.finfo(density.dtype).tiny)
                 densities[kind].append(density)
         return densities
 
     def _correction(self, layer: int, kind: str) -> float:
         """ln(1 + ppl)^T, ppl the layer's removal perplexity where that is under tau, else the block's own."""
-        if not self.config.temperature:
+        if not self.scoring.temperature:
             return 1.0
         layers = torch.tensor(self.removal["layer"])
-        tau = layers.quantile(0.25).item() if self.config.tau is None else self.config.tau
+        tau = layers.quantile(0.25).item() if self.scoring.tau is None else self.scoring.tau
         block = self.removal["attention" if kind == GROUPS else "mlp"][layer]
         value = layers[layer].item() if layers[layer] < tau else block
-        return torch.tensor(value).log1p().pow(self.config.temperature).item()
+        return torch.tensor(value).log1p().pow(self.scoring.temperature).item()
 
     def _allocate(self, densities: Kept, ratio: float, attention_factor: float) -> Kept:
         """What stays when a share `ratio` of the dense layers' parameters is gone in all."""
         layers = []
         for index, layer in enumerate(self.origin):
             pools = []
-            for kind, factor, multiple in ((GROUPS, attention_factor, 1), (CHANNELS, 1.0, self.config.round_to)):
+            for kind, factor, multiple in ((GROUPS, attention_factor, 1), (CHANNELS, 1.0, self.budget.round_to)):
                 density = densities[kind][index]
                 least = len(density) if self._is_protected(layer) else 0
                 pools.append(Pool(density * factor, self.parameters[kind][layer], least, multiple))
             layers.append(pools)
         left = sum(pool.parameters * len(pool.scores) for pools in layers for pool in pools)
         target = max(0.0, 1 - (1 - ratio) * self.total / left)
-        kept = keep_or_drop_layers(layers, target, self.config.epsilon)
+        kept = keep_or_drop_layers(layers, target, self.budget.epsilon)
         return {kind: [masks[place] for masks in kept] for place, kind in enumerate(DECODER_KINDS)}
 
     def _same_sizes(self, densities: Kept, ratio: float) -> dict[str, Kept]:
         """What stays if every layer keeps as many groups and channels: one choice for each number of groups."""
         choices, budget = {}, (1 - ratio) * self.total / self.depth
-        most = len(densities[GROUPS][0])
-        queries_per_group = layers_of(self.model)[0].query_heads // most
-        for groups in range(most, 0, -1):
-            # The stock LLaMA class wants the number of query heads to divide the hidden size.
-            if self.model.config.hidden_size % (groups * queries_per_group):
-                continue
+        for groups in stock_group_counts(self.model):
             left = budget - groups * self.parameters[GROUPS][0]
-            channels = int(left / self.parameters[CHANNELS][0]) // self.config.round_to * self.config.round_to
-            if self.config.round_to <= channels <= len(densities[CHANNELS][0]):
+            channels = int(left / self.parameters[CHANNELS][0]) // self.budget.round_to * self.budget.round_to
+            if self.budget.round_to <= channels <= len(densities[CHANNELS][0]):
                 counts = {GROUPS: groups, CHANNELS: channels}
                 kept = {kind: [_best(density, counts[kind]) for density in densities[kind]] for kind in DECODER_KINDS}
                 choices[f"{groups} groups and {channels} channels"] = kept

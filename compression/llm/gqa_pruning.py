@@ -15,14 +15,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.allocation import largest_ratio, split_budget, spread_rates
-from compression.config import StageConfig
 from compression.llm.layerwise import Entering
 from compression.llm.repair import repair_layer
 from compression.llm.scoring import Method, score_layer
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
 from compression.structures import CHANNELS, DECODER_KINDS, DECODERS, GROUPS, LayerParts, family_of, layers_of
-from compression.surgery import shrink_layer, to_pruned
+from compression.surgery import shrink_layer, stock_group_counts, to_pruned
 
 Remember = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
@@ -122,72 +121,49 @@ def _prune(model: PreTrainedModel, layer: int, kind: str, pruned: Tensor) -> Non
 # Rates of the layers.
 
 
-@dataclass
-class GQAPruningFields(StageConfig):
-    """What is pruned and how."""
+@dataclass(frozen=True)
+class Rates:
+    """Which layers lose how much, relative to one another."""
 
-    pruning_ratio: float = 0.2
-    """Share of the parameters of the decoder layers (those of --layers) to remove."""
-    layers: str = "all"
-    """Which layers: all, one such as 12, or a range such as 10-14. Layers count from 0."""
-    strategy: Literal["inverse", "uniform", "random"] = "inverse"
-    """Rates of layers: in inverse proportion to what removing the layer adds to the loss, all the same, or random."""
-    min_rate: float = 0.0
-    """Every layer that is pruned loses at least this share."""
-    max_rate: float = 0.8
-    """No layer loses more than this share."""
-    attention_ratio: float = 0.5
-    """Attention loses this times its layer's rate, rounded to whole groups; the MLP makes up the rest of the budget."""
-    round_to: int = 32
-    """MLP widths are multiples of this, unless nothing is removed: matrix units are slow at odd widths."""
-    importance_method: Method = "taylor"
-    """How structures are scored: taylor, taylor_2nd, fisher, obs, wanda or magnitude."""
-    iterative_rounds: int = 1
-    """The rates are reached in so many sweeps over all layers."""
-    target_perplexity: float | None = None
-    """Search the largest ratio whose perplexity on held-out text stays under this, instead of --pruning_ratio."""
-    search_steps: int = 6
-    """Trials of that search; each halves what is left of the range up to --max_rate."""
-    protect_first: int = 2
-    """So many layers at the start are left alone."""
-    protect_last: int = 2
-    """So many layers at the end are left alone."""
-    compensation: Literal["none", "lstsq"] = "lstsq"
-    """lstsq: solve the output projections anew so that what stays makes up for what goes."""
+    layers: str
+    strategy: Literal["inverse", "uniform", "random"]
+    min_rate: float
+    max_rate: float
+    protect_first: int
+    protect_last: int
 
-    def check(self) -> None:
-        super().check()
-        self.check_range("pruning_ratio", 0, 0.95)
-        self.check_range("min_rate", 0, 0.95)
-        self.check_range("max_rate", self.min_rate, 0.95)
-        self.check_range("attention_ratio", 0, 10)
-        for name in ("protect_first", "protect_last"):
-            self.check_range(name, 0)
-        for name in ("iterative_rounds", "search_steps", "round_to"):
-            self.check_range(name, 1)
-        if self.target_perplexity is not None:
-            self.check_range("target_perplexity", 1)
-        self.selected_layers(None)
 
-    def selected_layers(self, depth: int | None) -> range:
-        """The layers that --layers names, of a model with so many layers.
+@dataclass(frozen=True)
+class Cuts:
+    """What a layer loses for its rate, in which steps, and whether what stays is repaired."""
 
-        Raises:
-            UserError: it is not a layer or a range of layers, or goes beyond the model's.
-        """
-        if self.layers == "all":
-            return range(depth or 0)
-        first, _, last = self.layers.partition("-")
-        last = last or first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)) or self.layers.endswith("-"):
-            raise UserError(f"--layers {self.layers}: allowed is all, one layer such as 12, or a range such as 10-14")
-        if depth is not None and int(last) >= depth:
-            raise UserError(f"--layers {self.layers}: the model has {depth} layers; allowed are 0 to {depth - 1}")
-        return range(int(first), int(last) + 1)
+    importance_method: Method
+    attention_ratio: float
+    round_to: int
+    iterative_steps: int
+    compensation: Literal["none", "lstsq"]
+    uniform: bool
+
+
+def selected_layers(layers: str, depth: int | None) -> range:
+    """The layers that --layers names, of a model with so many layers.
+
+    Raises:
+        UserError: it is not a layer or a range of layers, or goes beyond the model's.
+    """
+    if layers == "all":
+        return range(depth or 0)
+    first, _, last = layers.partition("-")
+    last = last or first
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)) or layers.endswith("-"):
+        raise UserError(f"--layers {layers}: allowed is all, one layer such as 12, or a range such as 10-14")
+    if depth is not None and int(last) >= depth:
+        raise UserError(f"--layers {layers}: the model has {depth} layers; allowed are 0 to {depth - 1}")
+    return range(int(first), int(last) + 1)
 
 
 def layer_rates(
-    config: GQAPruningFields, layers: list[LayerParts], ratio: float, removal: dict[str, Any] | None, seed: int
+    settings: Rates, layers: list[LayerParts], ratio: float, removal: dict[str, Any] | None, seed: int
 ) -> list[float]:
     """The share of its parameters that each layer loses, 0 where it is left alone.
 
@@ -199,58 +175,58 @@ def layer_rates(
     Raises:
         UserError: no rates within the bounds meet the ratio; says which do.
     """
-    check_ratio(config, layers, ratio)
-    pruned, weights, low, high = _bounds(config, layers)
-    target = ratio * _selected_parameters(config, layers) / weights.sum().item()
-    rates = spread_rates(_preference(config, removal, pruned, seed), weights, target, low, high)
+    check_ratio(settings, layers, ratio)
+    pruned, weights, low, high = _bounds(settings, layers)
+    target = ratio * _selected_parameters(settings, layers) / weights.sum().item()
+    rates = spread_rates(_preference(settings, removal, pruned, seed), weights, target, low, high)
     found = dict(zip(pruned, rates.tolist(), strict=True))
     return [found.get(index, 0.0) for index in range(len(layers))]
 
 
-def check_ratio(config: GQAPruningFields, layers: list[LayerParts], ratio: float) -> None:
+def check_ratio(settings: Rates, layers: list[LayerParts], ratio: float) -> None:
     """Raise UserError unless rates within their bounds can meet the ratio."""
-    least, most = ratio_range(config, layers)
+    least, most = ratio_range(settings, layers)
     if not least - 1e-9 <= ratio <= most + 1e-9:
-        left_alone = len(layers) - len(prunable_layers(config, layers))
+        left_alone = len(layers) - len(prunable_layers(settings, layers))
         raise UserError(
-            f"--pruning_ratio {ratio:g}: with --min_rate {config.min_rate:g}, --max_rate {config.max_rate:g} and "
+            f"--pruning_ratio {ratio:g}: with --min_rate {settings.min_rate:g}, --max_rate {settings.max_rate:g} and "
             f"{left_alone} of {len(layers)} layers left alone allowed is {least:.3f} to {most:.3f}; change one of "
             "these, --layers, --protect_first or --protect_last"
         )
 
 
-def ratio_range(config: GQAPruningFields, layers: list[LayerParts]) -> tuple[float, float]:
+def ratio_range(settings: Rates, layers: list[LayerParts]) -> tuple[float, float]:
     """The least and the largest ratio that rates within their bounds can meet."""
-    _, weights, low, high = _bounds(config, layers)
-    total = _selected_parameters(config, layers)
+    _, weights, low, high = _bounds(settings, layers)
+    total = _selected_parameters(settings, layers)
     return (low * weights).sum().item() / total, (high * weights).sum().item() / total
 
 
-def _bounds(config: GQAPruningFields, layers: list[LayerParts]) -> tuple[list[int], Tensor, Tensor, Tensor]:
+def _bounds(settings: Rates, layers: list[LayerParts]) -> tuple[list[int], Tensor, Tensor, Tensor]:
     """The layers that lose something, their parameters, the least and the largest rate of each."""
-    pruned = prunable_layers(config, layers)
+    pruned = prunable_layers(settings, layers)
     weights = torch.tensor([layers[index].parameters for index in pruned], dtype=torch.double)
-    high = torch.tensor([min(config.max_rate, _reachable(layers[index])) for index in pruned], dtype=torch.double)
-    return pruned, weights, high.clamp_max(config.min_rate), high
+    high = torch.tensor([min(settings.max_rate, _reachable(layers[index])) for index in pruned], dtype=torch.double)
+    return pruned, weights, high.clamp_max(settings.min_rate), high
 
 
-def _selected_parameters(config: GQAPruningFields, layers: list[LayerParts]) -> int:
-    return sum(layers[index].parameters for index in config.selected_layers(len(layers)))
+def _selected_parameters(settings: Rates, layers: list[LayerParts]) -> int:
+    return sum(layers[index].parameters for index in selected_layers(settings.layers, len(layers)))
 
 
-def prunable_layers(config: GQAPruningFields, layers: list[LayerParts]) -> list[int]:
+def prunable_layers(settings: Rates, layers: list[LayerParts]) -> list[int]:
     """The layers that are to lose something.
 
     Raises:
         UserError: there are none.
     """
     depth = len(layers)
-    ends = range(config.protect_first, depth - config.protect_last)
-    pruned = [index for index in config.selected_layers(depth) if index in ends and layers[index].parameters]
+    ends = range(settings.protect_first, depth - settings.protect_last)
+    pruned = [index for index in selected_layers(settings.layers, depth) if index in ends and layers[index].parameters]
     if not pruned:
         raise UserError(
-            f"--layers {config.layers}: all of them are protected by --protect_first {config.protect_first} and "
-            f"--protect_last {config.protect_last} (the model has {depth} layers); set these lower"
+            f"--layers {settings.layers}: all of them are protected by --protect_first {settings.protect_first} and "
+            f"--protect_last {settings.protect_last} (the model has {depth} layers); set these lower"
         )
     return pruned
 
@@ -261,11 +237,11 @@ def _reachable(parts: LayerParts) -> float:
     return 1 - least / parts.parameters
 
 
-def _preference(config: GQAPruningFields, removal: dict[str, Any] | None, pruned: list[int], seed: int) -> Tensor:
+def _preference(settings: Rates, removal: dict[str, Any] | None, pruned: list[int], seed: int) -> Tensor:
     """What the rates of these layers are proportional to, within their bounds."""
-    if config.strategy == "uniform":
+    if settings.strategy == "uniform":
         return torch.ones(len(pruned))
-    if config.strategy == "random":
+    if settings.strategy == "random":
         return torch.rand(len(pruned), generator=torch.Generator().manual_seed(seed)).clamp_min(1e-3)
     # What removing a layer adds to the loss: a perplexity itself differs by orders of magnitude between layers.
     added = torch.tensor([removal["layer"][index] for index in pruned], dtype=torch.double).log()
@@ -290,17 +266,18 @@ class LayerwisePruning:
         self,
         model: PreTrainedModel,
         rates: list[float],
-        config: GQAPruningFields,
+        cuts: Cuts,
         text: CalibrationText,
         remember: Remember = lambda _, make: make(),
     ):
-        self.model, self.rates, self.config, self.text, self.remember = model, rates, config, text, remember
+        self.model, self.rates, self.cuts, self.text, self.remember = model, rates, cuts, text, remember
+        self.stock_groups = stock_group_counts(model) if cuts.uniform else []
         self.before = [(parts.groups, parts.channels, parts.parameters) for parts in layers_of(model)]
 
     def prune(self) -> PreTrainedModel:
         """Remove what the rates say, in as many sweeps as the configuration wants."""
-        for round_ in range(1, self.config.iterative_rounds + 1):
-            self._sweep(round_)
+        for step in range(1, self.cuts.iterative_steps + 1):
+            self._sweep(step)
         self.model = to_pruned(self.model)
         return self.model
 
@@ -318,22 +295,22 @@ class LayerwisePruning:
             })  # fmt: skip
         return rows
 
-    def removed(self) -> float:
+    def removed(self, layers: str) -> float:
         """The share of the parameters of the layers that --layers names that is gone."""
         table = self.table()
-        rows = [table[index] for index in self.config.selected_layers(len(table))]
+        rows = [table[index] for index in selected_layers(layers, len(table))]
         before, after = (sum(row[f"parameters_{when}"] for row in rows) for when in ("before", "after"))
         return 1 - after / before
 
-    def _sweep(self, round_: int) -> None:
+    def _sweep(self, step: int) -> None:
         """From the first layer to the last, so that the text goes through each layer once, when it is done with.
 
         Layers are cut to whole structures; what one removes too much, the next one removes less.
         """
-        share = round_ / self.config.iterative_rounds
+        share = step / self.cuts.iterative_steps
         scored = Entering(self.model, self.text.scores, self.text.batch_size)
         streams = [scored]
-        if self.config.compensation == "lstsq":
+        if self.cuts.compensation == "lstsq":
             streams.append(Entering(self.model, self.text.repair, self.text.batch_size))
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
@@ -341,24 +318,26 @@ class LayerwisePruning:
             if self.rates[index]:
                 left = layers_of(self.model)[index].parameters
                 due += self.rates[index] * share * self.before[index][2] - (self.before[index][2] - left)
-                self._prune_layer(index, due, round_, streams)
+                self._prune_layer(index, due, step, streams)
                 due -= left - layers_of(self.model)[index].parameters
+                if self.cuts.uniform:  # the next layer is to get the same sizes
+                    due = 0.0
             for text in streams:
                 text.advance()
 
-    def _prune_layer(self, index: int, budget: float, round_: int, streams: list[Entering]) -> None:
-        counts = self._counts(layers_of(self.model)[index], index, budget, round_ / self.config.iterative_rounds)
+    def _prune_layer(self, index: int, budget: float, step: int, streams: list[Entering]) -> None:
+        counts = self._counts(layers_of(self.model)[index], index, budget, step / self.cuts.iterative_steps)
         if not any(counts.values()):
             return
         scores = self.remember(
-            f"scores_of_round_{round_}_layer_{index}",
+            f"scores_of_step{step}_layer_{index}",
             lambda: compute_gqa_group_importance(
-                self.model, index, streams[0], self.config.importance_method,
+                self.model, index, streams[0], self.cuts.importance_method,
                 gradient_checkpointing=self.text.gradient_checkpointing,
             ),
         )  # fmt: skip
         pruned = {kind: select_gqa_groups_to_prune(scores[kind], count) for kind, count in counts.items()}
-        if self.config.compensation == "lstsq":
+        if self.cuts.compensation == "lstsq":
             repair_layer(self.model, index, {kind: ~mask for kind, mask in pruned.items()}, streams[1])
         prune_attention_by_gqa_groups(self.model, index, pruned[GROUPS])
         prune_mlp_channels(self.model, index, pruned[CHANNELS])
@@ -366,11 +345,18 @@ class LayerwisePruning:
     def _counts(self, parts: LayerParts, index: int, budget: float, share: float) -> dict[str, int]:
         """How many groups and channels of the layer go now."""
         groups = self.before[index][0]
-        by_rate = int(self.config.attention_ratio * self.rates[index] * share * groups + 0.5)
+        by_rate = int(self.cuts.attention_ratio * self.rates[index] * share * groups + 0.5)
+        if self.cuts.uniform:
+            by_rate = groups - min(self.stock_groups, key=lambda count: abs(count - groups + by_rate))
         groups_gone, channels_gone = split_budget(
             budget, parts.groups, parts.structure_parameters(GROUPS), parts.channels,
-            parts.structure_parameters(CHANNELS), by_rate - (groups - parts.groups), self.config.round_to,
+            parts.structure_parameters(CHANNELS), by_rate - (groups - parts.groups), self.cuts.round_to,
         )  # fmt: skip
+        if self.cuts.uniform and parts.groups - groups_gone not in self.stock_groups:
+            raise UserError(
+                f"--uniform: the ratio leaves {parts.groups - groups_gone} key-value heads per layer, the stock class "
+                f"takes {', '.join(map(str, self.stock_groups))}; choose another --pruning_ratio or --attention_ratio"
+            )
         return {GROUPS: groups_gone, CHANNELS: channels_gone}
 
 

@@ -7,8 +7,9 @@ where `kd_weight` asks for it.
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,9 @@ from compression.checkpoint import (
     save_folder,
     short_hash,
 )
+from compression.config import NO_EFFECT, Settings
 from compression.distillation import distillation_loss
-from compression.llm.evaluate import EvaluationFields, evaluation_windows, measure
+from compression.llm.evaluate import Evaluation, evaluation_windows, measure
 from compression.llm.lora import PROJECTIONS, add_lora, write_adapter
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
@@ -48,67 +50,37 @@ from compression.runtime import (
     seed_everything,
     shown,
 )
-from compression.training import Recipe, TrainingFields, clean_up, fit
+from compression.training import Recipe, Training, clean_up, fit
+
+EVALUATIONS = ("ppl", "zeroshot")
+"""What can be measured before and after."""
 
 
 @dataclass
-class RecoveryFields(TrainingFields, EvaluationFields):
-    """What a recovery training does; the fields of any training and of any evaluation are beside these."""
+class Recovery(Settings):
+    """What a recovery training does. The fields are documented in post_training.py, where their defaults are."""
 
-    finetune_method: Literal["lora", "full"] = "lora"
-    """Train adapters beside the frozen weights, or all weights."""
-    finetune_samples: int = 500
-    """Windows of text, or rows of instructions, that are trained on."""
-    dataset: str = "wikitext2"
-    """wikitext2, ptb, c4, a text file (of each the train part), or a .json or .jsonl file of instructions."""
-    train_on_inputs: bool = False
-    """With instructions: predict the prompts too, and not the responses alone."""
-    max_length: int = 512
-    """Tokens per window; instructions with their responses are cut there."""
-    validation_dataset: str | None = None
-    """Text whose validation part gives the perplexity after each epoch; by default --dataset, else wikitext2."""
-    validation_samples: int = 16
-    """Windows of it."""
-    lora_r: int = 8
-    """Rank of the adapters."""
-    lora_alpha: float = 16.0
-    """The adapters' output is scaled by lora_alpha / lora_r."""
-    lora_dropout: float = 0.0
-    """Dropout on the adapters' input."""
-    lora_projections: str = ",".join(PROJECTIONS)
-    """The projections that get adapters, separated by commas."""
-    overwrite: bool = False
-    """Replace an earlier result that was made with other settings or inputs."""
-    load_in_4bit: bool = False
-    """The frozen weights under the adapters are in 4 bits (NF4)."""
-    dtype: Dtype = "auto"
-    """Of frozen weights; auto: bfloat16 where the hardware multiplies it, else float32. What is trained is float32."""
-    kd_weight: float = 0.0
-    """Share of the loss that is KL to the teacher's predictions; the rest is cross-entropy."""
-    kd_temperature: float = 2.0
-    """Softening of both models' logits there."""
-    teacher: Path | None = None
-    """The model to learn from; by default the one that the pruned model was made from."""
-    num_epochs: int = 2
-    """Passes over the training data."""
-    batch_size: int = 8
-    """Windows or rows per optimizer step, over all processes and accumulation steps."""
-    save_steps: int = 100
-    """A state to resume from is saved every so many steps, and after every epoch."""
-    amp: Literal["no", "auto", "bf16", "fp16"] = "auto"
-    """Mixed precision; auto: bf16 (else fp16) on CUDA, none on the CPU."""
-
-    evaluations = ("ppl", "zeroshot")
+    finetune_method: Literal["lora", "full"]
+    finetune_samples: int
+    dataset: str
+    train_on_inputs: bool
+    max_length: int
+    validation_dataset: str | None
+    validation_samples: int
+    lora_r: int
+    lora_alpha: float
+    lora_dropout: float
+    lora_projections: str
+    load_in_4bit: bool
+    dtype: Dtype
+    kd_weight: float
+    kd_temperature: float
+    teacher: Annotated[Path | None, NO_EFFECT]
+    training: Training
+    evaluation: Evaluation
 
     def check(self) -> None:
-        super().check()
-        for name in ("finetune_samples", "validation_samples", "lora_r"):
-            self.check_range(name, 1)
-        self.check_range("max_length", 8)
-        self.check_range("lora_alpha", 1e-6)
-        self.check_range("lora_dropout", 0, 0.99)
-        self.check_range("kd_weight", 0, 1)
-        self.check_range("kd_temperature", 0.1, 100)
+        self.evaluation.check_allowed(EVALUATIONS)
         self._check_texts()
         unknown = set(self.projections) - set(PROJECTIONS)
         if unknown:
@@ -148,9 +120,9 @@ class LanguageModelling(Recipe):
         teacher: runs on every batch; None leaves it out.
     """
 
-    def __init__(self, config: RecoveryFields, rows: int, teacher: PreTrainedModel | None = None):
-        super().__init__(config, rows)
-        self.teacher = teacher
+    def __init__(self, recovery: Recovery, rows: int, teacher: PreTrainedModel | None = None):
+        super().__init__(recovery.training, rows)
+        self.recovery, self.teacher = recovery, teacher
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         logits, labels = _logits(model, batch), batch["input_ids"][batch["targets"]]
@@ -158,7 +130,7 @@ class LanguageModelling(Recipe):
             return {"loss": F.cross_entropy(logits.float(), labels)}
         with torch.no_grad():
             teacher = _logits(self.teacher, batch)
-        return distillation_loss(logits, teacher, labels, self.config.kd_temperature, self.config.kd_weight)
+        return distillation_loss(logits, teacher, labels, self.recovery.kd_temperature, self.recovery.kd_weight)
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -167,13 +139,24 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return output.logits[:, :-1][batch["targets"][:, 1:]]
 
 
-def recover(config: RecoveryFields, pruned: Path, output: Path, flag: str = "--output_dir") -> dict[str, Any]:
+def recover(
+    recovery: Recovery,
+    pruned: Path,
+    output: Path,
+    flag: str = "--output_dir",
+    data_dir: str | None = None,
+    overwrite: bool = False,
+    record: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Train a language model on and write the result.
 
     Args:
         pruned: the checkpoint, pruned or dense.
         output: where the adapters go, or with `full` the new checkpoint; each with its `stage.json`.
         flag: what named that place.
+        data_dir: folder with the texts; None asks the hub.
+        overwrite: whether an earlier result of other settings or inputs may be replaced.
+        record: what `stage.json` says of the settings besides those of the recovery.
 
     Returns:
         The metrics, as in `stage.json`: what `measure` finds `before` and `after`.
@@ -183,43 +166,46 @@ def recover(config: RecoveryFields, pruned: Path, output: Path, flag: str = "--o
     """
     require_language_model(pruned, "--pruned_model")
     place = Output(output, flag, "recovery")
-    place.check(filter(None, [pruned, config.teacher]))
-    config.check_zero_shot()
-    teacher = find_teacher(config, pruned)
+    place.check(filter(None, [pruned, recovery.teacher]))
+    recovery.evaluation.check_zero_shot(data_dir)
+    teacher = find_teacher(recovery, pruned)
     inputs = {"parent": identify(pruned)} | ({"teacher": identify(teacher)} if teacher else {})
-    seed_everything(config.seed)
+    seed_everything(recovery.training.seed)
     device = pick_device()
     model, tokenizer = load_language_model(
-        pruned, device, training_dtype(config), nf4_base() if config.load_in_4bit else None
+        pruned, device, training_dtype(recovery), nf4_base() if recovery.load_in_4bit else None
     )
-    train, data = training_data(config, tokenizer, model)
+    train, data = training_data(recovery, data_dir, tokenizer, model)
     inputs["data"] = {"name": data["name"], "sha256": train.digest()}
-    same = is_made_from(output, config.result_fields(), inputs)
-    if config.skip_existing and same:
+    same = is_made_from(output, recovery.result_fields(), inputs)
+    if recovery.training.skip_existing and same:
         log.info("%s exists and matches configuration and inputs: skipped", shown(output))
         return read_stage(output)["metrics"]
-    place.check_same(same, config.overwrite)
-    recipe = LanguageModelling(config, len(train), teacher and load_teacher(teacher, model, config))
-    held_out, tests = validation_windows(config, tokenizer), evaluation_windows(config, tokenizer, model)
+    place.check_same(same, overwrite)
+    recipe = LanguageModelling(recovery, len(train), teacher and load_teacher(teacher, model, recovery))
+    held_out = validation_windows(recovery, data_dir, tokenizer)
+    tests = evaluation_windows(recovery.evaluation, data_dir, tokenizer, model)
+    figures = partial(measure, model, tokenizer, tests, recovery.evaluation, data_dir)
     # The same folder names keep runs with other settings or inputs apart.
-    key = short_hash(config.result_fields(), contents(inputs), processes().num_processes)
+    key = short_hash(recovery.result_fields(), contents(inputs), processes().num_processes)
     work_dir, parts = (output.with_name(f".{output.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}"))
     with owned(output, work_dir, parts):
-        saved = SavedParts(parts, config.resume)
-        before = saved.json("before", lambda: measure(model, tokenizer, tests, config))
+        saved = SavedParts(parts, recovery.training.resume)
+        before = saved.json("before", figures)
 
         adapted = None
-        if config.finetune_method == "lora":
-            adapted = add_lora(model, config.lora_r, config.lora_alpha, config.lora_dropout, config.projections)
+        if recovery.finetune_method == "lora":
+            adapted = add_lora(model, recovery.lora_r, recovery.lora_alpha, recovery.lora_dropout, recovery.projections)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info("Trained: %.2f million weights of %.2f", trained / 1e6, before["parameters"]["total"] / 1e6)
         history = fit(
             model, recipe, train, lambda model: {"validation_perplexity": perplexity(model.eval(), held_out)},
-            work_dir, padding_token(tokenizer),
+            work_dir, padding_token(tokenizer), recovery.as_dict(),
         )  # fmt: skip
 
-        metrics = {"before": before, "after": measure(model.eval(), tokenizer, tests, config), "trained": trained}
-        stage = describe_stage("recovery", config.as_dict(), inputs, metrics, data)
+        model.eval()
+        metrics = {"before": before, "after": figures(), "trained": trained}
+        stage = describe_stage("recovery", recovery.as_dict() | (record or {}), inputs, metrics, data)
         files = {"training_history.json": history}
         if adapted is None:
             save_checkpoint(output, model, tokenizer, stage, files)
@@ -231,75 +217,77 @@ def recover(config: RecoveryFields, pruned: Path, output: Path, flag: str = "--o
     return metrics
 
 
-def training_dtype(config: RecoveryFields) -> torch.dtype:
+def training_dtype(recovery: Recovery) -> torch.dtype:
     """The type of the weights as they are loaded: where all are trained, float32."""
-    return torch.float32 if config.finetune_method == "full" else pick_dtype(config.dtype, "Frozen weights")
+    return torch.float32 if recovery.finetune_method == "full" else pick_dtype(recovery.dtype, "Frozen weights")
 
 
-def find_teacher(config: RecoveryFields, pruned: Path) -> Path | None:
+def find_teacher(recovery: Recovery, pruned: Path) -> Path | None:
     """The checkpoint to learn from, None where there is nothing to learn from it.
 
     Raises:
         UserError: it is not there, or not known.
     """
-    if not config.kd_weight:
+    if not recovery.kd_weight:
         return None
     parent = (read_stage(pruned) or {}).get("parent")
-    if config.teacher is None and not isinstance(parent, str):
+    if recovery.teacher is None and not isinstance(parent, str):
         raise UserError(
-            f"--kd_weight {config.kd_weight}: needs a teacher, and {pruned} does not say what it was made from "
+            f"--kd_weight {recovery.kd_weight}: needs a teacher, and {pruned} does not say what it was made from "
             "(stage.json); name the dense model: --teacher"
         )
-    teacher = config.teacher or ROOT / parent
+    teacher = recovery.teacher or ROOT / parent
     require_language_model(teacher, "--teacher", "python download_model.py --only llm")
     return teacher
 
 
-def load_teacher(folder: Path, student: PreTrainedModel, config: RecoveryFields) -> PreTrainedModel:
+def load_teacher(folder: Path, student: PreTrainedModel, recovery: Recovery) -> PreTrainedModel:
     """The teacher, frozen, on the student's device.
 
     Raises:
         UserError: its vocabulary is another one.
     """
-    teacher, _ = load_language_model(folder, student.device, pick_dtype(config.dtype, "Teacher"))
-    sizes = [model.config.vocab_size for model in (teacher, student)]
+    teacher, _ = load_language_model(folder, student.device, pick_dtype(recovery.dtype, "Teacher"))
+    sizes = [model.recovery.vocab_size for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(f"--teacher {folder}: it has {sizes[0]} tokens, allowed are the student's {sizes[1]}")
     return teacher.requires_grad_(False)
 
 
 def training_data(
-    config: RecoveryFields, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    recovery: Recovery, data_dir: str | None, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> tuple[Sequences, dict[str, Any]]:
     """What is trained on, and what a report says about it.
 
     Raises:
         UserError: windows that are longer than the model's positions, or data that is malformed or not there.
     """
-    check_positions(model, "max_length", config.max_length)
-    if is_instruction_file(config.dataset):
-        rows = read_instructions(Path(config.dataset))
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
-        chosen = [rows[row] for row in order[: config.finetune_samples].sort().values]
-        train = of_instructions(tokenizer, chosen, config.max_length, config.train_on_inputs)
-        data = {"name": Path(config.dataset).name, "source": "a local file"}
+    check_positions(model, "max_length", recovery.max_length)
+    if is_instruction_file(recovery.dataset):
+        rows = read_instructions(Path(recovery.dataset))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recovery.training.seed))
+        chosen = [rows[row] for row in order[: recovery.finetune_samples].sort().values]
+        train = of_instructions(tokenizer, chosen, recovery.max_length, recovery.train_on_inputs)
+        data = {"name": Path(recovery.dataset).name, "source": "a local file"}
     else:
-        corpus = load_corpus(config.dataset, "train", config.data_dir)
+        corpus = load_corpus(recovery.dataset, "train", data_dir)
         ids = tokenize(tokenizer, corpus)
-        train = of_windows(sample_windows(ids, config.max_length, config.finetune_samples, config.seed, corpus.name))
+        train = of_windows(
+            sample_windows(ids, recovery.max_length, recovery.finetune_samples, recovery.training.seed, corpus.name)
+        )
         data = corpus.describe()
     tokens = train.weights.sum().item()
     log.info("Training data: %s (%s), %d rows, %d tokens", data["name"], data["source"], len(train), tokens)
     return train, data | {"rows": len(train), "tokens": tokens}
 
 
-def validation_windows(config: RecoveryFields, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def validation_windows(recovery: Recovery, data_dir: str | None, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Windows [count, length] of the text that each epoch is judged by."""
-    default = "wikitext2" if is_instruction_file(config.dataset) else config.dataset
-    flag = "--validation_dataset" if config.validation_dataset else "--dataset"
-    corpus = load_corpus(config.validation_dataset or default, "validation", config.data_dir, flag=flag)
+    default = "wikitext2" if is_instruction_file(recovery.dataset) else recovery.dataset
+    flag = "--validation_dataset" if recovery.validation_dataset else "--dataset"
+    corpus = load_corpus(recovery.validation_dataset or default, "validation", data_dir, flag=flag)
     ids = tokenize(tokenizer, corpus)
-    return sample_windows(ids, config.max_length, config.validation_samples, config.seed, corpus.name)
+    return sample_windows(ids, recovery.max_length, recovery.validation_samples, recovery.training.seed, corpus.name)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,187 +1,373 @@
-"""What a run that prunes a language model needs, whatever the method: fields, calibration text, records."""
+"""One run that prunes a language model, whatever the method: its inputs, what is measured, what is written."""
 
 import csv
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compression.checkpoint import SavedParts, check_positions, contents, is_made_from, load_language_model, short_hash
-from compression.files import new_file
+from compression.assets import describe_source, ensure_llm
+from compression.checkpoint import (
+    SavedParts,
+    check_positions,
+    contents,
+    describe_stage,
+    identify,
+    is_made_from,
+    load_language_model,
+    save_checkpoint,
+    short_hash,
+)
+from compression.config import NO_EFFECT, AtLeast, FolderName, Settings
+from compression.files import link_or_copy, new_file, read_json, write_json
 from compression.integrity import RUN_FILE, seal
-from compression.llm.evaluate import EvaluationFields, efficiency_ratios, measure, measure_efficiency
+from compression.llm.evaluate import (
+    FAST_EVALUATION,
+    Evaluation,
+    efficiency_ratios,
+    evaluation_windows,
+    measure,
+    measure_efficiency,
+)
+from compression.llm.lora import PROJECTIONS
+from compression.llm.recovery import EVALUATIONS, Recovery, recover
+from compression.llm.removal import removal_perplexities
 from compression.llm.text import CalibrationText, Corpus, load_corpus, sample_windows, tokenize
 from compression.outputs import STATES_END, Output, owned
-from compression.runtime import MODELS, RESULTS, Dtype, device_named, fingerprint, log, log_file, shown
-from compression.sources import LLM
+from compression.runtime import (
+    MODELS,
+    RESULTS,
+    Dtype,
+    device_named,
+    fingerprint,
+    log,
+    log_file,
+    pick_device,
+    pick_dtype,
+    processes,
+    seed_everything,
+    shown,
+)
+from compression.sources import LLM, LLM_FOLDER
+from compression.structures import DECODERS, family_of
+from compression.training import Training
 
-FINETUNING = ("finetune", "finetune_method", "finetune_samples", "lora_r")
-NOT_RESULT = (
-    "resume", "overwrite", "output_name", "results_dir", "models_dir", "base_model", "save_bin", *FINETUNING,
-)  # fmt: skip
-FAST = EvaluationFields.fast_evaluation | dict(num_samples=4, repair_samples=16, held_out_samples=1, analysis_samples=1)
+FAST = FAST_EVALUATION | dict(
+    num_samples=4, repair_samples=16, held_out_samples=1, analysis_samples=1, finetune_samples=64
+)
 
 
 @dataclass
-class RunFields(EvaluationFields):
-    """Which model, which text, what is measured, where it goes."""
+class RunSettings(Settings):
+    """Which model is pruned, where it is computed, where the results go."""
 
-    base_model: str = LLM
+    base_model: Annotated[str, NO_EFFECT] = LLM
     """Model to prune: a folder, or a name on the hub."""
-    output_name: str = "pruned"
-    """Results go to results/NAME."""
-    results_dir: Path = RESULTS
-    """Where results go."""
-    models_dir: Path = MODELS
-    """Where a fetched model goes."""
-    dataset: str = "wikitext2"
-    """Calibration text: wikitext2, c4, ptb, or a text file."""
-    num_samples: int = 32
-    """Windows of calibration text that scores are computed on."""
-    sequence_length: int = 1024
-    """Tokens per window."""
-    repair_samples: int = 64
-    """Windows that least-squares repairs are fitted to."""
-    held_out_samples: int = 4
-    """Windows of the validation part that choices are made by."""
-    analysis_samples: int = 2
-    """Windows of the validation part that the removal analysis is done on; 0 leaves it out where it is not needed."""
-    analysis_length: int = 512
-    """Tokens per window there."""
-    gradient_batch_size: int = 1
-    """Windows per forward and backward pass."""
-    use_gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    output_name: Annotated[str, FolderName(), NO_EFFECT] = "pruned"
+    """Name of the folder in results_dir that the results go to."""
+    results_dir: Annotated[Path, NO_EFFECT] = RESULTS
+    """Folder of all results."""
+    models_dir: Annotated[Path, NO_EFFECT] = MODELS
+    """Folder that a fetched model goes to."""
+    save_bin: Annotated[bool, NO_EFFECT] = False
+    """Also write pruned_model.bin, a plain state dict."""
     device_map: str = "auto"
     """The device the model is on: auto (a GPU where there is one, else the CPU), cpu or cuda:N."""
     dtype: Dtype = "auto"
     """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32. Scores are float32 always."""
-    resume: bool = False
+    resume: Annotated[bool, NO_EFFECT] = False
     """Go on behind what a killed run with the same settings had finished."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, NO_EFFECT] = False
     """Replace an earlier result that was made with other settings or from another model."""
     seed: int = 42
     """Fixes which windows calibration takes."""
 
     def check(self) -> None:
-        super().check()
-        for name in ("num_samples", "repair_samples", "held_out_samples", "gradient_batch_size"):
-            self.check_range(name, 1)
-        for name in ("sequence_length", "analysis_length"):
-            self.check_range(name, 2)
-        self.check_range("analysis_samples", 0)
         if self.device_map != "auto":
             device_named(self.device_map)
-        self.check_name("output_name")
 
     @property
     def folder(self) -> Path:
         """Where the results go."""
         return self.results_dir / self.output_name
 
-    def result_fields(self) -> dict[str, Any]:
-        """The fields that the pruned model depends on."""
-        return {name: value for name, value in self.as_dict().items() if name not in NOT_RESULT}
+
+@dataclass
+class Calibration(Settings):
+    """Text that structures are scored on, that repairs are fitted to, that choices are made by."""
+
+    dataset: str = "wikitext2"
+    """Calibration text: wikitext2, c4, ptb, or a text file."""
+    num_samples: Annotated[int, AtLeast(1)] = 32
+    """Windows of calibration text that scores are computed on."""
+    sequence_length: Annotated[int, AtLeast(2)] = 1024
+    """Tokens per window."""
+    repair_samples: Annotated[int, AtLeast(1)] = 64
+    """Windows that least-squares repairs are fitted to."""
+    held_out_samples: Annotated[int, AtLeast(1)] = 4
+    """Windows of the validation part that choices are made by."""
+    analysis_samples: Annotated[int, AtLeast(0)] = 2
+    """Windows of the validation part that the removal analysis is done on; 0 leaves it out where it is not needed."""
+    analysis_length: Annotated[int, AtLeast(2)] = 512
+    """Tokens per window there."""
+    gradient_batch_size: Annotated[int, AtLeast(1)] = 1
+    """Windows per forward and backward pass."""
+    use_gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
 
 
-class Results:
-    """The folder of a run's results: model, analysis and evaluation are replaced together or not at all.
+@dataclass
+class Finetuning(Settings):
+    """Whether and how the pruned model is trained on, with the defaults of post_training.py otherwise."""
+
+    finetune: Annotated[bool, NO_EFFECT] = False
+    """Train the pruned model on, as post_training.py does, and measure it again."""
+    finetune_method: Annotated[Literal["lora", "full"], NO_EFFECT] = "lora"
+    """Train adapters beside the frozen weights, or all weights."""
+    finetune_samples: Annotated[int, AtLeast(1), NO_EFFECT] = 500
+    """Windows of the train part of --dataset that are trained on."""
+    lora_r: Annotated[int, AtLeast(1), NO_EFFECT] = 8
+    """Rank of the adapters."""
+
+
+class RunConfig(Protocol):
+    """What the configuration of a pruning script has, besides the method's own fields."""
+
+    data_dir: str | None
+    run: RunSettings
+    calibration: Calibration
+    evaluation: Evaluation
+    finetuning: Finetuning
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+    def result_fields(self) -> dict[str, Any]: ...
+
+    def former_names(self) -> dict[str, str]: ...
+
+
+def recovery_after(config: RunConfig) -> Recovery:
+    """How a pruned model is trained on: as post_training.py would by default, on the calibration's text."""
+    run, finetuning, evaluation = config.run, config.finetuning, config.evaluation
+    measured = [what for what in EVALUATIONS if evaluation.evaluates(what)]
+    return Recovery(
+        finetune_method=finetuning.finetune_method,
+        finetune_samples=finetuning.finetune_samples,
+        dataset=config.calibration.dataset,
+        train_on_inputs=False,
+        max_length=min(512, config.calibration.sequence_length),
+        validation_dataset=None,
+        validation_samples=16,
+        lora_r=finetuning.lora_r,
+        lora_alpha=16.0,
+        lora_dropout=0.0,
+        lora_projections=",".join(PROJECTIONS),
+        load_in_4bit=False,
+        dtype=run.dtype if finetuning.finetune_method == "lora" else "auto",
+        kd_weight=0.0,
+        kd_temperature=2.0,
+        teacher=None,
+        training=Training(
+            num_epochs=2,
+            batch_size=8,
+            amp="auto",
+            save_steps=100,
+            seed=run.seed,
+            resume=run.resume,
+            skip_existing=run.resume,
+        ),
+        evaluation=evaluation.updated(run_evaluation=",".join(measured) or "none"),
+    )
+
+
+class Run:
+    """One pruning run, from its inputs to its folder of results.
 
     Args:
-        config: of the run.
-        kind: what its records say the run is.
-        base: the folder of the dense model.
-        inputs: what identifies what the run is made from, see `checkpoint.describe_stage`.
+        kind: what its records say it is.
+        config: of the script.
+
+    Attributes:
+        model, tokenizer: the dense ones, loaded.
+        text: windows for scores and repair (of the train part) and for choices (of the validation part).
+        saved: what a killed run had finished; there while the run is `running`.
+        dense: what the dense model is, see `evaluate.measure`; there from then on.
 
     Raises:
-        UserError: what lies there must not be replaced.
+        UserError: an input that is missing or of the wrong kind, or results that must not be replaced.
     """
 
-    def __init__(self, config: RunFields, kind: str, base: Path, inputs: dict[str, Any]):
-        self.config, self.base, self.inputs = config, base, inputs
-        self.output = Output(config.folder, "--output_name", kind, RUN_FILE)
-        self.output.check([base], shared=[config.results_dir, config.models_dir])
-        settings = config.result_fields()
-        if (config.folder / "finetuned").exists():
-            settings |= {name: getattr(config, name) for name in FINETUNING}
-        self.output.check_same(is_made_from(config.folder, settings, inputs, RUN_FILE), config.overwrite)
+    saved: SavedParts
+    dense: dict[str, Any]
 
-    @contextmanager
-    def running(self) -> Iterator[SavedParts]:
-        """The folder is this run's alone while it lasts; gives what a killed run had finished, and keeps the log."""
+    def __init__(self, kind: str, config: RunConfig):
+        self.kind, self.config, run = kind, config, config.run
+        if config.finetuning.finetune:
+            recovery_after(config)
+        self.base = ensure_llm(run.base_model, run.models_dir / LLM_FOLDER.name)
+        config.evaluation.check_zero_shot(config.data_dir)
+        self.inputs = {"parent": identify(self.base)}
+        self.output = Output(run.folder, "--output_name", kind, RUN_FILE)
+        self._check_output()
+        seed_everything(run.seed)
+        device = pick_device(run.device_map)
+        self._load = partial(load_language_model, self.base, device, pick_dtype(run.dtype, "Weights"))
+        self.model, self.tokenizer = self._load()
+        family_of(self.model, DECODERS)  # refuses an unsupported architecture at once
+        self.corpora, self.text, self.analysis_windows = calibration_text(
+            config.calibration, config.data_dir, run.seed, self.tokenizer, self.model
+        )
+        self.tests = evaluation_windows(config.evaluation, config.data_dir, self.tokenizer, self.model)
+
+    def _check_output(self) -> None:
         config = self.config
-        key = short_hash(config.result_fields(), contents(self.inputs))
-        states = config.folder.with_name(f".{config.output_name}_{key}{STATES_END}")
-        with owned(config.folder, states):
-            saved = SavedParts(states, config.resume)
-            with log_file(saved.folder / "logs"):
-                yield saved
-            saved.remove()
+        self.output.check([self.base], shared=[config.run.results_dir, config.run.models_dir])
+        settings = config.result_fields()
+        if (config.run.folder / "finetuned").exists():
+            settings |= config.finetuning.as_dict()
+        same = is_made_from(config.run.folder, settings, self.inputs, RUN_FILE, config.former_names())
+        self.output.check_same(same, config.run.overwrite)
+
+    def load(self) -> PreTrainedModel:
+        """Another dense model."""
+        model, _ = self._load()
+        return model
 
     @contextmanager
-    def written(self, saved: SavedParts) -> Iterator[Path]:
+    def running(self) -> Iterator[None]:
+        """The folder is this run's alone while it lasts, and the log is kept; the dense model is measured first."""
+        run = self.config.run
+        key = short_hash(self.config.result_fields(), contents(self.inputs))
+        states = run.folder.with_name(f".{run.output_name}_{key}{STATES_END}")
+        with owned(run.folder, states):
+            self.saved = SavedParts(states, run.resume)
+            with log_file(self.saved.folder / "logs"):
+                self.dense = self.saved.json("dense", lambda: self._measure(self.model))
+                yield
+            self.saved.remove()
+
+    def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        config = self.config
+        batch_size = config.calibration.gradient_batch_size
+        return measure(model, self.tokenizer, self.tests, config.evaluation, config.data_dir, batch_size)
+
+    def removal_perplexities(self, parts: tuple[str, ...] = ("layer", "attention", "mlp")) -> dict[str, Any] | None:
+        """What removing each part of the dense model costs; None where the analysis is left out."""
+        if not len(self.analysis_windows):
+            return None
+        batch_size = self.config.calibration.gradient_batch_size
+        analyse = partial(removal_perplexities, self.model, self.analysis_windows, batch_size, parts)
+        return self.saved.json("removal", analyse)
+
+    def finish(
+        self,
+        model: PreTrainedModel,
+        write_analysis: Callable[[Path], None],
+        more: Callable[[dict[str, Any]], dict[str, Any]] = lambda _: {},
+    ) -> None:
+        """Measure the pruned model, write everything, and train it on where that is asked for.
+
+        Args:
+            write_analysis: writes the method's tables and plots into the folder it gets.
+            more: what the results say besides, given what `compare` found.
+        """
+        results = self.saved.json("results", lambda: self._compare(model))
+        results |= more(results)
+        log.info("Base model: %s (%s)", shown(self.base), describe_source(self.base))
+        data = {"calibration": [corpus.describe() for corpus in self.corpora]}
+        stage = describe_stage(self.kind, self.config.as_dict(), self.inputs, results, data)
+        if processes().is_main_process:
+            with self._written() as folder:
+                save_checkpoint(folder / "models", model, self.tokenizer, stage)
+                if self.config.run.save_bin:
+                    torch.save(model.state_dict(), folder / "models" / "pruned_model.bin")
+                write_analysis(folder / "analysis")
+                evaluation = results | {"data": data, "environment": stage["environment"]}
+                write_json(folder / "evaluation" / "evaluation_results.json", evaluation)
+        processes().wait_for_everyone()
+        if self.config.finetuning.finetune:
+            self._finetune()
+
+    @contextmanager
+    def _written(self) -> Iterator[Path]:
         """Yield a temporary folder to put the results into; on success it takes the place of the results' folder."""
         with self.output.written() as temporary:
             yield temporary
-            shutil.copytree(saved.folder / "logs", temporary / "logs", dirs_exist_ok=True)
-            record = {"stage": self.output.kind, "config": self.config.as_dict(), "inputs": self.inputs}
+            shutil.copytree(self.saved.folder / "logs", temporary / "logs", dirs_exist_ok=True)
+            record = {"stage": self.kind, "config": self.config.as_dict(), "inputs": self.inputs}
             seal(temporary, record | {"environment": fingerprint()}, RUN_FILE)
-        log.info("-> %s", shown(self.config.folder))
+        log.info("-> %s", shown(self.config.run.folder))
+
+    def _finetune(self) -> None:
+        """Train the written model on; then it lies beside it, and what it is stands in the evaluation."""
+        run, trained = self.config.run, self.saved.folder / "finetuned"
+        recovery = recovery_after(self.config)
+        record = {"data_dir": self.config.data_dir}
+        metrics = recover(
+            recovery, run.folder / "models", trained, "--output_name", self.config.data_dir, run.overwrite, record
+        )
+        if processes().is_main_process:
+            with self._written() as folder:
+                anew = shutil.ignore_patterns("logs", RUN_FILE)
+                shutil.copytree(run.folder, folder, ignore=anew, copy_function=link_or_copy, dirs_exist_ok=True)
+                shutil.copytree(trained, folder / "finetuned", copy_function=link_or_copy)
+                path = folder / "evaluation" / "evaluation_results.json"
+                write_json(path, read_json(path) | {"finetuned": metrics["after"]})
+        processes().wait_for_everyone()
+
+    def _compare(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What the pruned model is beside the dense one; the dense one is loaded again where speeds are asked for."""
+        dense, pruned = self.dense, self._measure(model)
+        results: dict[str, Any] = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned)}
+        if self.config.evaluation.evaluates("efficiency"):
+            costs = measure_efficiency({"dense": self.load(), "pruned": model}, model.device, self.config.evaluation)
+            ratios = efficiency_ratios(costs["pruned"], costs["dense"])
+            log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
+            results["efficiency"] = costs | {"ratios": ratios}
+        gone, sizes = results["reduction"], [figures["parameters"]["total"] / 1e6 for figures in (dense, pruned)]
+        log.info(
+            "Gone: %.1f %% of the layers' parameters, %.1f %% of the whole model's (%.1f -> %.1f million); "
+            "%d -> %d layers",
+            100 * gone["structures"],
+            100 * gone["total"],
+            *sizes,
+            len(dense["layers"]),
+            len(pruned["layers"]),
+        )
+        return results
 
 
 def calibration_text(
-    config: RunFields, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> tuple[list[Corpus], CalibrationText, Tensor]:
-    """Windows for scores and repair (of the train part), for choices and for the analysis (of the validation part)."""
-    check_positions(model, "sequence_length", config.sequence_length)
-    check_positions(model, "analysis_length", config.analysis_length)
-    train, held_out = (load_corpus(config.dataset, part, config.data_dir) for part in ("train", "validation"))
-    length, seed = config.sequence_length, config.seed
-    ids = tokenize(tokenizer, train)
-    scores = sample_windows(ids, length, config.num_samples, seed, train.name)
-    repair = sample_windows(ids, length, config.repair_samples, seed + 1)
-    validation = tokenize(tokenizer, held_out)
-    choices = sample_windows(validation, length, config.held_out_samples, seed, held_out.name)
-    analysis = sample_windows(validation, config.analysis_length, config.analysis_samples, seed + 1, held_out.name)
-    log.info("Calibration: %s (%s), %d windows of %d tokens", train.name, train.source, len(scores), length)
-    text = CalibrationText(scores, repair, choices, config.gradient_batch_size, config.use_gradient_checkpointing)
-    return [train, held_out], text, analysis
-
-
-def compare(
-    base: Path,
-    dense: dict[str, Any],
-    model: PreTrainedModel,
+    calibration: Calibration,
+    data_dir: str | None,
+    seed: int,
     tokenizer: PreTrainedTokenizerBase,
-    tests: dict[str, Tensor],
-    config: RunFields,
-) -> dict[str, Any]:
-    """What the pruned model is beside the dense one, as evaluation_results.json says it.
-
-    Args:
-        base: the dense model's folder; it is loaded again where speeds are asked for.
-        dense: what `measure` found of it.
-        model: the pruned one.
-    """
-    pruned = measure(model, tokenizer, tests, config, config.gradient_batch_size)
-    results = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned)}
-    if config.evaluates("efficiency"):
-        again, _ = load_language_model(base, model.device, model.dtype)
-        found = measure_efficiency({"dense": again, "pruned": model}, model.device, config)
-        ratios = efficiency_ratios(found["pruned"], found["dense"])
-        log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
-        results["efficiency"] = found | {"ratios": ratios}
-    gone, sizes = results["reduction"], [found["parameters"]["total"] / 1e6 for found in (dense, pruned)]
-    log.info(
-        "Gone: %.1f %% of the layers' parameters, %.1f %% of the whole model's (%.1f -> %.1f million); %d -> %d layers",
-        100 * gone["structures"], 100 * gone["total"], *sizes, len(dense["layers"]), len(pruned["layers"]),
-    )  # fmt: skip
-    return results
+    model: PreTrainedModel,
+) -> tuple[list[Corpus], CalibrationText, Tensor]:
+    """The corpora; windows for scores and repair (of the train part) and for choices (of the validation part); windows
+    for the removal analysis (of the validation part)."""
+    length = calibration.sequence_length
+    check_positions(model, "sequence_length", length)
+    check_positions(model, "analysis_length", calibration.analysis_length)
+    train, held_out = (load_corpus(calibration.dataset, part, data_dir) for part in ("train", "validation"))
+    ids = tokenize(tokenizer, train)
+    scores = sample_windows(ids, length, calibration.num_samples, seed, train.name)
+    repair = sample_windows(ids, length, calibration.repair_samples, seed + 1)
+    validation = tokenize(tokenizer, held_out)
+    choices = sample_windows(validation, length, calibration.held_out_samples, seed, held_out.name)
+    analysis = sample_windows(
+        validation, calibration.analysis_length, calibration.analysis_samples, seed + 1, held_out.name
+    )
+    log.info("Calibration: %s (%s), %d windows of %d tokens", train.name, train.source, len(scores), length)
+    batch_size, checkpointing = calibration.gradient_batch_size, calibration.use_gradient_checkpointing
+    return [train, held_out], CalibrationText(scores, repair, choices, batch_size, checkpointing), analysis
 
 
 def reduction(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:
