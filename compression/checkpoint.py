@@ -27,8 +27,7 @@ from transformers import (
 from compression.files import new_folder, read_object, read_unchanged, remove_folder, settle, write_json
 from compression.flops import part_of
 from compression.integrity import STAGE_FILE, STATE_FILE, read_record, seal, sha256_of, verify
-from compression.modeling import add_modeling_code
-from compression.modeling.pruned_distilbert import fix_4bit_layers
+from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.outputs import Output, some
 from compression.runtime import UserError, fingerprint, processes, relative_path
 from compression.structures import DECODERS, ENCODERS
@@ -59,8 +58,8 @@ def save_checkpoint(
     check_finite(model.state_dict(), f"the model for {folder}", "nothing was saved")
 
     def write(temporary: Path) -> None:
-        model.save_pretrained(temporary)
         add_modeling_code(model, temporary)
+        model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
     return save_folder(folder, write, stage, files, new)

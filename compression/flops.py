@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from compression.modeling import PACKED_TABLES
+from compression.modeling import PackedEmbedding
 from compression.runtime import UserError
 from compression.structures import LayerParts, layers_of
 
@@ -149,7 +149,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
             size = module.in_features * module.out_features if packed else parameter.numel()
             counts["total"] += size
             counts[part_of(f"{module_name}.{name}")] += size
-        if isinstance(module, PACKED_TABLES):
+        if isinstance(module, PackedEmbedding):
             counts["total"] += module.num_embeddings * module.embedding_dim
             counts["embeddings"] += module.num_embeddings * module.embedding_dim
     return counts

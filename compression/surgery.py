@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from compression.modeling import auto_map, pruned_classes
+from compression.modeling import pruned_classes
 from compression.modeling.pruned_decoder import remove_attention, remove_mlp
 from compression.runtime import UserError
 from compression.structures import (
@@ -50,7 +50,6 @@ def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedM
     config = config_class(
         **_plain_values(model.config),
         head_size=layers[0].head_size,
-        auto_map=auto_map(config_class),
         per_layer_config={
             index: {"num_attention_heads": parts.heads, "intermediate_size": parts.neurons}
             for index, parts in enumerate(layers)
@@ -102,11 +101,8 @@ def to_pruned(model: PreTrainedModel, stay: list[int] | range | None = None) -> 
     """
     stay = range(len(model.model.layers)) if stay is None else stay
     config_class, model_class = pruned_classes(model.config.model_type, AutoModelForCausalLM)
-    values = _decoder_values(model, stay) | {
-        "auto_map": auto_map(config_class),
-        "per_layer_config": {index: _layer_values(parts) for index, parts in enumerate(layers_of(model))},
-    }
-    return _rebuild(model, config_class(**values), model_class)
+    layers = {index: _layer_values(parts) for index, parts in enumerate(layers_of(model))}
+    return _rebuild(model, config_class(**_decoder_values(model, stay), per_layer_config=layers), model_class)
 
 
 def stock_group_counts(model: PreTrainedModel) -> list[int]:

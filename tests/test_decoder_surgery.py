@@ -93,8 +93,9 @@ def test_generation_with_the_cache_gives_the_same_tokens(model, ids):
 
 def save_elsewhere(model, folder):
     """Save a model as small/ with its modeling file."""
-    model.save_pretrained(folder / "small")
+    (folder / "small").mkdir()
     add_modeling_code(model, folder / "small")
+    model.save_pretrained(folder / "small")
 
 
 @torch.no_grad()

@@ -214,7 +214,7 @@ def test_script_writes_the_model_that_was_trained(models, common):
     assert re.fullmatch(r"pruned_qkd4bit_\d{8}_\d{6}", folder.name)
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "stage.json",
-        "training_history.json", "pruned_distilbert.py",
+        "training_history.json", "pruned_encoder.py",
     }  # fmt: skip
     stage, history = read_stage(folder), json.loads((folder / "training_history.json").read_text())
     assert stage["parent"] == str(models / "pruned_model") and len(history) == 2

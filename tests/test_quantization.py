@@ -1,7 +1,6 @@
 """4-bit weights: bit for bit those of bitsandbytes, in training, in the packed model and in its checkpoint."""
 
 import copy
-import inspect
 import itertools
 import json
 import subprocess
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from compression.checkpoint import load_classifier, save_checkpoint
 from compression.flops import count_macs, count_parameters
-from compression.modeling import pruned_bert, pruned_distilbert
 from compression.quantization import (
     Blocksize,
     FakeQuantizedLinear,
@@ -303,9 +301,3 @@ def test_bytes_by_part(tiny_model, tokenizer, tmp_path):
     folder = save_checkpoint(tmp_path / "packed", packed, tokenizer, {})
     stored = load_file(folder / "model.safetensors")
     assert after["total"] == sum(tensor.nbytes for tensor in stored.values())
-
-
-def test_both_modeling_files_have_the_same_parts():
-    for name in ("PackedEmbedding", "pack_embeddings", "fix_4bit_layers", "forward_4bit"):
-        one, other = (inspect.getsource(getattr(module, name)) for module in (pruned_bert, pruned_distilbert))
-        assert one == other

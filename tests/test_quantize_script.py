@@ -39,7 +39,7 @@ def test_newest_pruned_model_is_quantized(models):
     folder = models / "pruned_quantized_final"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "stage.json",
-        "pruned_distilbert.py",
+        "pruned_encoder.py",
     }  # fmt: skip
     stage = read_stage(folder)
     assert (stage["stage"], stage["parent"]) == ("pruned_quantized", str(models / "pruned"))

@@ -3,8 +3,8 @@
 Each file is self-contained (torch and transformers only) and travels inside the checkpoints it describes.
 """
 
+import inspect
 import shutil
-import sys
 from pathlib import Path
 
 from transformers import (
@@ -16,17 +16,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from compression.modeling import pruned_bert, pruned_decoder, pruned_distilbert
+from compression.modeling import pruned_decoder, pruned_encoder
+from compression.modeling.pruned_encoder import PackedEmbedding, fix_4bit_layers
+
+__all__ = ["CLASSES", "PackedEmbedding", "add_modeling_code", "fix_4bit_layers", "pruned_classes"]
 
 # Configuration -> the model's classes, by the Auto class that finds them.
 CLASSES = {
-    pruned_bert.PrunedBertConfig: {
-        AutoModel: pruned_bert.PrunedBertModel,
-        AutoModelForSequenceClassification: pruned_bert.PrunedBertForSequenceClassification,
+    pruned_encoder.PrunedBertConfig: {
+        AutoModel: pruned_encoder.PrunedBertModel,
+        AutoModelForSequenceClassification: pruned_encoder.PrunedBertForSequenceClassification,
     },
-    pruned_distilbert.PrunedDistilBertConfig: {
-        AutoModel: pruned_distilbert.PrunedDistilBertModel,
-        AutoModelForSequenceClassification: pruned_distilbert.PrunedDistilBertForSequenceClassification,
+    pruned_encoder.PrunedDistilBertConfig: {
+        AutoModel: pruned_encoder.PrunedDistilBertModel,
+        AutoModelForSequenceClassification: pruned_encoder.PrunedDistilBertForSequenceClassification,
     },
     pruned_decoder.PrunedLlamaConfig: {
         AutoModel: pruned_decoder.PrunedLlamaModel,
@@ -50,9 +53,6 @@ for _config, _classes in CLASSES.items():
     for _auto, _model in _classes.items():
         _auto.register(_config, _model)
 
-# The families' classes for embedding tables in 8 or 4 bits; each modeling file has its own.
-PACKED_TABLES = (pruned_bert.PackedEmbedding, pruned_distilbert.PackedEmbedding)
-
 
 def pruned_classes(model_type: str, auto_class: type) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """Configuration and class of the pruned form of a model, dense or pruned.
@@ -65,13 +65,14 @@ def pruned_classes(model_type: str, auto_class: type) -> tuple[type[PretrainedCo
     return config, CLASSES[config][auto_class]
 
 
-def auto_map(config_class: type[PretrainedConfig]) -> dict[str, str]:
-    """What `config.json` says about where the classes are: in the file that lies beside it."""
-    classes = {"AutoConfig": config_class} | {auto.__name__: model for auto, model in CLASSES[config_class].items()}
-    return {name: f"{found.__module__.rpartition('.')[2]}.{found.__name__}" for name, found in classes.items()}
-
-
 def add_modeling_code(model: PreTrainedModel, folder: Path) -> None:
-    """Copy a pruned model's modeling file into its checkpoint, which then loads elsewhere with trust_remote_code."""
-    if type(model.config) in CLASSES:
-        shutil.copy(sys.modules[type(model).__module__].__file__, folder)
+    """Copy a pruned model's modeling file into its checkpoint, which then loads elsewhere with trust_remote_code.
+
+    To be called before the model is saved there: `auto_map` of its config says from then on where the classes are.
+    """
+    config = model.config
+    if type(config) in CLASSES:
+        file = Path(inspect.getfile(type(model)))
+        classes = {AutoConfig: type(config)} | CLASSES[type(config)]
+        config.auto_map = {auto.__name__: f"{file.stem}.{found.__name__}" for auto, found in classes.items()}
+        shutil.copy(file, folder)

@@ -22,6 +22,7 @@ from transformers import (
     MistralForCausalLM,
     MistralModel,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
@@ -29,30 +30,10 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
-from transformers.models.mistral.modeling_mistral import (
-    MistralDecoderLayer,
-    MistralPreTrainedModel,
-    MistralRMSNorm,
-    MistralRotaryEmbedding,
-)
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2DecoderLayer,
-    Qwen2PreTrainedModel,
-    Qwen2RMSNorm,
-    Qwen2RotaryEmbedding,
-)
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3DecoderLayer,
-    Qwen3PreTrainedModel,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 
 class Removed(nn.Module):
@@ -124,24 +105,30 @@ def pruned_layers(config, layer_class):
     return layers
 
 
-def build_model(model, config, layer_class, norm_class, rotary_class):
-    """What the stock model's constructor does, with layers that differ."""
-    model.padding_idx, model.vocab_size = config.pad_token_id, config.vocab_size
-    model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-    model.layers = pruned_layers(config, layer_class)
-    model.norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
-    model.rotary_emb = rotary_class(config=config)
-    model.gradient_checkpointing = False
-    model.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    model.post_init()
+class PrunedModel:
+    """What the stock models' constructors do, with layers that differ."""
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = pruned_layers(config, self.layer_class)
+        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = self.rotary_class(config=config)
+        self.gradient_checkpointing = False
+        self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        self.post_init()
 
 
-def build_language_model(model, config, model_class):
-    """What the stock language model's constructor does."""
-    model.model = model_class(config)
-    model.vocab_size = config.vocab_size
-    model.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    model.post_init()
+class PrunedForCausalLM:
+    """What the stock language models' constructors do."""
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
 
 class PrunedLlamaConfig(LlamaConfig):
@@ -154,40 +141,28 @@ class PrunedLlamaConfig(LlamaConfig):
         """Without the check that the number of heads divides the hidden size: `head_dim` says how wide they are."""
 
 
-class PrunedLlamaModel(LlamaModel):
+class PrunedLlamaModel(PrunedModel, LlamaModel):
     config_class = PrunedLlamaConfig
-
-    def __init__(self, config):
-        LlamaPreTrainedModel.__init__(self, config)
-        build_model(self, config, LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding)
+    layer_class, norm_class, rotary_class = LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 
-class PrunedLlamaForCausalLM(LlamaForCausalLM):
+class PrunedLlamaForCausalLM(PrunedForCausalLM, LlamaForCausalLM):
     config_class = PrunedLlamaConfig
-
-    def __init__(self, config):
-        LlamaPreTrainedModel.__init__(self, config)
-        build_language_model(self, config, PrunedLlamaModel)
+    model_class = PrunedLlamaModel
 
 
 class PrunedMistralConfig(MistralConfig):
     model_type = "pruned_mistral"
 
 
-class PrunedMistralModel(MistralModel):
+class PrunedMistralModel(PrunedModel, MistralModel):
     config_class = PrunedMistralConfig
-
-    def __init__(self, config):
-        MistralPreTrainedModel.__init__(self, config)
-        build_model(self, config, MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding)
+    layer_class, norm_class, rotary_class = MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding
 
 
-class PrunedMistralForCausalLM(MistralForCausalLM):
+class PrunedMistralForCausalLM(PrunedForCausalLM, MistralForCausalLM):
     config_class = PrunedMistralConfig
-
-    def __init__(self, config):
-        MistralPreTrainedModel.__init__(self, config)
-        build_language_model(self, config, PrunedMistralModel)
+    model_class = PrunedMistralModel
 
 
 class PrunedQwen2Config(Qwen2Config):
@@ -195,37 +170,25 @@ class PrunedQwen2Config(Qwen2Config):
     head_dim: int = 128
 
 
-class PrunedQwen2Model(Qwen2Model):
+class PrunedQwen2Model(PrunedModel, Qwen2Model):
     config_class = PrunedQwen2Config
-
-    def __init__(self, config):
-        Qwen2PreTrainedModel.__init__(self, config)
-        build_model(self, config, Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding)
+    layer_class, norm_class, rotary_class = Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
 
-class PrunedQwen2ForCausalLM(Qwen2ForCausalLM):
+class PrunedQwen2ForCausalLM(PrunedForCausalLM, Qwen2ForCausalLM):
     config_class = PrunedQwen2Config
-
-    def __init__(self, config):
-        Qwen2PreTrainedModel.__init__(self, config)
-        build_language_model(self, config, PrunedQwen2Model)
+    model_class = PrunedQwen2Model
 
 
 class PrunedQwen3Config(Qwen3Config):
     model_type = "pruned_qwen3"
 
 
-class PrunedQwen3Model(Qwen3Model):
+class PrunedQwen3Model(PrunedModel, Qwen3Model):
     config_class = PrunedQwen3Config
-
-    def __init__(self, config):
-        Qwen3PreTrainedModel.__init__(self, config)
-        build_model(self, config, Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding)
+    layer_class, norm_class, rotary_class = Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 
-class PrunedQwen3ForCausalLM(Qwen3ForCausalLM):
+class PrunedQwen3ForCausalLM(PrunedForCausalLM, Qwen3ForCausalLM):
     config_class = PrunedQwen3Config
-
-    def __init__(self, config):
-        Qwen3PreTrainedModel.__init__(self, config)
-        build_language_model(self, config, PrunedQwen3Model)
+    model_class = PrunedQwen3Model

@@ -1,10 +1,11 @@
-"""BERT whose layers differ in width. Self-contained: needs torch and transformers only.
+"""BERT and DistilBERT whose layers differ in width. Self-contained: needs torch and transformers only.
 
 The dense model's sizes stay in the config; `per_layer_config` says what each layer has instead, for example
 `{"3": {"num_attention_heads": 6, "intermediate_size": 1024}}`. Heads keep the dense model's size, `head_size`, so the
 attention of a pruned layer is `num_attention_heads * head_size` wide, less than `hidden_size`.
 """
 
+import copy
 import math
 from functools import partial
 
@@ -15,30 +16,29 @@ from torch import nn
 # Older versions know no `per_layer_config`, and do not say so.
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 14):
     found = transformers.__version__
-    raise ImportError(f"pruned_bert.py needs transformers 5.14 or newer, found {found}: pip install -U transformers")
+    raise ImportError(f"pruned_encoder.py needs transformers 5.14 or newer, found {found}: pip install -U transformers")
 
-from transformers import BertConfig, BertForSequenceClassification, BertModel
-from transformers.activations import ACT2FN
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+)
 from transformers.models.bert.modeling_bert import (
-    BertAttention,
     BertEmbeddings,
     BertEncoder,
-    BertIntermediate,
     BertLayer,
-    BertOutput,
     BertPooler,
     BertPreTrainedModel,
-    BertSelfAttention,
-    BertSelfOutput,
 )
-
-
-class PrunedBertConfig(BertConfig):
-    """BertConfig plus `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`."""
-
-    model_type = "pruned_bert"
-    head_size: int = 64
-    embedding_bits: int = 32
+from transformers.models.distilbert.modeling_distilbert import (
+    DistilBertPreTrainedModel,
+    Embeddings,
+    Transformer,
+    TransformerBlock,
+)
 
 
 class PackedEmbedding(nn.Module):
@@ -100,72 +100,43 @@ def forward_4bit(layer, input):
     return nn.functional.linear(input.to(dtype), weight.view(layer.out_features, -1), bias).to(input.dtype)
 
 
-class PrunedSelfAttention(BertSelfAttention):
-    def __init__(self, config, num_attention_heads, layer_idx):
-        nn.Module.__init__(self)
-        self.config = config
-        self.num_attention_heads = num_attention_heads
-        self.attention_head_size = config.head_size
-        self.all_head_size = num_attention_heads * config.head_size
-        self.scaling = config.head_size**-0.5
-        self.query = nn.Linear(config.hidden_size, self.all_head_size)
-        self.key = nn.Linear(config.hidden_size, self.all_head_size)
-        self.value = nn.Linear(config.hidden_size, self.all_head_size)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self.is_decoder = False
-        self.is_causal = False
-        self.layer_idx = layer_idx
+def stock_config(config, index):
+    """What a stock layer is built from: a layer's config with the dense model's heads, which fill the hidden size."""
+    layer_config = copy.copy(config.per_layer_config[index])
+    layer_config.num_attention_heads = config.hidden_size // config.head_size
+    return layer_config
 
 
-class PrunedSelfOutput(BertSelfOutput):
-    def __init__(self, config, width):
-        nn.Module.__init__(self)
-        self.dense = nn.Linear(width, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+def narrow_linears(config, heads):
+    """Query, key, value and output projections of so many heads."""
+    width = heads * config.head_size
+    return *(nn.Linear(config.hidden_size, width) for _ in range(3)), nn.Linear(width, config.hidden_size)
 
 
-class PrunedAttention(BertAttention):
-    def __init__(self, config, num_attention_heads, layer_idx):
-        nn.Module.__init__(self)
-        self.is_cross_attention = False
-        self.self = PrunedSelfAttention(config, num_attention_heads, layer_idx)
-        self.output = PrunedSelfOutput(config, self.self.all_head_size)
+class PrunedBertConfig(BertConfig):
+    """BertConfig plus `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`."""
+
+    model_type = "pruned_bert"
+    head_size: int = 64
+    embedding_bits: int = 32
 
 
-class PrunedIntermediate(BertIntermediate):
-    def __init__(self, config, intermediate_size):
-        nn.Module.__init__(self)
-        self.dense = nn.Linear(config.hidden_size, intermediate_size)
-        self.intermediate_act_fn = ACT2FN[config.hidden_act]
+class PrunedBertLayer(BertLayer):
+    def __init__(self, config, index):
+        super().__init__(stock_config(config, index), index)
+        heads, attention = config.per_layer_config[index].num_attention_heads, self.attention.self
+        # Which attention kernel to use is asked of the whole model's config, where it can be changed.
+        attention.config = config
+        attention.num_attention_heads, attention.all_head_size = heads, heads * config.head_size
+        linears = narrow_linears(config, heads)
+        attention.query, attention.key, attention.value, self.attention.output.dense = linears
 
 
-class PrunedOutput(BertOutput):
-    def __init__(self, config, intermediate_size):
-        nn.Module.__init__(self)
-        self.dense = nn.Linear(intermediate_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-
-class PrunedLayer(BertLayer):
-    def __init__(self, config, layer_config, layer_idx):
-        nn.Module.__init__(self)
-        self.chunk_size_feed_forward = config.chunk_size_feed_forward
-        self.seq_len_dim = 1
-        self.is_decoder = False
-        self.add_cross_attention = False
-        self.attention = PrunedAttention(config, layer_config.num_attention_heads, layer_idx)
-        self.intermediate = PrunedIntermediate(config, layer_config.intermediate_size)
-        self.output = PrunedOutput(config, layer_config.intermediate_size)
-
-
-class PrunedEncoder(BertEncoder):
+class PrunedBertEncoder(BertEncoder):
     def __init__(self, config):
         nn.Module.__init__(self)
         self.config = config
-        layers = enumerate(config.per_layer_config)
-        self.layer = nn.ModuleList([PrunedLayer(config, layer, index) for index, layer in layers])
+        self.layer = nn.ModuleList(PrunedBertLayer(config, index) for index in range(config.num_hidden_layers))
 
 
 class PrunedBertModel(BertModel):
@@ -178,7 +149,7 @@ class PrunedBertModel(BertModel):
         self.embeddings = BertEmbeddings(config)
         if config.embedding_bits < 32:
             pack_embeddings(self.embeddings, config.embedding_bits)
-        self.encoder = PrunedEncoder(config)
+        self.encoder = PrunedBertEncoder(config)
         self.pooler = BertPooler(config) if add_pooling_layer else None
         self.register_forward_pre_hook(fix_4bit_layers)
         self.post_init()
@@ -195,4 +166,65 @@ class PrunedBertForSequenceClassification(BertForSequenceClassification):
         dropout = config.classifier_dropout
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class PrunedDistilBertConfig(DistilBertConfig):
+    """DistilBertConfig plus `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`."""
+
+    model_type = "pruned_distilbert"
+    attribute_map = DistilBertConfig.attribute_map | {"intermediate_size": "hidden_dim"}
+    head_size: int = 64
+    embedding_bits: int = 32
+
+    def to_dict(self):
+        """The config with the sizes also under their general names.
+
+        Without `trust_remote_code` AutoTokenizer reads the file as a plain config, which knows no other names and
+        needs them to make sense of `per_layer_config`.
+        """
+        names = ("num_hidden_layers", "num_attention_heads", "intermediate_size")
+        return super().to_dict() | {name: getattr(self, name) for name in names}
+
+
+class PrunedDistilBertBlock(TransformerBlock):
+    def __init__(self, config, index):
+        super().__init__(stock_config(config, index))
+        heads, attention = config.per_layer_config[index].num_attention_heads, self.attention
+        attention.config = config  # as in BERT's layers
+        attention.n_heads = heads
+        attention.q_lin, attention.k_lin, attention.v_lin, attention.out_lin = narrow_linears(config, heads)
+
+
+class PrunedDistilBertTransformer(Transformer):
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.n_layers = config.n_layers
+        self.layer = nn.ModuleList(PrunedDistilBertBlock(config, index) for index in range(config.n_layers))
+        self.gradient_checkpointing = False
+
+
+class PrunedDistilBertModel(DistilBertModel):
+    config_class = PrunedDistilBertConfig
+
+    def __init__(self, config):
+        DistilBertPreTrainedModel.__init__(self, config)
+        self.embeddings = Embeddings(config)
+        if config.embedding_bits < 32:
+            pack_embeddings(self.embeddings, config.embedding_bits)
+        self.transformer = PrunedDistilBertTransformer(config)
+        self.register_forward_pre_hook(fix_4bit_layers)
+        self.post_init()
+
+
+class PrunedDistilBertForSequenceClassification(DistilBertForSequenceClassification):
+    config_class = PrunedDistilBertConfig
+
+    def __init__(self, config):
+        DistilBertPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.distilbert = PrunedDistilBertModel(config)
+        self.pre_classifier = nn.Linear(config.dim, config.dim)
+        self.classifier = nn.Linear(config.dim, config.num_labels)
+        self.dropout = nn.Dropout(config.seq_classif_dropout)
         self.post_init()
