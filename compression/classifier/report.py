@@ -3,7 +3,6 @@
 Nothing is measured here. The report is one JSON document; the markdown and the plot are made from it alone.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from compression.checkpoint import read_stage
 from compression.files import write_json, write_text
+from compression.integrity import digest_of
 from compression.outputs import new_files
 from compression.plots import plot_accuracy_against_cost, save_figure
 from compression.runtime import ROOT, UserError, relative_path
@@ -43,7 +43,7 @@ def describe_lineage(folder: Path) -> dict[str, Any]:
     lineage = _fields(folder)
     config = lineage["config"]
     ancestors = _ancestors(lineage["parent"])
-    return lineage | {"ancestors": ancestors, "config_digest": None if config is None else digest(config)}
+    return lineage | {"ancestors": ancestors, "config_digest": None if config is None else digest_of(config, 12)}
 
 
 def _fields(folder: Path) -> dict[str, Any]:
@@ -62,11 +62,6 @@ def _ancestors(parent: str | None) -> list[str]:
         ancestors.append(parent)
         parent = _fields(ROOT / parent)["parent"]
     return [relative_path(ancestor) for ancestor in ancestors]
-
-
-def digest(config: dict[str, Any]) -> str:
-    """Twelve hex digits that two configurations share only if they are the same."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def relative_figures(entry: Entry, baseline: Entry) -> dict[str, float]:

@@ -27,9 +27,9 @@ from compression.checkpoint import (
     require_language_model,
     save_checkpoint,
     save_folder,
-    short_hash,
 )
 from compression.distillation import distillation_loss
+from compression.integrity import digest_of
 from compression.llm.evaluate import EvaluationFields, evaluation_windows, measure
 from compression.llm.lora import PROJECTIONS, add_lora, write_adapter
 from compression.llm.perplexity import perplexity
@@ -202,7 +202,7 @@ def recover(config: RecoveryFields, pruned: Path, output: Path, flag: str = "--o
     recipe = LanguageModelling(config, len(train), teacher and load_teacher(teacher, model, config))
     held_out, tests = validation_windows(config, tokenizer), evaluation_windows(config, tokenizer, model)
     # The same folder names keep runs with other settings or inputs apart.
-    key = short_hash(config.result_fields(), contents(inputs), processes().num_processes)
+    key = digest_of([config.result_fields(), contents(inputs), processes().num_processes], 12)
     work_dir, parts = (output.with_name(f".{output.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}"))
     with owned(output, work_dir, parts):
         saved = SavedParts(parts, config.resume)

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compression.checkpoint import SavedParts, check_positions, contents, is_made_from, load_language_model, short_hash
+from compression.checkpoint import SavedParts, check_positions, contents, is_made_from, load_language_model
 from compression.files import new_file
-from compression.integrity import RUN_FILE, seal
+from compression.integrity import RUN_FILE, digest_of, seal
 from compression.llm.evaluate import EvaluationFields, efficiency_ratios, measure, measure_efficiency
 from compression.llm.text import CalibrationText, Corpus, load_corpus, sample_windows, tokenize
 from compression.outputs import STATES_END, Output, owned
@@ -115,7 +115,7 @@ class Results:
     def running(self) -> Iterator[SavedParts]:
         """The folder is this run's alone while it lasts; gives what a killed run had finished, and keeps the log."""
         config = self.config
-        key = short_hash(config.result_fields(), contents(self.inputs))
+        key = digest_of([config.result_fields(), contents(self.inputs)], 12)
         states = config.folder.with_name(f".{config.output_name}_{key}{STATES_END}")
         with owned(config.folder, states):
             saved = SavedParts(states, config.resume)
