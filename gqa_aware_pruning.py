@@ -43,12 +43,13 @@ from compression.llm.gqa_pruning import (
 )
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.run import FAST, Results, RunFields, calibration_text, compare, write_table
+from compression.llm.run import FAST, Results, RunFields, calibration_text, compare
 from compression.llm.text import CalibrationText
 from compression.plots import plot_rates, save_figure
 from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.sources import LLM_FOLDER, describe_source
 from compression.structures import DECODERS, family_of, layers_of
+from compression.tables import columns_of, write_csv
 
 __all__ = ["compute_gqa_group_importance", "prune_attention_by_gqa_groups", "select_gqa_groups_to_prune"]
 
@@ -170,7 +171,7 @@ def write_analysis(folder: Path, pruning: LayerwisePruning, removal: dict[str, A
     """Rates and sizes of the layers with the perplexity without each of them, a plot of both, the search's trials."""
     without = removal["layer"] if removal else [None] * len(pruning.rates)
     rows = [row | {"removal_perplexity": value} for row, value in zip(pruning.table(), without, strict=True)]
-    write_table(folder / "layer_rates.csv", rows)
+    write_csv(folder / "layer_rates.csv", columns_of(rows), rows)
     write_json(folder / "layer_rates.json", {"dense_perplexity": removal and removal["dense"], "layers": rows})
     save_figure(plot_rates(rows), folder / "layer_rates.png")
     if trials:

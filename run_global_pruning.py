@@ -24,12 +24,13 @@ from compression.llm.evaluate import EvaluationFields, evaluation_windows, measu
 from compression.llm.global_pruning import GlobalPruning, PruningFields
 from compression.llm.recovery import RecoveryFields, recover
 from compression.llm.removal import removal_perplexities
-from compression.llm.run import FAST, Results, RunFields, calibration_text, compare, write_table
+from compression.llm.run import FAST, Results, RunFields, calibration_text, compare
 from compression.plots import plot_removal, plot_retained, save_figure
 from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.sources import LLM_FOLDER, describe_source
 from compression.structures import DECODERS, family_of
 from compression.surgery import to_stock
+from compression.tables import columns_of, write_csv
 
 
 @dataclass
@@ -115,9 +116,10 @@ def write(folder, config, model, tokenizer, pruning, removal, results, stage) ->
         torch.save(model.state_dict(), folder / "models" / "pruned_model.bin")
 
     rows = list(pruning.table.values())
-    write_table(folder / "analysis" / "global_group_table.csv", rows)
+    columns = columns_of(rows)
+    write_csv(folder / "analysis" / "global_group_table.csv", columns, rows)
     removed = [row for row in rows if row["removed_in_step"] is not None]
-    write_table(folder / "analysis" / "groups_to_prune.csv", removed)
+    write_csv(folder / "analysis" / "groups_to_prune.csv", columns, removed)
     if removal:
         blocks = {"attention": removal["attention"], "mlp": removal["mlp"]}
         write_json(

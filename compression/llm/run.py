@@ -1,6 +1,5 @@
 """What a run that prunes a language model needs, whatever the method: fields, calibration text, records."""
 
-import csv
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import SavedParts, check_positions, contents, is_made_from, load_language_model
-from compression.files import new_file
 from compression.integrity import RUN_FILE, digest_of, seal
 from compression.llm.evaluate import EvaluationFields, efficiency_ratios, measure, measure_efficiency
 from compression.llm.text import CalibrationText, Corpus, load_corpus, sample_windows, tokenize
@@ -187,11 +185,3 @@ def compare(
 def reduction(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:
     """Shares of parameters that are gone: of the decoder layers' structures, and of the whole model."""
     return {part: 1 - pruned["parameters"][part] / dense["parameters"][part] for part in ("structures", "total")}
-
-
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as CSV."""
-    with new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["layer"])
-        writer.writeheader()
-        writer.writerows(rows)
