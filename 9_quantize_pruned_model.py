@@ -25,6 +25,7 @@ from compression.config import NO_EFFECT, Config, Flat, group, run_script
 from compression.outputs import Output, owned
 from compression.quantization import Storage, bytes_by_part, pack
 from compression.runtime import MODELS, UserError, log, pick_device, pick_dtype, shown
+from compression.tables import Column, text_table
 
 
 @dataclass
@@ -57,10 +58,13 @@ class QuantizationConfig(Config):
 
 def log_sizes(bytes_before: dict[str, int], bytes_after: dict[str, int]) -> None:
     """Sizes by part, in 10^6 bytes, against the model in fp32."""
-    log.info("%-12s %10s %10s %7s", "MB", "before", "after", "ratio")
-    for part in ("embeddings", "encoder", "head", "total"):
-        before, after = bytes_before[part], bytes_after[part]
-        log.info("%-12s %10.2f %10.2f %7.3f", part, before / 1e6, after / 1e6, after / before)
+    columns = [
+        Column("MB", str),
+        Column("before", lambda part: bytes_before[part] / 1e6, "{:.2f}"),
+        Column("after", lambda part: bytes_after[part] / 1e6, "{:.2f}"),
+        Column("ratio", lambda part: bytes_after[part] / bytes_before[part], "{:.3f}"),
+    ]
+    log.info("%s", text_table(columns, ["embeddings", "encoder", "head", "total"]))
 
 
 def stage_name(folder: Path) -> str:

@@ -8,6 +8,7 @@ table. Without --merged_model the adapter is merged in memory; with --dense_mode
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from compression.llm.lora import load_adapter, require_adapter
 from compression.outputs import check_files, new_files
 from compression.quantization import nf4_base
 from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype, shown
+from compression.tables import Column, at, text_table
 
 DENSE, BASE, ADAPTED, MERGED = "dense", "base", "base+adapter", "merged"
 
@@ -109,23 +111,29 @@ def load_models(config: LoraEvaluationConfig) -> tuple[dict[str, PreTrainedModel
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
     """One line per figure, one column per model."""
-    columns = [rows(found) for found in figures.values()]
-    lines = [["", *figures], *([label, *(column[label] for column in columns)] for label in columns[0])]
-    return "\n".join(f"{line[0]:32s}" + "".join(f"{value:>16s}" for value in line[1:]) for line in lines)
+    rows = [{"model": role} | found for role, found in figures.items()]
+    return text_table(columns(rows[0]), rows, transposed=True)
 
 
-def rows(found: dict[str, Any]) -> dict[str, str]:
-    """The figures of one model as text, by label."""
-    texts = {"parameters, million": f"{found['parameters']['total'] / 1e6:.2f}"}
-    texts |= {f"perplexity, {name}": f"{value:.2f}" for name, value in found["perplexity"].items()}
-    for task, values in found.get("zeroshot", {}).items():
-        texts[f"{task}, %"] = f"{100 * values['acc']:.1f} ± {100 * values['acc_standard_error']:.1f}"
+def columns(found: dict[str, Any]) -> list[Column]:
+    """What the table shows of each model, given what was measured of one."""
+    shown = [
+        Column("", at("model")),
+        Column("parameters, million", at("parameters", "total", per=1e6), "{:.2f}"),
+        *(Column(f"perplexity, {name}", at("perplexity", name), "{:.2f}") for name in found["perplexity"]),
+        *(Column(f"{task}, %", zero_shot_accuracy(task), "{:.1f} ± {:.1f}") for task in found.get("zeroshot", {})),
+    ]
     if "efficiency" in found:
-        costs = found["efficiency"]
-        texts["GMACs of the layers"] = f"{costs['macs']['encoder'] / 1e9:.3f}"
+        shown.append(Column("GMACs of the layers", at("efficiency", "macs", "encoder", per=1e9), "{:.3f}"))
         for phase in ("prefill", "decode"):
-            texts[f"{phase}, tokens/s"] = f"{costs[phase]['median_tokens_per_second']:.1f}"
-    return texts
+            speed = at("efficiency", phase, "median_tokens_per_second")
+            shown.append(Column(f"{phase}, tokens/s", speed, "{:.1f}"))
+    return shown
+
+
+def zero_shot_accuracy(task: str) -> Callable[[dict[str, Any]], tuple[float, float]]:
+    """The getter of a task's accuracy and its standard error, in percent."""
+    return lambda found: tuple(100 * found["zeroshot"][task][name] for name in ("acc", "acc_standard_error"))
 
 
 if __name__ == "__main__":

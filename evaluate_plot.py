@@ -7,7 +7,6 @@ Reads what exists of `models` under models/ and the validation sentences; writes
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -16,25 +15,39 @@ import numpy as np
 
 from compression.checkpoint import check_positions, find_newest, load_classifier
 from compression.classifier.metrics import classification_metrics, predict
+from compression.classifier.models import EVALUATED
+from compression.classifier.plots import plot_model_comparison
 from compression.classifier.tasks import encode, load_sentiment
 from compression.config import AtLeast, Between, Config, run_script
 from compression.flops import count_parameters
 from compression.outputs import check_files, new_files
-from compression.plots import plot_model_comparison, save_figure
+from compression.plots import save_figure
 from compression.runtime import MODELS, RESULTS, UserError, log, pick_device, shown
+from compression.tables import Column, at, text_table, write_csv
 from compression.timing import interleaved_times, measure_latency, size_on_disk
 
 FILES = ("model_comparison.csv", "model_comparison.png", "model_comparison.pdf")
-# What stage.json calls the stage (the newest checkpoint of it is taken), and the name in the figure.
-models = [
-    ("teacher", "Teacher"),
-    ("student", "Student"),
-    ("student_softlabel", "Student, soft labels"),
-    ("student_quantized", "Student, 4 bits"),
-    ("pruned", "Pruned"),
-    ("pruned_quantized", "Pruned, 4 bits (PTQ)"),
-    ("pruned_qkd4bit", "Pruned, 4 bits (QAT)"),
+# What is compared, in this order. To leave a model out or to add one, make this a list of your own.
+models = EVALUATED
+# The table, and which of its columns are logged too.
+COLUMNS = [
+    Column("model", at("name")),
+    Column("folder", at("folder")),
+    Column("data", at("data")),
+    Column("sentences", at("quality", "n")),
+    Column("accuracy", at("quality", "accuracy"), "{:.4f}"),
+    Column("accuracy_standard_error", at("quality", "accuracy_standard_error")),
+    Column("inference_median_ms", at("inference", "median_ms"), "{:.2f}"),
+    Column("inference_p10_ms", at("inference", "p10_ms")),
+    Column("inference_p90_ms", at("inference", "p90_ms")),
+    Column("load_median_s", at("load", "median_s"), "{:.3f}"),
+    Column("load_p10_s", at("load", "p10_s")),
+    Column("load_p90_s", at("load", "p90_s")),
+    Column("weights_bytes", at("size", "weights_bytes"), "{:,}"),
+    Column("folder_bytes", at("size", "folder_bytes")),
+    Column("parameters", at("parameters", "total")),
 ]
+LOGGED = ("model", "accuracy", "inference_median_ms", "load_median_s", "weights_bytes")
 
 
 @dataclass
@@ -60,7 +73,7 @@ class ComparisonConfig(Config):
 
 
 def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, Any]]:
-    """One row per model."""
+    """What `COLUMNS` are columns of, for each model."""
     device, data = pick_device(), load_sentiment(config.data_dir)
     log.info("Loading times, the models taking turns")
     loads = {name: lambda folder=folder: load_classifier(folder, device) for name, folder in found.items()}
@@ -71,53 +84,44 @@ def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, 
     log.info("Inference times, the models taking turns")
     classifiers = {name: model for name, (model, _) in loaded.items()}
     timings = measure_latency(classifiers, device, config.sequence_length, config.inference_runs, 1, 1, config.seed)
-    rows = []
+    entries = []
     for name, (model, tokenizer) in loaded.items():
         log.info("Accuracy of %s on %d sentences of %s", name, len(data.validation), data.name)
         encoded = encode(tokenizer, data.validation, config.max_length)
-        quality = classification_metrics(predict(model, encoded, tokenizer.pad_token_id), encoded.labels)
         low, median, high = np.percentile(seconds[name], (10, 50, 90))
-        latency = {f"inference_{key}": value for key, value in timings[name]["latency"].items() if key.endswith("_ms")}
-        rows.append(
-            {"model": name, "folder": str(found[name]), "data": data.name, "sentences": quality["n"]}
-            | {key: quality[key] for key in ("accuracy", "accuracy_standard_error")}
-            | latency
-            | {"load_median_s": median, "load_p10_s": low, "load_p90_s": high}
-            | size_on_disk(found[name])
-            | {"parameters": count_parameters(model)["total"]}
+        entries.append(
+            {
+                "name": name,
+                "folder": str(found[name]),
+                "data": data.name,
+                "quality": classification_metrics(predict(model, encoded, tokenizer.pad_token_id), encoded.labels),
+                "inference": timings[name]["latency"],
+                "load": {"median_s": median, "p10_s": low, "p90_s": high},
+                "size": size_on_disk(found[name]),
+                "parameters": count_parameters(model),
+            }
         )
-    return rows
-
-
-def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write the rows as CSV."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    return entries
 
 
 def main(config: ComparisonConfig) -> None:
-    newest = {name: find_newest(config.models_dir, stage) for stage, name in models}
+    newest = {model.short_name: find_newest(config.models_dir, model.stage) for model in models}
     found = {name: folder for name, folder in newest.items() if folder}
     if not found:
         raise UserError(
-            f"--models_dir {config.models_dir}: no model to compare; make the first with: python 1_finetune_teacher.py"
+            f"--models_dir {config.models_dir}: no model to compare; make the first with: {models[0].command}"
         )
     if absent := [name for name, folder in newest.items() if not folder]:
         log.info("Not there, so not compared: %s", "; ".join(absent))
     check_files(config.output_dir, FILES, "--output_dir")
-    rows = compare(found, config)
-    figure = plot_model_comparison(rows)
+    entries = compare(found, config)
+    rows = [{column.title: column.value(entry) for column in COLUMNS} for entry in entries]
+    figure = plot_model_comparison(rows, models)
     with new_files(config.output_dir, FILES, "--output_dir") as temporary:
-        write_table(rows, temporary / FILES[0])
+        write_csv(temporary / FILES[0], COLUMNS, entries)
         for name in FILES[1:]:
             save_figure(figure, temporary / name)
-    for row in rows:
-        log.info(
-            "%-24s accuracy %.4f   inference %7.2f ms   load %6.3f s   %6.1f MB", row["model"], row["accuracy"],
-            row["inference_median_ms"], row["load_median_s"], row["weights_bytes"] / 1e6,
-        )  # fmt: skip
+    log.info("%s", text_table([column for column in COLUMNS if column.title in LOGGED], entries))
     log.info("Written: %s", ", ".join(shown(config.output_dir / name) for name in FILES))
 
 

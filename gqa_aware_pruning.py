@@ -33,7 +33,7 @@ from compression.llm.gqa_pruning import (
     selected_layers,
 )
 from compression.llm.perplexity import perplexity
-from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, write_table
+from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings
 from compression.llm.scoring import Method
 from compression.plots import plot_rates, save_figure
 from compression.runtime import UserError, log
@@ -182,7 +182,7 @@ def write_analysis(
     """Rates and sizes of the layers with the perplexity without each of them, a plot of both, the search's trials."""
     without = removal["layer"] if removal else [None] * len(pruning.rates)
     rows = [row | {"removal_perplexity": value} for row, value in zip(pruning.table(), without, strict=True)]
-    write_table(folder / "layer_rates.csv", rows)
+    write_csv(folder / "layer_rates.csv", columns_of(rows), rows)
     write_json(folder / "layer_rates.json", {"dense_perplexity": removal and removal["dense"], "layers": rows})
     save_figure(plot_rates(rows), folder / "layer_rates.png")
     if trials:

@@ -17,11 +17,13 @@ from compression.config import AtLeast, Between, Config, Flat, group, pick, run_
 from compression.files import write_json
 from compression.llm.evaluate import Evaluation
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
-from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, write_table
+from compression.llm.plots import plot_removal, plot_retained
+from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings
 from compression.llm.scoring import Method
-from compression.plots import plot_removal, plot_retained, save_figure
+from compression.plots import save_figure
 from compression.runtime import UserError
 from compression.surgery import to_stock
+from compression.tables import columns_of, write_csv
 
 
 @dataclass
@@ -99,8 +101,9 @@ def main(config: GlobalPruningConfig) -> None:
 def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, folder: Path) -> None:
     """Every structure's score and fate, what removing each part costs, and plots of both."""
     rows = list(pruning.table.values())
-    write_table(folder / "global_group_table.csv", rows)
-    write_table(folder / "groups_to_prune.csv", [row for row in rows if row["removed_in_step"] is not None])
+    removed = [row for row in rows if row["removed_in_step"] is not None]
+    write_csv(folder / "global_group_table.csv", columns_of(rows), rows)
+    write_csv(folder / "groups_to_prune.csv", columns_of(rows), removed)
     if removal:
         layer, block = (
             {"dense": removal["dense"]} | {part: removal[part] for part in parts}

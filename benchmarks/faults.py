@@ -117,18 +117,19 @@ def main(config: FaultsConfig) -> None:
         set_environment(work)
         code = copy_code(work)
         import_all(code)
+        from compression.tables import Column, at, text_table
+
         context = Context(work, build(work, code), code, config.seed)
         print(f"Work folder {work}; {time.perf_counter() - started:.0f} s to get ready", flush=True)
         results = {section: run_section(section, context, config) for section in config.sections}
     finally:
         if not config.keep:
             remove(work)
-    print(f"\n{'section':12s} {'tried':>6s} {'held':>6s} {'skipped':>8s} {'broken':>7s} {'seconds':>8s}")
     names = ("tried", "held", "skipped", "broken", "seconds")
     total = {name: sum(result[name] for result in results.values()) for name in names}
-    for section, result in (results | {"all": total}).items():
-        tried, held, skipped, broken, seconds = (result[name] for name in names)
-        print(f"{section:12s} {tried:6d} {held:6d} {skipped:8d} {broken:7d} {seconds:8.0f}")
+    columns = [Column("section", at("section")), *(Column(name, at(name), "{:.0f}") for name in names)]
+    rows = [{"section": name} | found for name, found in (results | {"all": total}).items()]
+    print(f"\n{text_table(columns, rows)}")
     path = REPOSITORY / "results" / "faults.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps({"total": total, "sections": results}, indent=2) + "\n")

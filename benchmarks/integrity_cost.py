@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from compression import checkpoint, files, integrity, outputs
 from compression.config import Config, run_script
 from compression.files import write_json
 from compression.runtime import RESULTS, ROOT, fingerprint, log
+from compression.tables import Column, text_table
 
 
 @dataclass
@@ -106,9 +108,12 @@ def main(config: CostConfig) -> None:
     names = sorted({name for row in rows for name in row["integrity"]})
     parts = {name: sum(row["integrity"].get(name, 0.0) for row in rows) for name in names}
     share = sum(parts.values()) / total
-    for name, seconds in parts.items():
-        log.info("%-28s %7.2f s  %.3f %%", name, seconds, 100 * seconds / total)
-    log.info("%-28s %7.2f s  %.3f %% of %.0f s", "all", sum(parts.values()), 100 * share, total)
+    columns = [
+        Column("", itemgetter(0)),
+        Column("seconds", itemgetter(1), "{:.2f}"),
+        Column(f"% of {total:.0f} s", lambda part: 100 * part[1] / total, "{:.3f}"),
+    ]
+    log.info("%s", text_table(columns, [*parts.items(), ("all", sum(parts.values()))]))
     found = {"share": share, "seconds": parts, "total_seconds": total, "stages": rows}
     write_json(RESULTS / "integrity_cost.json", found | {"config": config.as_dict(), "environment": fingerprint()})
     shutil.rmtree(config.work_dir)

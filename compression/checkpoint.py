@@ -5,8 +5,6 @@ checksums are. Weights are safetensors, everything else is JSON: no pickles. Not
 mis-shaped or not finite passes.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +24,7 @@ from transformers import (
 
 from compression.files import new_folder, read_object, read_unchanged, remove_folder, settle, write_json
 from compression.flops import part_of
-from compression.integrity import STAGE_FILE, STATE_FILE, read_record, seal, sha256_of, verify
+from compression.integrity import STAGE_FILE, STATE_FILE, digest_of, read_record, seal, sha256_of, verify
 from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.outputs import Output, some
 from compression.runtime import UserError, fingerprint, processes, relative_path
@@ -127,7 +125,7 @@ def identify(folder: Path) -> dict[str, str]:
     """
     settle(Path(folder))
     digests = read_unchanged(folder, lambda: _digests(Path(folder)))
-    return {"path": relative_path(Path(folder).resolve()), "sha256": hashlib.sha256(digests).hexdigest()[:16]}
+    return {"path": relative_path(Path(folder).resolve()), "sha256": digest_of(digests, 16)}
 
 
 def _digests(folder: Path) -> bytes:
@@ -143,11 +141,6 @@ def contents(inputs: Any) -> dict[str, Any]:
     """The hashes of a stage's inputs by role: where they lie does not matter."""
     entries = inputs.items() if isinstance(inputs, dict) else ()
     return {role: entry.get("sha256") if isinstance(entry, dict) else None for role, entry in entries}
-
-
-def short_hash(*identity: Any) -> str:
-    """A hash of JSON values: what tells a run's states to resume from apart from those of others."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def is_made_from(

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from compression.integrity import digest_of
 from compression.runtime import UserError, log, processes
 from compression.sources import (
     LLM,
@@ -31,7 +32,7 @@ FILM_SHARES = {"validation": 0.1, "selection": 0.1}
 
 def part_of_film(film: str) -> str:
     """The part that all texts about a film belong to, by a hash of its name."""
-    place = int.from_bytes(hashlib.sha256(film.encode()).digest()[:8], "big") / 2**64
+    place = int(digest_of(film, 16), 16) / 2**64
     for part, share in FILM_SHARES.items():
         if place < share:
             return part

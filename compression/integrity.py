@@ -119,4 +119,11 @@ def _entry(path: Path) -> dict[str, str | int]:
 def _digest_of(record: dict[str, Any]) -> str:
     """Of a record's values, whatever their order and layout, without the digest itself."""
     values = {name: value for name, value in record.items() if name != RECORD_SHA256}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return digest_of(values)
+
+
+def digest_of(content: Any, digits: int = 64) -> str:
+    """The sha256 of a text, of bytes or of JSON values (objects in any order), cut to this many hex digits."""
+    if not isinstance(content, str | bytes):
+        content = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:digits]

@@ -10,7 +10,7 @@ from conftest import tiny_bert, tiny_distilbert
 from matplotlib.image import imread
 
 from compression.checkpoint import describe_stage, save_checkpoint
-from compression.plots import plot_model_comparison
+from compression.classifier.plots import plot_model_comparison
 from compression.quantization import Format, pack
 from compression.runtime import ROOT
 
@@ -44,6 +44,10 @@ def test_table_and_figures_hold_every_model_there_is(models_dir, tmp_path):
         ".written.json",
         *(f"model_comparison.{end}" for end in ("csv", "png", "pdf")),
     }
+    assert (output / "model_comparison.csv").read_text().splitlines()[0] == (
+        "model,folder,data,sentences,accuracy,accuracy_standard_error,inference_median_ms,inference_p10_ms,"
+        "inference_p90_ms,load_median_s,load_p10_s,load_p90_s,weights_bytes,folder_bytes,parameters"
+    )
     with (output / "model_comparison.csv").open(newline="") as file:
         teacher, student, quantized = csv.DictReader(file)
     assert [row["model"] for row in (teacher, student, quantized)] == ["Teacher", "Student", "Student, 4 bits"]

@@ -3,22 +3,25 @@
 Nothing is measured here. The report is one JSON document; the markdown and the plot are made from it alone.
 """
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from compression.checkpoint import read_stage
+from compression.classifier.models import EVALUATED, EvaluatedModel
+from compression.classifier.plots import plot_accuracy_against_cost
 from compression.files import write_json, write_text
+from compression.integrity import digest_of
 from compression.outputs import new_files
-from compression.plots import plot_accuracy_against_cost, save_figure
+from compression.plots import save_figure
 from compression.runtime import ROOT, UserError, relative_path
+from compression.tables import Column, at, markdown_table
 
 REPORT_FILES = ("final_report.json", "final_report.md", "final_report.png")
 Report = dict[str, Any]
 Entry = dict[str, Any]
-
+Getter = Callable[[Entry], tuple[float, ...]]
 
 # The fields of stage.json that are read, with their types; any may be missing or null.
 FIELDS: dict[str, tuple[type, str]] = {
@@ -43,7 +46,7 @@ def describe_lineage(folder: Path) -> dict[str, Any]:
     lineage = _fields(folder)
     config = lineage["config"]
     ancestors = _ancestors(lineage["parent"])
-    return lineage | {"ancestors": ancestors, "config_digest": None if config is None else digest(config)}
+    return lineage | {"ancestors": ancestors, "config_digest": None if config is None else digest_of(config, 12)}
 
 
 def _fields(folder: Path) -> dict[str, Any]:
@@ -64,9 +67,89 @@ def _ancestors(parent: str | None) -> list[str]:
     return [relative_path(ancestor) for ancestor in ancestors]
 
 
-def digest(config: dict[str, Any]) -> str:
-    """Twelve hex digits that two configurations share only if they are the same."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+# What costs are compared by: the name in the JSON, the title in the table, where an entry has the figure.
+RATIOS = (
+    ("parameters", "Parameters", ("parameters", "total")),
+    ("encoder_parameters", "Encoder parameters", ("parameters", "encoder")),
+    ("macs", "MACs", ("macs", "total")),
+    ("encoder_macs", "Encoder MACs", ("macs", "encoder")),
+    ("weights_bytes", "Weights", ("size", "weights_bytes")),
+    ("latency", "Latency", ("latency", "median_ms")),
+    ("throughput", "Throughput", ("throughput", "median_samples_per_second")),
+)
+
+
+def _percent(*names: str) -> Getter:
+    return lambda entry: tuple(100 * entry["quality"][name] for name in names)
+
+
+def _spread(group: str, unit: str) -> Getter:
+    return lambda entry: tuple(entry[group][f"{name}_{unit}"] for name in ("median", "p10", "p90"))
+
+
+def _points(entry: Entry) -> tuple[float, float]:
+    return entry["relative"]["accuracy_points"], entry["relative"]["accuracy_points_standard_error"]
+
+
+def _trained_on(entry: Entry) -> str | None:
+    return (entry["lineage"]["data"] or {}).get("name")
+
+
+# What the tables show of an entry: a new column is a line here.
+MODEL = Column("Model", at("name"))
+
+
+def results_columns(flops_sequence_length: int) -> list[Column]:
+    """Quality and cost."""
+    return [
+        MODEL,
+        Column("Accuracy (%)", _percent("accuracy", "accuracy_standard_error"), "{:.2f} ± {:.2f}"),
+        Column("F1", at("quality", "f1"), "{:.4f}"),
+        Column("ROC-AUC", at("quality", "roc_auc"), "{:.4f}", missing="undefined"),
+        Column("Parameters (M)", at("parameters", "total", per=1e6), "{:.2f}"),
+        Column("Embeddings (M)", at("parameters", "embeddings", per=1e6), "{:.2f}"),
+        Column("Encoder (M)", at("parameters", "encoder", per=1e6), "{:.2f}"),
+        Column(f"GFLOPs @{flops_sequence_length}", at("macs", "gflops"), "{:.3f}"),
+        Column("Encoder GMACs", at("macs", "encoder", per=1e9), "{:.3f}"),
+        Column("Weights (MB)", at("size", "weights_bytes", per=1e6), "{:.1f}"),
+        Column("Latency (ms)", _spread("latency", "ms"), "{:.2f} ({:.2f}–{:.2f})"),
+        Column("Samples/s", _spread("throughput", "samples_per_second"), "{:.1f} ({:.1f}–{:.1f})"),
+    ]
+
+
+RELATIVE_COLUMNS = [
+    MODEL,
+    Column("Accuracy (points)", _points, "{:+.2f} ± {:.2f}"),
+    *(Column(title, at("relative", name), "×{:.2f}") for name, title, _ in RATIOS),
+    Column("Throughput ÷ MAC reduction", at("relative", "throughput_per_mac_reduction"), "{:.2f}"),
+]
+
+
+CONFUSION_COLUMNS = [
+    MODEL,
+    *(
+        Column(
+            f"{'True' if truth == predicted else 'False'} {name}", at("quality", "confusion_matrix", truth, predicted)
+        )
+        for truth in range(2)
+        for predicted, name in enumerate(("negative", "positive"))
+    ),
+]
+LINEAGE_COLUMNS = [
+    MODEL,
+    Column("Folder", at("folder")),
+    *(
+        Column(title, value, missing="not recorded")
+        for title, value in (
+            ("Stage", at("lineage", "stage")),
+            ("Made from", lambda entry: " ← ".join(entry["lineage"]["ancestors"]) or None),
+            ("Trained on", _trained_on),
+            ("Seed", at("lineage", "seed")),
+            ("Created", at("lineage", "created")),
+            ("Config", at("lineage", "config_digest")),
+        )
+    ),
+]
 
 
 def relative_figures(entry: Entry, baseline: Entry) -> dict[str, float]:
@@ -75,28 +158,15 @@ def relative_figures(entry: Entry, baseline: Entry) -> dict[str, float]:
     `throughput_per_mac_reduction` is the throughput ratio over the MAC reduction: 1 says that all of the saved
     arithmetic shows as speed, 0.5 that half of it does.
     """
-
-    def ratio(group: str, name: str) -> float:
-        return entry[group][name] / baseline[group][name]
-
-    throughput, macs = ratio("throughput", "median_samples_per_second"), ratio("macs", "total")
-    return {
-        "parameters": ratio("parameters", "total"),
-        "encoder_parameters": ratio("parameters", "encoder"),
-        "macs": macs,
-        "encoder_macs": ratio("macs", "encoder"),
-        "weights_bytes": ratio("size", "weights_bytes"),
-        "latency": ratio("latency", "median_ms"),
-        "throughput": throughput,
-        "throughput_per_mac_reduction": throughput * macs,
-    }
+    ratios = {name: at(*path)(entry) / at(*path)(baseline) for name, _, path in RATIOS}
+    return ratios | {"throughput_per_mac_reduction": ratios["throughput"] * ratios["macs"]}
 
 
 def data_warnings(entries: Sequence[Entry], data_name: str) -> list[str]:
     """One line per checkpoint that was trained on another data set than it is evaluated on, or does not say."""
     lines = []
     for entry in entries:
-        trained_on = (entry["lineage"]["data"] or {}).get("name")
+        trained_on = _trained_on(entry)
         if trained_on is None:
             lines.append(f"{entry['name']} ({entry['folder']}) does not record what data it was trained on.")
         elif trained_on != data_name:
@@ -106,14 +176,17 @@ def data_warnings(entries: Sequence[Entry], data_name: str) -> list[str]:
     return lines
 
 
-def write_report(report: Report, folder: Path) -> list[Path]:
+def write_report(report: Report, folder: Path, models: Sequence[EvaluatedModel] = EVALUATED) -> list[Path]:
     """Write the files of `REPORT_FILES`; each is replaced whole, and none before all three are made.
+
+    Args:
+        models: what the entries are checkpoints of, for the looks of the figure.
 
     Returns:
         The paths written.
     """
     report = json.loads(json.dumps(report))  # what the markdown and plot show is what the JSON holds
-    markdown, figure = build_markdown(report), plot_accuracy_against_cost(report)
+    markdown, figure = build_markdown(report), plot_accuracy_against_cost(report, models)
     with new_files(folder, REPORT_FILES, "--output_dir") as temporary:
         write_json(temporary / REPORT_FILES[0], report)
         write_text(temporary / REPORT_FILES[1], markdown)
@@ -154,43 +227,7 @@ def _setting(report: Report) -> str:
 
 def results_table(report: Report) -> str:
     """Quality and cost of every model, one row each."""
-    config = report["config"]
-    header = [
-        "Model",
-        "Accuracy (%)",
-        "F1",
-        "ROC-AUC",
-        "Parameters (M)",
-        "Embeddings (M)",
-        "Encoder (M)",
-        f"GFLOPs @{config['flops_sequence_length']}",
-        "Encoder GMACs",
-        "Weights (MB)",
-        "Latency (ms)",
-        "Samples/s",
-    ]
-    return _table(header, [_result_row(entry) for entry in report["models"]])
-
-
-def _result_row(entry: Entry) -> list[str]:
-    quality, parameters, macs = entry["quality"], entry["parameters"], entry["macs"]
-    return [
-        entry["name"],
-        f"{100 * quality['accuracy']:.2f} ± {100 * quality['accuracy_standard_error']:.2f}",
-        f"{quality['f1']:.4f}",
-        "undefined" if quality["roc_auc"] is None else f"{quality['roc_auc']:.4f}",
-        *(f"{parameters[part] / 1e6:.2f}" for part in ("total", "embeddings", "encoder")),
-        f"{macs['gflops']:.3f}",
-        f"{macs['encoder'] / 1e9:.3f}",
-        f"{entry['size']['weights_bytes'] / 1e6:.1f}",
-        _with_spread(entry["latency"], "ms", 2),
-        _with_spread(entry["throughput"], "samples_per_second", 1),
-    ]
-
-
-def _with_spread(measured: dict[str, float], unit: str, digits: int) -> str:
-    median, low, high = (f"{measured[f'{name}_{unit}']:.{digits}f}" for name in ("median", "p10", "p90"))
-    return f"{median} ({low}–{high})"
+    return markdown_table(results_columns(report["config"]["flops_sequence_length"]), report["models"])
 
 
 def _definitions(report: Report) -> str:
@@ -209,19 +246,7 @@ def _relative_section(report: Report) -> str:
     name = report["baseline"]
     if not any(entry["name"] == name for entry in report["models"]):
         return f"No comparison with {name}: it is missing."
-    header = [
-        "Model",
-        "Accuracy (points)",
-        "Parameters",
-        "Encoder parameters",
-        "MACs",
-        "Encoder MACs",
-        "Weights",
-        "Latency",
-        "Throughput",
-        "Throughput ÷ MAC reduction",
-    ]
-    table = _table(header, [_relative_row(entry) for entry in report["models"]])
+    table = markdown_table(RELATIVE_COLUMNS, report["models"])
     reading = (
         "Accuracy difference ± one standard error over the paired sentences; all else are ratios to the baseline. The"
         " last column compares the gain in throughput with the reduction in MACs: 1 says that all of the saved"
@@ -230,44 +255,18 @@ def _relative_section(report: Report) -> str:
     return f"## Against {name}\n\n{table}\n\n{reading}"
 
 
-def _relative_row(entry: Entry) -> list[str]:
-    relative = entry["relative"]
-    points = ("accuracy_points", "accuracy_points_standard_error")
-    ratios = (name for name in relative if name not in (*points, "throughput_per_mac_reduction"))
-    return [
-        entry["name"],
-        "{:+.2f} ± {:.2f}".format(*(relative[name] for name in points)),
-        *(f"×{relative[name]:.2f}" for name in ratios),
-        f"{relative['throughput_per_mac_reduction']:.2f}",
-    ]
-
-
 def _confusion_section(report: Report) -> str:
-    header = ["Model", "True negative", "False positive", "False negative", "True positive"]
-    rows = [
-        [entry["name"], *(str(count) for row in entry["quality"]["confusion_matrix"] for count in row)]
-        for entry in report["models"]
-    ]
-    return f"## Confusion matrices\n\n{_table(header, rows)}"
+    return f"## Confusion matrices\n\n{markdown_table(CONFUSION_COLUMNS, report['models'])}"
 
 
 def _lineage_section(report: Report) -> str:
-    header = ["Model", "Folder", "Stage", "Made from", "Trained on", "Seed", "Created", "Config"]
-    table = _table(header, [_lineage_row(entry) for entry in report["models"]], align="---")
+    table = markdown_table(LINEAGE_COLUMNS, report["models"], align="---")
     settings = [
         f"- {entry['name']}: {_settings(entry['lineage']['config'])}"
         for entry in report["models"]
         if entry["lineage"]["config"]
     ]
     return "\n\n".join(["## Checkpoints", table, "\n".join(settings)])
-
-
-def _lineage_row(entry: Entry) -> list[str]:
-    lineage = entry["lineage"]
-    trained_on = (lineage["data"] or {}).get("name")
-    made_from = " ← ".join(lineage["ancestors"]) or None
-    cells = (lineage["stage"], made_from, trained_on, lineage["seed"], lineage["created"], lineage["config_digest"])
-    return [entry["name"], entry["folder"], *("not recorded" if cell is None else str(cell) for cell in cells)]
 
 
 def _settings(config: dict[str, Any]) -> str:
@@ -278,9 +277,3 @@ def missing_section(report: Report) -> str:
     """The models that were not found, each with the command that makes it; empty when none is missing."""
     lines = [f"- {missing['name']}: `{missing['command']}`" for missing in report["missing"]]
     return "\n".join(["## Missing models, and the command that makes each", "", *lines]) if lines else ""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
-    """A markdown table; its columns after the first one are aligned to the right, as numbers are, by default."""
-    rule = ["---", *[align] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

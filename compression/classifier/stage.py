@@ -20,12 +20,12 @@ from compression.checkpoint import (
     load_classifier,
     require_classifier,
     save_checkpoint,
-    short_hash,
 )
 from compression.classifier.metrics import predict
 from compression.classifier.tasks import Encoded, SentimentData, encode, load_sentiment
 from compression.classifier.teacher import teacher_logits
 from compression.config import NO_EFFECT, Between, Settings
+from compression.integrity import digest_of
 from compression.outputs import STATES_END, Output, fresh_path, owned
 from compression.runtime import log, pick_device, processes, seed_everything, shown
 from compression.training import Recipe, Training, clean_up, fit
@@ -119,7 +119,7 @@ class Stage:
 
     def fingerprint(self) -> str:
         """A hash of what the result depends on: settings, inputs, number of processes (each draws its own dropout)."""
-        return short_hash(self.config.result_fields(), contents(self.inputs), processes().num_processes)
+        return digest_of([self.config.result_fields(), contents(self.inputs), processes().num_processes], 12)
 
     @cached_property
     def data(self) -> SentimentData:

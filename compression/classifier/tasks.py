@@ -2,7 +2,6 @@
 
 import bz2
 import csv
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from compression.assets import SentimentSource, ensure_sentiment
 from compression.batching import pad, pad_rows
 from compression.embedded import FILM_SHARES, part_of_film
+from compression.integrity import digest_of
 from compression.runtime import UserError
 from compression.text_files import read_text
 
@@ -64,7 +64,7 @@ class SentimentData:
     def digest(self) -> str:
         """A hash of all sentences and labels."""
         parts = [(part.sentences, part.labels) for part in (self.train, self.selection, self.validation)]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return digest_of(repr(parts), 16)
 
 
 def load_sentiment(data_dir: str | None = None) -> SentimentData:
@@ -168,7 +168,7 @@ class Encoded:
     def digest(self) -> str:
         """A hash of the token ids and types: the same for the same data and tokenizer."""
         content = self.ids if self.token_types is None else (self.ids, self.token_types)
-        return hashlib.sha256(repr(content).encode()).hexdigest()
+        return digest_of(repr(content))
 
     def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
         """A batch padded to its longest row: input_ids and attention_mask [rows, length], labels [rows].

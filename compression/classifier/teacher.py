@@ -1,6 +1,5 @@
 """A teacher's outputs on a data set, computed once and kept."""
 
-import hashlib
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from compression.checkpoint import identify, load_tensors, save_tensors
 from compression.classifier.metrics import predict
 from compression.classifier.tasks import Encoded
 from compression.files import new_folder
-from compression.integrity import seal, verify
+from compression.integrity import digest_of, seal, verify
 from compression.outputs import KEPT_LOGITS
 from compression.runtime import UserError, log, processes
 
@@ -25,7 +24,7 @@ def teacher_logits(model: PreTrainedModel, folder: Path, encoded: Encoded, pad_t
         cache: the folder they are kept in, under a hash of the teacher's weights and of the token ids, so that later
             stages and resumed runs read them. Where they are damaged they are computed again.
     """
-    key = hashlib.sha256(f"{identify(folder)['sha256']} {encoded.digest()}".encode()).hexdigest()[:16]
+    key = digest_of(f"{identify(folder)['sha256']} {encoded.digest()}", 16)
     stored = Path(cache) / f"{KEPT_LOGITS}{key}"
     # The first process computes, the others wait and read.
     with processes().main_process_first():

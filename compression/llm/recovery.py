@@ -28,10 +28,10 @@ from compression.checkpoint import (
     require_language_model,
     save_checkpoint,
     save_folder,
-    short_hash,
 )
 from compression.config import NO_EFFECT, Settings
 from compression.distillation import distillation_loss
+from compression.integrity import digest_of
 from compression.llm.evaluate import Evaluation, evaluation_windows, measure
 from compression.llm.lora import PROJECTIONS, add_lora, write_adapter
 from compression.llm.perplexity import perplexity
@@ -187,7 +187,7 @@ def recover(
     tests = evaluation_windows(recovery.evaluation, data_dir, tokenizer, model)
     figures = partial(measure, model, tokenizer, tests, recovery.evaluation, data_dir)
     # The same folder names keep runs with other settings or inputs apart.
-    key = short_hash(recovery.result_fields(), contents(inputs), processes().num_processes)
+    key = digest_of([recovery.result_fields(), contents(inputs), processes().num_processes], 12)
     work_dir, parts = (output.with_name(f".{output.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}"))
     with owned(output, work_dir, parts):
         saved = SavedParts(parts, recovery.training.resume)

@@ -1,6 +1,5 @@
 """Token sequences that a language model is trained on: windows of a text, or instructions with their responses."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from compression.batching import pad
+from compression.integrity import digest_of
 from compression.runtime import UserError, log
 from compression.text_files import parse_json, read_json_lines, read_text
 
@@ -41,7 +41,7 @@ class Sequences:
 
     def digest(self) -> str:
         """A hash of what is predicted from what."""
-        return hashlib.sha256(repr((self.ids, self.first)).encode()).hexdigest()
+        return digest_of(repr((self.ids, self.first)))
 
     def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
         """A batch padded to its longest row: input_ids, attention_mask and bool targets [rows, length].

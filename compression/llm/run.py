@@ -1,6 +1,5 @@
 """One run that prunes a language model, whatever the method: its inputs, what is measured, what is written."""
 
-import csv
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,11 +22,10 @@ from compression.checkpoint import (
     is_made_from,
     load_language_model,
     save_checkpoint,
-    short_hash,
 )
 from compression.config import NO_EFFECT, AtLeast, FolderName, Settings
-from compression.files import link_or_copy, new_file, read_json, write_json
-from compression.integrity import RUN_FILE, seal
+from compression.files import link_or_copy, read_json, write_json
+from compression.integrity import RUN_FILE, digest_of, seal
 from compression.llm.evaluate import (
     FAST_EVALUATION,
     Evaluation,
@@ -244,7 +242,7 @@ class Run:
     def running(self) -> Iterator[None]:
         """The folder is this run's alone while it lasts, and the log is kept; the dense model is measured first."""
         run = self.config.run
-        key = short_hash(self.config.result_fields(), contents(self.inputs))
+        key = digest_of([self.config.result_fields(), contents(self.inputs)], 12)
         states = run.folder.with_name(f".{run.output_name}_{key}{STATES_END}")
         with owned(run.folder, states):
             self.saved = SavedParts(states, run.resume)
@@ -373,11 +371,3 @@ def calibration_text(
 def reduction(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:
     """Shares of parameters that are gone: of the decoder layers' structures, and of the whole model."""
     return {part: 1 - pruned["parameters"][part] / dense["parameters"][part] for part in ("structures", "total")}
-
-
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows as CSV."""
-    with new_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["layer"])
-        writer.writeheader()
-        writer.writerows(rows)

@@ -5,7 +5,6 @@ Calibration takes `train`, choices take `validation`, reported perplexities take
 
 import bz2
 import csv
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compression.assets import NotOnHub, hub_snapshot
 from compression.embedded import ensure_reviews, part_of_film
+from compression.integrity import digest_of
 from compression.runtime import UserError, log
 from compression.text_files import read_text
 
@@ -66,8 +66,7 @@ class Corpus:
 
     def describe(self) -> dict[str, str]:
         """What a report says about the text."""
-        digest = hashlib.sha256(self.text.encode()).hexdigest()[:16]
-        return {"name": self.name, "part": self.part, "source": self.source, "sha256": digest}
+        return {"name": self.name, "part": self.part, "source": self.source, "sha256": digest_of(self.text, 16)}
 
 
 def load_corpus(
