@@ -28,6 +28,7 @@ from compression.checkpoint import (
     save_checkpoint,
 )
 from compression.config import run_script
+from compression.decoder import decoder_of
 from compression.files import write_json
 from compression.llm.evaluate import evaluation_windows, measure
 from compression.llm.gqa_pruning import (
@@ -48,7 +49,7 @@ from compression.llm.text import CalibrationText
 from compression.plots import plot_rates, save_figure
 from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.sources import LLM_FOLDER, describe_source
-from compression.structures import DECODERS, family_of, layers_of
+from compression.structures import layers_of
 
 __all__ = ["compute_gqa_group_importance", "prune_attention_by_gqa_groups", "select_gqa_groups_to_prune"]
 
@@ -77,7 +78,7 @@ def main(config: GQAAwarePruningConfig) -> None:
     device = pick_device(config.device_map)
     load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
     model, tokenizer = load()
-    family_of(model, DECODERS)  # refuses an unsupported architecture at once
+    decoder_of(model)  # refuses an unsupported architecture at once
     corpora, text, analysis_windows = calibration_text(config, tokenizer, model)
     tests = evaluation_windows(config, tokenizer, model)
     limits = ratio_range(config, layers_of(model))

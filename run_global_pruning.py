@@ -18,6 +18,7 @@ import torch
 from compression.assets import ensure_llm
 from compression.checkpoint import SavedParts, describe_stage, identify, load_language_model, save_checkpoint
 from compression.config import run_script
+from compression.decoder import decoder_of
 from compression.files import link_or_copy, read_json, write_json
 from compression.integrity import RUN_FILE
 from compression.llm.evaluate import EvaluationFields, evaluation_windows, measure
@@ -28,7 +29,6 @@ from compression.llm.run import FAST, Results, RunFields, calibration_text, comp
 from compression.plots import plot_removal, plot_retained, save_figure
 from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.sources import LLM_FOLDER, describe_source
-from compression.structures import DECODERS, family_of
 from compression.surgery import to_stock
 
 
@@ -78,7 +78,7 @@ def main(config: GlobalPruningConfig) -> None:
     seed_everything(config.seed)
     device = pick_device(config.device_map)
     model, tokenizer = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
-    family_of(model, DECODERS)  # refuses an unsupported architecture at once
+    decoder_of(model)  # refuses an unsupported architecture at once
     corpora, text, analysis_windows = calibration_text(config, tokenizer, model)
     tests = evaluation_windows(config, tokenizer, model)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from compression.allocation import Pool, keep_or_drop_layers
 from compression.config import StageConfig
+from compression.decoder import decoder_of
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
 from compression.llm.scoring import Method, score_structures
@@ -114,6 +115,7 @@ class GlobalPruning:
         remember: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
     ):
         self.model, self.config, self.text, self.removal, self.remember = model, config, text, removal, remember
+        decoder_of(model)
         layers = layers_of(model)
         # Of each layer and structure that is left: its place in the dense model.
         self.origin = list(range(len(layers)))

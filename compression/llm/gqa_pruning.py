@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from compression.allocation import largest_ratio, split_budget, spread_rates
 from compression.config import StageConfig
-from compression.llm.layerwise import Entering
+from compression.decoder import decoder_of
+from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
 from compression.llm.scoring import Method, score_layer
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
-from compression.structures import CHANNELS, DECODER_KINDS, DECODERS, GROUPS, LayerParts, family_of, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of
 from compression.surgery import shrink_layer, to_pruned
 
 Remember = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
@@ -33,7 +34,7 @@ Remember = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 def compute_gqa_group_importance(
     model: PreTrainedModel,
     layer: int,
-    text: Tensor | Entering,
+    text: Tensor | LayerStream,
     method: Method = "taylor",
     batch_size: int = 1,
     gradient_checkpointing: bool = False,
@@ -46,7 +47,7 @@ def compute_gqa_group_importance(
 
     Args:
         layer: its index.
-        text: token ids [count, length]; or `Entering`, standing before this layer, which has batches already.
+        text: token ids [count, length]; or `LayerStream`, standing before this layer, which has batches already.
         method: see `calibration.score_structures`.
 
     Returns:
@@ -55,9 +56,9 @@ def compute_gqa_group_importance(
     Raises:
         UserError: an architecture that is not supported.
     """
-    family_of(model, DECODERS)
+    decoder_of(model)
     if isinstance(text, Tensor):
-        text = Entering(model, text, batch_size, layer)
+        text = LayerStream(model, text, batch_size, layer)
     return score_layer(model, layer, text, method, gradient_checkpointing)
 
 
@@ -295,6 +296,7 @@ class LayerwisePruning:
         remember: Remember = lambda _, make: make(),
     ):
         self.model, self.rates, self.config, self.text, self.remember = model, rates, config, text, remember
+        decoder_of(model)
         self.before = [(parts.groups, parts.channels, parts.parameters) for parts in layers_of(model)]
 
     def prune(self) -> PreTrainedModel:
@@ -331,10 +333,10 @@ class LayerwisePruning:
         Layers are cut to whole structures; what one removes too much, the next one removes less.
         """
         share = round_ / self.config.iterative_rounds
-        scored = Entering(self.model, self.text.scores, self.text.batch_size)
+        scored = LayerStream(self.model, self.text.scores, self.text.batch_size)
         streams = [scored]
         if self.config.compensation == "lstsq":
-            streams.append(Entering(self.model, self.text.repair, self.text.batch_size))
+            streams.append(LayerStream(self.model, self.text.repair, self.text.batch_size))
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
         for index in tqdm(range(last + 1), desc="layers", leave=False, disable=None):
@@ -346,7 +348,7 @@ class LayerwisePruning:
             for text in streams:
                 text.advance()
 
-    def _prune_layer(self, index: int, budget: float, round_: int, streams: list[Entering]) -> None:
+    def _prune_layer(self, index: int, budget: float, round_: int, streams: list[LayerStream]) -> None:
         counts = self._counts(layers_of(self.model)[index], index, budget, round_ / self.config.iterative_rounds)
         if not any(counts.values()):
             return

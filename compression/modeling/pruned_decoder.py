@@ -229,3 +229,12 @@ class PrunedQwen3ForCausalLM(Qwen3ForCausalLM):
     def __init__(self, config):
         Qwen3PreTrainedModel.__init__(self, config)
         build_language_model(self, config, PrunedQwen3Model)
+
+
+# Configuration -> the model's class and the language model's.
+CLASSES = {
+    PrunedLlamaConfig: (PrunedLlamaModel, PrunedLlamaForCausalLM),
+    PrunedMistralConfig: (PrunedMistralModel, PrunedMistralForCausalLM),
+    PrunedQwen2Config: (PrunedQwen2Model, PrunedQwen2ForCausalLM),
+    PrunedQwen3Config: (PrunedQwen3Model, PrunedQwen3ForCausalLM),
+}
