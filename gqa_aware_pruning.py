@@ -33,12 +33,14 @@ from compression.llm.gqa_pruning import (
     selected_layers,
 )
 from compression.llm.perplexity import perplexity
+from compression.llm.plots import plot_rates
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings
 from compression.llm.scoring import Method
-from compression.plots import plot_rates, save_figure
+from compression.plots import save_figure
 from compression.runtime import UserError, log
 from compression.structures import layers_of
 from compression.surgery import to_stock
+from compression.tables import columns_of, write_csv
 
 __all__ = ["compute_gqa_group_importance", "prune_attention_by_gqa_groups", "select_gqa_groups_to_prune"]
 

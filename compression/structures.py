@@ -213,6 +213,15 @@ def output_bias(layer: nn.Module, kind: str) -> Tensor | float:
     return 0.0 if bias is None else bias
 
 
+def spread(kept: Tensor, width: int) -> Tensor:
+    """Which rows or columns stay, bool [width], from which structures do: each structure has an equal share of them.
+
+    Args:
+        kept: bool [structures].
+    """
+    return kept.repeat_interleave(width // len(kept))
+
+
 def head_dim(config) -> int:
     """Width of one attention head of a decoder."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

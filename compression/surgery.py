@@ -1,7 +1,6 @@
 """Masks -> physically smaller Linear layers."""
 
 import copy
-from operator import attrgetter
 
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -14,18 +13,18 @@ from transformers import (
     PreTrainedModel,
 )
 
+from compression.decoder import Decoder, decoder_of
 from compression.modeling import pruned_classes
 from compression.modeling.pruned_decoder import remove_attention, remove_mlp
 from compression.runtime import UserError
 from compression.structures import (
     DECODER_KINDS,
-    DECODERS,
     ENCODER_KINDS,
     GROUPS,
     LayerParts,
-    family_of,
     head_dim,
     layers_of,
+    spread,
 )
 
 
@@ -76,19 +75,18 @@ def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> Pre
     Raises:
         UserError: an architecture that is not supported, or no attention is left in any layer.
     """
-    family = family_of(model, DECODERS)
+    decoder = decoder_of(model)
     if not any(mask.any() for mask in kept[GROUPS]):
         raise UserError("nothing is left of any layer's attention: choose a lower pruning ratio")
-    layers = attrgetter(family.layers)(model)
     for index, parts in enumerate(layers_of(model)):
         here = {kind: kept[kind][index] for kind in DECODER_KINDS if parts.count(kind)}
         for kind, mask in here.items():
             if mask.any():
                 shrink_layer(parts, {kind: mask})
             else:
-                (remove_attention if kind == GROUPS else remove_mlp)(layers[index])
+                (remove_attention if kind == GROUPS else remove_mlp)(decoder.layers[index])
     stay = [index for index, parts in enumerate(layers_of(model)) if not parts.empty]
-    model.model.layers = nn.ModuleList(layers[index] for index in stay)
+    decoder.layers = nn.ModuleList(decoder.layers[index] for index in stay)
     return to_pruned(model, stay)
 
 
@@ -99,7 +97,7 @@ def to_pruned(model: PreTrainedModel, stay: list[int] | range | None = None) -> 
         model: used up, its weights become the result's.
         stay: which of the layers that the config describes are left; None: all of them.
     """
-    stay = range(len(model.model.layers)) if stay is None else stay
+    stay = range(len(layers_of(model))) if stay is None else stay
     config_class, model_class = pruned_classes(model.config.model_type, AutoModelForCausalLM)
     layers = {index: _layer_values(parts) for index, parts in enumerate(layers_of(model))}
     return _rebuild(model, config_class(**_decoder_values(model, stay), per_layer_config=layers), model_class)
@@ -143,7 +141,7 @@ def _rebuild(model: PreTrainedModel, config: PretrainedConfig, model_class: type
     with torch.device("meta"):
         rebuilt = model_class(config)
     rebuilt.load_state_dict(model.state_dict(keep_vars=True), assign=True)
-    rebuilt.model.rotary_emb = model.model.rotary_emb  # its tables are in no state dict
+    Decoder(rebuilt).share_tables(Decoder(model))
     if getattr(model, "generation_config", None) is not None:
         rebuilt.generation_config = model.generation_config
     return rebuilt.eval()
@@ -186,8 +184,8 @@ def shrink_layer(parts: LayerParts, kept: dict[str, Tensor]) -> None:
             continue
         inner, outer = parts.split(kind)
         for linear in inner:
-            slice_linear(linear, rows=mask.repeat_interleave(linear.out_features // len(mask)))
-        slice_linear(outer, columns=mask.repeat_interleave(outer.in_features // len(mask)))
+            slice_linear(linear, rows=spread(mask, linear.out_features))
+        slice_linear(outer, columns=spread(mask, outer.in_features))
 
 
 @torch.no_grad()

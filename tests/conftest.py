@@ -69,6 +69,14 @@ DECODERS = {
 
 # Qwen2 and Qwen3: layers that attend to a window, shorter than the tests' texts, and layers that attend to all.
 MIXED = dict(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2)
+# Name -> family and fields: layers that differ in what they attend to, windows shorter than the tests' texts, biases.
+LAYOUTS = {
+    "qwen2, window first": ("qwen2", MIXED),
+    "qwen3, window last": ("qwen3", MIXED | dict(layer_types=["full_attention"] * 3 + ["sliding_attention"])),
+    "qwen3, biases": ("qwen3", MIXED | dict(attention_bias=True)),
+    "llama, biases": ("llama", dict(mlp_bias=True)),
+    "mistral, window": ("mistral", dict(sliding_window=4)),
+}
 
 
 def tiny_decoder(family: str = "llama", seed: int = 0, **fields):

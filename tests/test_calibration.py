@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import DECODERS, tiny_decoder
+from conftest import DECODERS, LAYOUTS, tiny_decoder
 
 from compression.importance import removal_costs
 from compression.llm.perplexity import perplexity
@@ -20,9 +20,13 @@ def windows():
     return torch.randint(3, 120, (3, 12), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.fixture(params=sorted(DECODERS))
+MODELS = {family: (family, {}) for family in DECODERS} | LAYOUTS
+
+
+@pytest.fixture(params=sorted(MODELS))
 def model(request):
-    return tiny_decoder(request.param)
+    family, fields = MODELS[request.param]
+    return tiny_decoder(family, **fields)
 
 
 def plain_loss(model, ids):

@@ -23,7 +23,7 @@ from compression.llm.gqa_pruning import (
     ratio_range,
     search_ratio,
 )
-from compression.llm.layerwise import Entering
+from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
 from compression.llm.scoring import Method, score_layer, score_structures
@@ -107,7 +107,7 @@ def test_importance_of_a_group_is_the_sum_over_all_that_belongs_to_it(ids, heads
 def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpointing):
     model = tiny_decoder("qwen3")
     every = score_structures(model, ids[:3], method, batch_size=2)
-    one = score_layer(model, 2, Entering(model, ids[:3], 2, layer=2), method, checkpointing)
+    one = score_layer(model, 2, LayerStream(model, ids[:3], 2, layer=2), method, checkpointing)
     for kind in DECODER_KINDS:
         torch.testing.assert_close(one[kind], every[kind][2], rtol=1e-4, atol=1e-8)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -117,7 +117,7 @@ def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpoin
 def test_only_the_current_layer_takes_gradients(ids, method, monkeypatch):
     """While layer 2 is scored, the layers before it are not run, and no weight of another layer gets a gradient."""
     model = tiny_decoder()
-    entering = Entering(model, ids[:4], 2, layer=2)
+    entering = LayerStream(model, ids[:4], 2, layer=2)
     assert not any(state.requires_grad for _, state, _ in entering)
     runs, trainable, gradients = [0] * 4, set(), set()
     for index, layer in enumerate(model.model.layers):

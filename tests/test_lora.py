@@ -19,8 +19,8 @@ from compression.surgery import shrink_decoder
 
 def pruned(family="llama"):
     """Four layers: one whole, one narrow, one without attention, one without MLP."""
-    groups = [*KEPT[GROUPS][:2], torch.zeros(4).bool(), torch.ones(4).bool()]
-    channels = [*KEPT[CHANNELS][:2], torch.ones(48).bool(), torch.zeros(48).bool()]
+    groups = [*KEPT[HEADS][:2], torch.zeros(4).bool(), torch.ones(4).bool()]
+    channels = [*KEPT[NEURONS][:2], torch.ones(48).bool(), torch.zeros(48).bool()]
     return shrink_decoder(tiny_decoder(family, max_position_embeddings=128), {GROUPS: groups, CHANNELS: channels})
 
 

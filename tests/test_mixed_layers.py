@@ -5,10 +5,11 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import MIXED, tiny_decoder
+from conftest import LAYOUTS, MIXED, tiny_decoder
 
+from compression.decoder import decoder_of
 from compression.importance import RIDGE
-from compression.llm.layerwise import Entering, layer_inputs
+from compression.llm.layerwise import LayerStream, layer_inputs
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repair
@@ -16,18 +17,10 @@ from compression.llm.scoring import Method, score_layer, score_structures
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
-MODELS = {
-    "qwen2, window first": ("qwen2", MIXED),
-    "qwen3, window last": ("qwen3", MIXED | dict(layer_types=["full_attention"] * 3 + ["sliding_attention"])),
-    "qwen3, biases": ("qwen3", MIXED | dict(attention_bias=True)),
-    "llama, biases": ("llama", dict(mlp_bias=True)),
-    "mistral": ("mistral", dict(sliding_window=4)),
-}
 
-
-@pytest.fixture(params=sorted(MODELS))
+@pytest.fixture(params=sorted(LAYOUTS))
 def model(request):
-    family, fields = MODELS[request.param]
+    family, fields = LAYOUTS[request.param]
     return tiny_decoder(family, **fields)
 
 
@@ -53,7 +46,7 @@ def test_states_between_layers_are_the_models_own(model, windows):
     last = model.model(windows, use_cache=False).last_hidden_state
     for handle in handles:
         handle.remove()
-    entering = Entering(model, windows, batch_size=4)
+    entering = LayerStream(model, windows, batch_size=4)
     for expected in seen:
         torch.testing.assert_close(torch.cat([state for _, state, _ in entering]), expected)
         entering.advance()
@@ -77,7 +70,7 @@ def test_removal_analysis_is_that_of_smaller_models(model, windows):
 def test_scores_of_one_layer_are_those_of_the_whole_model(model, windows, method):
     every = score_structures(model, windows, method, batch_size=2)
     for index in (0, 1, 3):
-        one = score_layer(model, index, Entering(model, windows, 2, layer=index), method)
+        one = score_layer(model, index, LayerStream(model, windows, 2, layer=index), method)
         for kind in DECODER_KINDS:
             torch.testing.assert_close(one[kind], every[kind][index], rtol=1e-3, atol=1e-8)
 
@@ -103,10 +96,11 @@ def test_repair_is_fitted_to_what_comes_in(model, windows, index):
 
 def test_no_layer_is_run_to_learn_what_layers_are_given(windows):
     model = tiny_decoder("qwen2", **MIXED)
+    decoder_of(model)  # whose check runs layers
     runs = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *_: runs.append(1))
-    entering = Entering(model, windows, batch_size=6)
+    entering = LayerStream(model, windows, batch_size=6)
     assert not runs
     entering.advance()
     assert len(runs) == 1

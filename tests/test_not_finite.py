@@ -8,7 +8,7 @@ from conftest import tiny_decoder
 
 from compression.llm import removal
 from compression.llm.global_pruning import GlobalPruning, PruningFields
-from compression.llm.layerwise import Entering
+from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import exp_of_mean, perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repair
@@ -75,7 +75,7 @@ def test_methods_with_a_loss_name_its_window(broken, windows, method):
 def test_methods_without_a_loss_name_layer_and_kind(broken, windows, method):
     line = f"--importance_method {method}: scores of the channels of layer 2 are not finite; {WEIGHT}"
     with pytest.raises(UserError, match=line) as error:
-        score_layer(broken, 2, Entering(broken, windows, layer=2), method)
+        score_layer(broken, 2, LayerStream(broken, windows, layer=2), method)
     one_line(error)
     with pytest.raises(UserError, match=f"--importance_method {method}: scores of the .* are not finite; {WEIGHT}"):
         text = CalibrationText(windows, windows, windows)

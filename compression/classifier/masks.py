@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression.structures import ENCODER_KINDS, output_projections
+from compression.structures import ENCODER_KINDS, output_projections, spread
 
 
 class _StraightThroughMask(torch.autograd.Function):
@@ -46,7 +46,7 @@ class MaskedLinear(nn.Linear):
 
     def keep(self, kept: Tensor) -> None:
         """Set which structures are in use, [structures] bool."""
-        self.mask.copy_(kept.repeat_interleave(self.in_features // self.count))
+        self.mask.copy_(spread(kept, self.in_features))
 
     def freeze_pruned(self) -> None:
         """Zero the gradient of the pruned columns: it is there to be measured, not to train what is not in use."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.allocation import Pool, keep_or_drop_layers
+from compression.decoder import decoder_of
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
 from compression.llm.scoring import Method, score_structures
@@ -81,14 +82,9 @@ class GlobalPruning:
         removal: dict[str, Any] | None = None,
         remember: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
     ):
-        self.model, self.scoring, self.budget, self.text, self.removal, self.remember = (
-            model,
-            scoring,
-            budget,
-            text,
-            removal,
-            remember,
-        )
+        self.model, self.scoring, self.budget = model, scoring, budget
+        self.text, self.removal, self.remember = text, removal, remember
+        decoder_of(model)
         layers = layers_of(model)
         # Of each layer and structure that is left: its place in the dense model.
         self.origin = list(range(len(layers)))

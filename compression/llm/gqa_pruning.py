@@ -15,12 +15,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.allocation import largest_ratio, split_budget, spread_rates
-from compression.llm.layerwise import Entering
+from compression.decoder import decoder_of
+from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
 from compression.llm.scoring import Method, score_layer
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
-from compression.structures import CHANNELS, DECODER_KINDS, DECODERS, GROUPS, LayerParts, family_of, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of
 from compression.surgery import shrink_layer, stock_group_counts, to_pruned
 
 Remember = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
@@ -32,7 +33,7 @@ Remember = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 def compute_gqa_group_importance(
     model: PreTrainedModel,
     layer: int,
-    text: Tensor | Entering,
+    text: Tensor | LayerStream,
     method: Method = "taylor",
     batch_size: int = 1,
     gradient_checkpointing: bool = False,
@@ -45,7 +46,7 @@ def compute_gqa_group_importance(
 
     Args:
         layer: its index.
-        text: token ids [count, length]; or `Entering`, standing before this layer, which has batches already.
+        text: token ids [count, length]; or `LayerStream`, standing before this layer, which has batches already.
         method: see `calibration.score_structures`.
 
     Returns:
@@ -54,9 +55,9 @@ def compute_gqa_group_importance(
     Raises:
         UserError: an architecture that is not supported.
     """
-    family_of(model, DECODERS)
+    decoder_of(model)
     if isinstance(text, Tensor):
-        text = Entering(model, text, batch_size, layer)
+        text = LayerStream(model, text, batch_size, layer)
     return score_layer(model, layer, text, method, gradient_checkpointing)
 
 
@@ -271,6 +272,7 @@ class LayerwisePruning:
         remember: Remember = lambda _, make: make(),
     ):
         self.model, self.rates, self.cuts, self.text, self.remember = model, rates, cuts, text, remember
+        decoder_of(model)
         self.stock_groups = stock_group_counts(model) if cuts.uniform else []
         self.before = [(parts.groups, parts.channels, parts.parameters) for parts in layers_of(model)]
 
@@ -308,10 +310,10 @@ class LayerwisePruning:
         Layers are cut to whole structures; what one removes too much, the next one removes less.
         """
         share = step / self.cuts.iterative_steps
-        scored = Entering(self.model, self.text.scores, self.text.batch_size)
+        scored = LayerStream(self.model, self.text.scores, self.text.batch_size)
         streams = [scored]
         if self.cuts.compensation == "lstsq":
-            streams.append(Entering(self.model, self.text.repair, self.text.batch_size))
+            streams.append(LayerStream(self.model, self.text.repair, self.text.batch_size))
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
         for index in tqdm(range(last + 1), desc="layers", leave=False, disable=None):
@@ -325,7 +327,7 @@ class LayerwisePruning:
             for text in streams:
                 text.advance()
 
-    def _prune_layer(self, index: int, budget: float, step: int, streams: list[Entering]) -> None:
+    def _prune_layer(self, index: int, budget: float, step: int, streams: list[LayerStream]) -> None:
         counts = self._counts(layers_of(self.model)[index], index, budget, step / self.cuts.iterative_steps)
         if not any(counts.values()):
             return

@@ -6,6 +6,7 @@ window's length, which goes with every figure.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from compression.decoder import decoder_of
 from compression.runtime import UserError
 
 # Logits of so many tokens are held at a time. In fp32 a vocabulary of 49,152 takes 25 MB for them: larger blocks are
@@ -20,7 +22,7 @@ from compression.runtime import UserError
 LOGIT_ROWS = 128
 
 
-def token_losses(logits_of, hidden: Tensor, ids: Tensor) -> Tensor:
+def token_losses(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> Tensor:
     """Negative log-likelihood of each token but the first, [windows, length - 1], in fp32.
 
     Args:
@@ -40,11 +42,10 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) -> 
     Raises:
         UserError: it is not finite, and from which window on.
     """
-    total = 0.0
+    decoder, total = decoder_of(model), 0.0
     for place, ids in enumerate(tqdm(windows.split(batch_size), desc="perplexity", leave=False, disable=None)):
         ids = ids.to(model.device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        losses = token_losses(model.lm_head, hidden, ids)
+        losses = token_losses(decoder.logits, decoder.final_states(ids), ids)
         check_losses(model, losses, place * batch_size, "perplexity")
         total += losses.double().sum().item()
     return exp_of_mean(model, total, len(windows) * (windows.shape[1] - 1), "the model")
@@ -59,10 +60,10 @@ def exp_of_mean(model: PreTrainedModel, total: float, tokens: int, what: str) ->
     Raises:
         UserError: it is not finite.
     """
-    found = torch.tensor(total / tokens, dtype=torch.double).exp().item()
-    if not math.isfinite(found):
+    value = torch.tensor(total / tokens, dtype=torch.double).exp().item()
+    if not math.isfinite(value):
         raise UserError(f"perplexity of {what}: the mean loss is {total / tokens:g}; {suspect(model)}")
-    return found
+    return value
 
 
 def check_losses(model: PreTrainedModel, losses: Tensor, first: int, use: str) -> None:

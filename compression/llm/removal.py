@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compression.llm.layerwise import first_input, layer_inputs
+from compression.decoder import Decoder, decoder_of
+from compression.llm.layerwise import layer_inputs
 from compression.llm.perplexity import exp_of_mean, token_losses
 from compression.structures import CHANNELS, GROUPS, output_bias
 
@@ -36,39 +37,40 @@ def removal_perplexities(
     Raises:
         UserError: a perplexity is not finite, and without which part.
     """
-    layers = model.model.layers
+    decoder = decoder_of(model)
+    layers = decoder.layers
     totals = torch.zeros(len(layers), len(parts), dtype=torch.double)
     dense, tokens = 0.0, 0
     for ids in tqdm(windows.split(batch_size), desc="removal analysis", leave=False, disable=None):
         ids = ids.to(model.device)
         states, options = layer_inputs(model, ids)
         repeated = ids.repeat(len(parts), 1)
-        _, repeated_options = first_input(model, repeated)
-        dense += token_losses(model.lm_head, model.model.norm(states[-1]), ids).double().sum().item()
+        _, repeated_options = decoder.first_input(repeated)
+        dense += token_losses(decoder.logits, decoder.norm(states[-1]), ids).double().sum().item()
         tokens += len(ids) * (ids.shape[1] - 1)
         for index, layer in enumerate(layers):
-            state = torch.cat([_without(part, layer, states[index], options[index]) for part in parts])
+            state = torch.cat([_without(part, decoder, layer, states[index], options[index]) for part in parts])
             for later, option in zip(layers[index + 1 :], repeated_options[index + 1 :], strict=True):
                 state = later(state, **option)
-            losses = token_losses(model.lm_head, model.model.norm(state), repeated)
+            losses = token_losses(decoder.logits, decoder.norm(state), repeated)
             totals[index] += losses.double().view(len(parts), -1).sum(1).cpu()
-    found = {"dense": exp_of_mean(model, dense, tokens, "the dense model")}
+    perplexities: dict[str, float | list[float]] = {"dense": exp_of_mean(model, dense, tokens, "the dense model")}
     for place, part in enumerate(parts):
         removed = ((index, f"the model without {_named(part, index)}") for index in range(len(layers)))
-        found[part] = [exp_of_mean(model, totals[index, place].item(), tokens, what) for index, what in removed]
-    return found
+        perplexities[part] = [exp_of_mean(model, totals[index, place].item(), tokens, what) for index, what in removed]
+    return perplexities
 
 
 def _named(part: str, index: int) -> str:
     return f"layer {index}" if part == "layer" else f"the {part} of layer {index}"
 
 
-def _without(part: str, layer: nn.Module, state: Tensor, options: dict[str, Any]) -> Tensor:
+def _without(part: str, decoder: Decoder, layer: nn.Module, state: Tensor, options: dict[str, Any]) -> Tensor:
     """What leaves a layer that lacks the part; the bias of the part's output projection stays."""
     if part == "mlp":
-        state = state + layer.self_attn(hidden_states=layer.input_layernorm(state), **options)[0]
+        state = state + decoder.attention_branch(layer, state, options)
     else:
         state = state + output_bias(layer, GROUPS)
     if part == "attention":
-        return state + layer.mlp(layer.post_attention_layernorm(state))
+        return state + decoder.mlp_branch(layer, state)
     return state + output_bias(layer, CHANNELS)

@@ -7,6 +7,7 @@ is gone through once, layer by layer, and no activations are stored but the stat
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from compression.decoder import decoder_of
 from compression.importance import RIDGE, damp
-from compression.llm.layerwise import Entering
+from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import broken_weight, suspect
 from compression.runtime import UserError
-from compression.structures import DECODER_KINDS, GROUPS, layers_of
+from compression.structures import DECODER_KINDS, GROUPS, layers_of, spread
 
 
-class Seen(Exception):
-    """What was wanted of a layer has been seen."""
+class StopForward(Exception):
+    """The rest of a layer's forward pass is of no interest."""
 
 
 @torch.no_grad()
@@ -38,29 +40,29 @@ def repair(model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tenso
     Raises:
         UserError: a projection has no finite solution.
     """
-    entering = Entering(model, windows, batch_size)
-    for index in tqdm(range(len(model.model.layers)), desc="repair", leave=False, disable=None):
-        repair_layer(model, index, {kind: kept[kind][index] for kind in DECODER_KINDS}, entering)
-        entering.advance()
+    stream = LayerStream(model, windows, batch_size)
+    for index in tqdm(range(len(layers_of(model))), desc="repair", leave=False, disable=None):
+        repair_layer(model, index, {kind: kept[kind][index] for kind in DECODER_KINDS}, stream)
+        stream.advance()
 
 
 @torch.no_grad()
-def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], entering: Entering) -> None:
+def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], stream: LayerStream) -> None:
     """As `repair`, of one layer.
 
     Args:
         kept: for groups and channels a bool tensor [structures], True where the structure stays.
-        entering: the text, standing before that layer.
+        stream: the text, standing before that layer.
 
     Raises:
         UserError: a projection has no finite solution.
     """
-    layer, parts = model.model.layers[index], layers_of(model)[index]
+    layer, parts = decoder_of(model).layers[index], layers_of(model)[index]
     for kind in DECODER_KINDS:
         mask, outer = kept[kind], parts.split(kind)[1] if parts.count(kind) else None
         if outer is not None and not mask.all():
-            columns = mask.repeat_interleave(outer.in_features // len(mask)).to(outer.weight.device)
-            inputs = ((state, options[index]) for _, state, options in entering)
+            columns = spread(mask, outer.in_features).to(outer.weight.device)
+            inputs = ((state, options[index]) for _, state, options in stream)
             gram = _gram(layer, outer, inputs, attention=kind == GROUPS)
             solved = _solve(outer.weight, gram, columns)
             if not solved.isfinite().all():
@@ -85,17 +87,12 @@ def _gram(
         rows = given[0].flatten(0, -2)
         gram.add_(rows.T @ rows)
         if attention:
-            raise Seen  # the MLP behind it is of no interest yet
+            raise StopForward  # the MLP behind it is of no interest yet
 
-    handle = outer.register_forward_pre_hook(add)
-    try:
+    with outer.register_forward_pre_hook(add):
         for state, options in inputs:
-            try:
+            with suppress(StopForward):
                 layer(state, **options)
-            except Seen:
-                pass
-    finally:
-        handle.remove()
     return gram
 
 

@@ -24,6 +24,7 @@ from compression.checkpoint import (
     save_checkpoint,
 )
 from compression.config import NO_EFFECT, AtLeast, FolderName, Settings
+from compression.decoder import decoder_of
 from compression.files import link_or_copy, read_json, write_json
 from compression.integrity import RUN_FILE, digest_of, seal
 from compression.llm.evaluate import (
@@ -54,7 +55,6 @@ from compression.runtime import (
     shown,
 )
 from compression.sources import LLM, LLM_FOLDER
-from compression.structures import DECODERS, family_of
 from compression.training import Training
 
 FAST = FAST_EVALUATION | dict(
@@ -218,7 +218,7 @@ class Run:
         device = pick_device(run.device_map)
         self._load = partial(load_language_model, self.base, device, pick_dtype(run.dtype, "Weights"))
         self.model, self.tokenizer = self._load()
-        family_of(self.model, DECODERS)  # refuses an unsupported architecture at once
+        decoder_of(self.model)  # refuses an unsupported architecture at once
         self.corpora, self.text, self.analysis_windows = calibration_text(
             config.calibration, config.data_dir, run.seed, self.tokenizer, self.model
         )

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression import importance
-from compression.llm.layerwise import Entering
+from compression.decoder import decoder_of
+from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import check_losses, suspect, token_losses
 from compression.runtime import UserError
 from compression.structures import DECODER_KINDS, LayerParts, layers_of
@@ -54,12 +55,13 @@ def score_structures(
     Raises:
         UserError: a loss or score is not finite, and where that began.
     """
+    decoder_of(model)
     passes = _whole_passes(model, windows, batch_size)
     return _score(model, dict(enumerate(layers_of(model))), passes, method, gradient_checkpointing)
 
 
 def score_layer(
-    model: PreTrainedModel, index: int, entering: Entering, method: Method, gradient_checkpointing: bool = False
+    model: PreTrainedModel, index: int, entering: LayerStream, method: Method, gradient_checkpointing: bool = False
 ) -> dict[str, Tensor]:
     """As `score_structures`, of one layer alone, on text that stands before that layer.
 
@@ -120,22 +122,23 @@ def _score(
 def _whole_passes(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Passes:
     for ids in tqdm(windows.split(batch_size), desc="calibration", leave=False, disable=None):
         ids = ids.to(model.device)
-        yield ids, model.model(input_ids=ids, use_cache=False).last_hidden_state
+        yield ids, decoder_of(model).final_states(ids)
 
 
-def _passes_from(model: PreTrainedModel, layers: slice, entering: Entering, needs_gradient: bool) -> Passes:
+def _passes_from(model: PreTrainedModel, layers: slice, entering: LayerStream, needs_gradient: bool) -> Passes:
+    decoder = decoder_of(model)
     for ids, state, options in entering:
         state = state.detach().requires_grad_(needs_gradient)
-        for layer, option in zip(model.model.layers[layers], options[layers], strict=True):
+        for layer, option in zip(decoder.layers[layers], options[layers], strict=True):
             state = layer(state, **option)
-        yield ids, model.model.norm(state)
+        yield ids, decoder.norm(state)
 
 
 def _backward(model: PreTrainedModel, passes: Passes, mean: bool) -> tuple[int, int]:
     """Backward passes of all batches; the number of batches and of tokens."""
     batches = tokens = windows = 0
     for ids, hidden in passes:
-        losses = token_losses(model.lm_head, hidden, ids)
+        losses = token_losses(decoder_of(model).logits, hidden, ids)
         check_losses(model, losses, windows, "calibration")
         windows += len(ids)
         (losses.mean() if mean else losses.sum()).backward()
@@ -206,7 +209,7 @@ def _backward_through(model: PreTrainedModel) -> Iterator[None]:
         return output.requires_grad_()
 
     with _only_trainable(model, []):
-        handle = model.get_input_embeddings().register_forward_hook(start)
+        handle = decoder_of(model).embeddings.register_forward_hook(start)
         try:
             yield
         finally:

@@ -31,21 +31,9 @@ CLASSES = {
         AutoModel: pruned_encoder.PrunedDistilBertModel,
         AutoModelForSequenceClassification: pruned_encoder.PrunedDistilBertForSequenceClassification,
     },
-    pruned_decoder.PrunedLlamaConfig: {
-        AutoModel: pruned_decoder.PrunedLlamaModel,
-        AutoModelForCausalLM: pruned_decoder.PrunedLlamaForCausalLM,
-    },
-    pruned_decoder.PrunedMistralConfig: {
-        AutoModel: pruned_decoder.PrunedMistralModel,
-        AutoModelForCausalLM: pruned_decoder.PrunedMistralForCausalLM,
-    },
-    pruned_decoder.PrunedQwen2Config: {
-        AutoModel: pruned_decoder.PrunedQwen2Model,
-        AutoModelForCausalLM: pruned_decoder.PrunedQwen2ForCausalLM,
-    },
-    pruned_decoder.PrunedQwen3Config: {
-        AutoModel: pruned_decoder.PrunedQwen3Model,
-        AutoModelForCausalLM: pruned_decoder.PrunedQwen3ForCausalLM,
+    **{
+        config: {AutoModel: base, AutoModelForCausalLM: language_model}
+        for config, (base, language_model) in pruned_decoder.CLASSES.items()
     },
 }
 for _config, _classes in CLASSES.items():

@@ -192,3 +192,12 @@ class PrunedQwen3Model(PrunedModel, Qwen3Model):
 class PrunedQwen3ForCausalLM(PrunedForCausalLM, Qwen3ForCausalLM):
     config_class = PrunedQwen3Config
     model_class = PrunedQwen3Model
+
+
+# Configuration -> the model's class and the language model's.
+CLASSES = {
+    PrunedLlamaConfig: (PrunedLlamaModel, PrunedLlamaForCausalLM),
+    PrunedMistralConfig: (PrunedMistralModel, PrunedMistralForCausalLM),
+    PrunedQwen2Config: (PrunedQwen2Model, PrunedQwen2ForCausalLM),
+    PrunedQwen3Config: (PrunedQwen3Model, PrunedQwen3ForCausalLM),
+}

@@ -1,0 +1,173 @@
+"""One interface to the parts of a language model, so that nothing else knows what an architecture calls them.
+
+`decoder_of` gives it for a loaded model, and refuses a model that computes anything else than what the interface says:
+such a model would be scored, repaired and analysed wrongly.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compression.runtime import UserError
+from compression.structures import DECODERS, family_of
+
+CHECKED_TOKENS = 8
+# Models whose layout was checked.
+_checked: WeakSet[nn.Module] = WeakSet()
+
+
+class Decoder:
+    """A language model of LLaMA's layout, dense or pruned.
+
+    Each layer adds two branches to the state [windows, length, hidden], one after the other: state + attention(norm),
+    then state + mlp(norm). Behind the last layer come a norm and the head. Another layout is a subclass.
+
+    Args:
+        model: its layout is taken for granted here; `decoder_of` checks it.
+    """
+
+    layer_parts = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.body: Any = model.model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.body.layers
+
+    @layers.setter
+    def layers(self, layers: nn.ModuleList) -> None:
+        self.body.layers = layers
+
+    @property
+    def embeddings(self) -> nn.Module:
+        return self.body.embed_tokens
+
+    def attention_branch(self, layer: Any, state: Tensor, options: dict[str, Any]) -> Tensor:
+        """What a layer's attention adds to the state that enters the layer.
+
+        Args:
+            options: the layer's own, see `first_input`.
+        """
+        return layer.self_attn(hidden_states=layer.input_layernorm(state), **options)[0]
+
+    def mlp_branch(self, layer: Any, state: Tensor) -> Tensor:
+        """What a layer's MLP adds to the state behind its attention."""
+        return layer.mlp(layer.post_attention_layernorm(state))
+
+    def norm(self, state: Tensor) -> Tensor:
+        """The final norm."""
+        return self.body.norm(state)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """The head, [..., hidden] behind the final norm -> [..., vocabulary]."""
+        head: Any = self.model.lm_head
+        return head(states)
+
+    def final_states(self, ids: Tensor) -> Tensor:
+        """The model's own states [windows, length, hidden] behind the final norm, for token ids [windows, length]."""
+        return self.body(input_ids=ids, use_cache=False).last_hidden_state
+
+    def first_input(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The state [windows, length, hidden] that enters the first layer, and each layer's options; no layer is run.
+
+        Layers differ in their options where some attend to a sliding window and others to all.
+
+        Args:
+            ids: token ids [windows, length].
+        """
+        layers, recorders = self.layers, nn.ModuleList(_InputRecorder() for _ in self.layers)
+        self.layers = recorders
+        try:
+            self.final_states(ids)
+        finally:
+            self.layers = layers
+        return recorders[0].state, [recorder.options for recorder in recorders]
+
+    def share_tables(self, other: "Decoder") -> None:
+        """Take over the rotary tables of another model, which are in no state dict."""
+        self.body.rotary_emb = other.body.rotary_emb
+
+
+class _InputRecorder(nn.Module):
+    """In a layer's place: records what the layer is given, and runs nothing."""
+
+    def forward(self, state: Tensor, **options: Any) -> Tensor:
+        self.state, self.options = state, options
+        return state
+
+
+def decoder_of(model: PreTrainedModel) -> Decoder:
+    """The interface to a model's parts; its layout is checked once for each loaded model.
+
+    Raises:
+        UserError: an architecture that is not supported, or a model that does not have the layout its type stands for.
+    """
+    family_of(model, DECODERS)
+    decoder = Decoder(model)
+    if model not in _checked:
+        check_layout(decoder)
+        _checked.add(model)
+    return decoder
+
+
+@torch.no_grad()
+def check_layout(decoder: Decoder) -> None:
+    """Check that a model's layers, final norm and head compute what the interface says, on a few tokens.
+
+    Raises:
+        UserError: names what differs.
+    """
+    model = decoder.model
+    for index, layer in enumerate(decoder.layers):
+        own = (layer.named_children(), layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))
+        parts = {name for named in own for name, _ in named}
+        if parts != decoder.layer_parts:
+            more, less = sorted(parts - decoder.layer_parts), sorted(decoder.layer_parts - parts)
+            differences = [f"has {', '.join(more)}"] * bool(more) + [f"lacks {', '.join(less)}"] * bool(less)
+            _refuse(model, f"layer {index} {' and '.join(differences)}")
+    numbers = torch.randint(model.config.vocab_size, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = numbers.to(model.device)
+    with _evaluation_mode(model):
+        state, options = decoder.first_input(ids)
+        for index, (layer, option) in enumerate(zip(decoder.layers, options, strict=True)):
+            middle = state + decoder.attention_branch(layer, state, option)
+            expected, state = middle + decoder.mlp_branch(layer, middle), layer(state, **option)
+            if not _same(state, expected):
+                _refuse(model, f"layer {index} computes something else than state + attention, then state + MLP")
+        state = decoder.norm(state)
+        if not _same(decoder.final_states(ids), state):
+            _refuse(model, "its final states are not its layers, one after the other, and the final norm")
+        if not _same(model(input_ids=ids, use_cache=False).logits, decoder.logits(state)):
+            _refuse(model, "its logits are not those of the head alone (are they capped or scaled?)")
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results are the same but for rounding. What is not finite is for other checks to name."""
+    largest = found.abs().max() * max(torch.finfo(found.dtype).eps, 1e-5)
+    return not bool((found - expected).abs().max() > largest)
+
+
+def _refuse(model: PreTrainedModel, what: str) -> NoReturn:
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    raise UserError(
+        f"{name} (model type '{model.config.model_type}') cannot be pruned or analysed here: {what}; allowed are "
+        f"models that compute as LLaMA does, of type {', '.join(sorted(DECODERS))}"
+    )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
