@@ -13,7 +13,7 @@ from compression.checkpoint import load_tensors, save_folder
 from compression.flops import count_macs
 from compression.llm.lora import PROJECTIONS, add_lora, load_adapter, write_adapter
 from compression.runtime import UserError
-from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, HEADS, NEURONS, layers_of
 from compression.surgery import shrink_decoder
 
 
