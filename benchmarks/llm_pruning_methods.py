@@ -170,7 +170,7 @@ def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText
     config = GlobalPruningConfig.make(pruning_ratio=ratio, **fields)
 
     def remember(name: str, make):
-        if not name.startswith("scores_1_of_"):
+        if not name.startswith("scores_of_step_1_"):
             return make()
         if config.importance_method not in known:
             known[config.importance_method] = make()

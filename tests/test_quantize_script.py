@@ -1,26 +1,21 @@
-"""Stage 9 through its real command line, on tiny pruned and dense classifiers."""
+"""Stage 9 through its command line, on tiny pruned and dense classifiers."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import KEPT, tiny_bert, tiny_distilbert
+from scripts import run_script
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
 from compression.quantization import Format, dequantized_weight, encoder_linears, fake_quantize
-from compression.runtime import ROOT
 from compression.surgery import shrink
 
 DATA = {"name": "SST-2 (GLUE)"}
 
 
 def run(*flags, expect=0):
-    command = [sys.executable, "9_quantize_pruned_model.py", *map(str, flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result
+    return run_script("9_quantize_pruned_model.py", *flags, expect=expect)
 
 
 @pytest.fixture(scope="module")
