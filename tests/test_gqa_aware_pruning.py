@@ -539,3 +539,37 @@ def test_mistakes_end_in_one_line_and_write_nothing(base, tmp_path, flags, messa
     found = run(base, tmp_path / "results", *flags, expect=2).stderr.strip().splitlines()
     assert len(found) == 1 and found[0].startswith("error: ") and message in found[0]
     assert not (tmp_path / "results").exists()
+
+
+def test_uniform_sizes_meet_the_budget_in_the_stock_class_and_are_trained_on(base, tmp_path):
+    flags = ["--uniform", "--save_bin", "--finetune", "--finetune_samples", "4", "--pruning_ratio", "0.4"]
+    run(base, tmp_path, "--output_name", "same", *flags)
+    folder = tmp_path / "same"
+    assert json.loads((folder / "models" / "config.json").read_text())["model_type"] == "llama"
+    model, _ = load_language_model(folder / "models")
+    assert len({(parts.groups, parts.channels) for parts in layers_of(model)}) == 1
+    weights = torch.load(folder / "models" / "pruned_model.bin", weights_only=True)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
+    one = layers_of(model)[0].structure_parameters(CHANNELS) / layers_of(model)[0].parameters
+    assert 0.4 <= found["reduction"]["structures"] < 0.4 + one
+    assert "perplexity" in found["finetuned"] and found["environment"]["torch"] == torch.__version__
+    assert (folder / "finetuned" / "adapter_model.safetensors").exists()
+
+
+def test_uniform_rounds_take_the_same_from_every_layer(text):
+    model = tiny_decoder()
+    before = total(model)
+    config = fields(uniform=True, iterative_steps=2, attention_ratio=0.5, round_to=4)
+    small = layerwise(model, [0.4] * 4, config, text).prune()
+    sizes = {(parts.groups, parts.channels) for parts in layers_of(small)}
+    assert len(sizes) == 1 and 0.4 <= 1 - total(small) / before < 0.5
+
+
+def test_uniform_sizes_that_no_stock_class_takes_are_refused(text):
+    """Of six query heads in three groups, four do not divide a hidden size of 30."""
+    model = tiny_decoder(hidden_size=30, num_attention_heads=6, num_key_value_heads=3, head_dim=8)
+    small = layerwise(model, [0.3] * 4, fields(uniform=True, attention_ratio=1.0), text).prune()
+    assert {parts.groups for parts in layers_of(small)} == {3}, "two groups would be nearer"
+    with pytest.raises(UserError, match="--uniform: not allowed with --layers 2"):
+        fields(uniform=True, layers="2")
