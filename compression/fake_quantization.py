@@ -39,7 +39,7 @@ class FakeQuantizedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.format = format
-        self._values: Tensor | None = None
+        self._values = torch.empty(0)
         self._made_from: tuple[int, int] | None = None
 
     def forward(self, input: Tensor) -> Tensor:

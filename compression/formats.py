@@ -161,7 +161,7 @@ class EightBit:
 def _requantize(absmax: Tensor) -> Tensor:
     """The blocks' scales after double quantization. They are few, so bitsandbytes itself does it."""
     offset = absmax.mean()
-    codes, state = bnb.functional.quantize_blockwise(absmax - offset, blocksize=256)
+    codes, state = bnb.functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
     return bnb.functional.dequantize_blockwise(codes, state) + offset
 
 
@@ -199,6 +199,8 @@ def dequantized_weight(layer: bnb.nn.Linear4bit) -> Tensor:
 
 
 class TableFormat(ABC):
+    """How the rows of an embedding table are stored."""
+
     bits: int
     """Bits of a code; `embedding_bits` of a model's config."""
 
