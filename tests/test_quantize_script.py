@@ -8,7 +8,8 @@ from conftest import KEPT, tiny_bert, tiny_distilbert
 from scripts import run_script
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
-from compression.quantization import Format, dequantized_weight, encoder_linears, fake_quantize
+from compression.formats import FourBit, dequantized_weight
+from compression.quantization import encoder_linears
 from compression.surgery import shrink
 
 DATA = {"name": "SST-2 (GLUE)"}
@@ -47,11 +48,11 @@ def test_newest_pruned_model_is_quantized(models):
     shown = [float(word) for word in line.split()[1:3]]
     assert shown == pytest.approx([before["embeddings"] / 1e6, after["embeddings"] / 1e6], abs=0.006)
 
-    storage = Format(double_quant=True)
+    storage = FourBit(double_quant=True)
     quantized, latent = load_classifier(folder)[0], encoder_linears(load_classifier(models / "pruned")[0])
     for name, linear in latent.items():
         values = dequantized_weight(quantized.get_submodule(name))
-        assert torch.equal(values, fake_quantize(linear.weight.detach(), storage)), name
+        assert torch.equal(values, storage.values(linear.weight.detach())), name
 
 
 def test_dense_models_are_quantized_too(models):
