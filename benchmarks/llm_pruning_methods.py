@@ -36,19 +36,21 @@ from compression.files import read_json, write_json
 from compression.llm.global_pruning import GlobalPruning, PruningFields
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
+from compression.llm.scoring import SCORES
 from compression.llm.text import CalibrationText, load_corpus, sample_windows, tokenize, windows
 from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM, LLM_FOLDER
 from compression.structures import DECODER_KINDS, layers_of
 from compression.surgery import shrink_decoder
 
+DEFAULT_SCORE = PruningFields.importance_method
 PLAIN = dict(compensation="none", epsilon=0.0, round_to=1)
 # Name -> the fields in which the method differs from the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},
     "H-GSP, two steps": dict(iterative_steps=2),
     "H-GSP, no repair": dict(compensation="none"),
-    "H-GSP, obs scores": dict(importance_method="obs"),
+    **{f"H-GSP, {score} scores": dict(importance_method=score) for score in SCORES if score != DEFAULT_SCORE},
     "H-GSP, obs scores, no repair": dict(importance_method="obs", compensation="none"),
     "H-GSP, paper": PruningFields.presets["paper"],
     "H-GSP, paper, T = 0": PruningFields.presets["paper"] | {"temperature": 0.0},

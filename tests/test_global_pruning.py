@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import time
-from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from compression.flops import encoder_macs_formula
 from compression.llm.global_pruning import GlobalPruning, PruningFields, masked
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.scoring import Method, score_structures
+from compression.llm.scoring import SCORES, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import ROOT, UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
@@ -109,9 +108,9 @@ def test_normalized_scores_make_layers_share_the_budget(text):
 
 
 def test_each_method_has_its_own_normalization():
-    found = {method: PruningFields(importance_method=method) for method in get_args(Method)}
+    found = {method: PruningFields(importance_method=method) for method in SCORES}
     resolved = {method: fields.as_dict()["normalize"] for method, fields in found.items()}
-    assert resolved == dict.fromkeys(get_args(Method), "none") | {"wanda": "layer"}
+    assert resolved == dict.fromkeys(SCORES, "none") | {"wanda": "layer"}
     assert all(fields.normalization == resolved[method] for method, fields in found.items())
     assert PruningFields(importance_method="wanda", normalize="none").as_dict()["normalize"] == "none"
     assert PruningFields.preset("paper").normalization == "none"

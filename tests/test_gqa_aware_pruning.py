@@ -5,7 +5,6 @@ import csv
 import json
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from compression.llm.gqa_pruning import (
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
-from compression.llm.scoring import Method, score_layer, score_structures
+from compression.llm.scoring import SCORES, score_layer, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import ROOT, UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
@@ -94,7 +93,7 @@ def test_importance_of_a_group_is_the_sum_over_all_that_belongs_to_it(ids, heads
     torch.testing.assert_close(found[CHANNELS], channels, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", SCORES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpointing):
     model = tiny_decoder("qwen3")

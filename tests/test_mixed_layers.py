@@ -1,7 +1,6 @@
 """Scores, repair and removal analysis of models whose layers differ in what they attend to, beyond their window."""
 
 import copy
-from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from compression.llm.layerwise import LayerStream, layer_inputs
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repair
-from compression.llm.scoring import Method, score_layer, score_structures
+from compression.llm.scoring import SCORES, score_layer, score_structures
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
@@ -66,7 +65,7 @@ def test_removal_analysis_is_that_of_smaller_models(model, windows):
         assert found[name] == pytest.approx(expected, rel=1e-4), name
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", SCORES)
 def test_scores_of_one_layer_are_those_of_the_whole_model(model, windows, method):
     every = score_structures(model, windows, method, batch_size=2)
     for index in (0, 1, 3):

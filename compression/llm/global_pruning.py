@@ -19,15 +19,13 @@ from compression.config import StageConfig
 from compression.decoder import decoder_of
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
-from compression.llm.scoring import Method, score_structures
+from compression.llm.scoring import SCORES, ScoreName, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
 Kept = dict[str, list[Tensor]]
-# Methods whose scores compare across layers as they are.
-COMPARABLE = ("fisher", "obs", "taylor", "taylor_2nd", "magnitude")
 
 
 @dataclass
@@ -36,8 +34,8 @@ class PruningFields(StageConfig):
 
     pruning_ratio: float = 0.5
     """Share of the decoder layers' parameters to remove."""
-    importance_method: Method = "fisher"
-    """How structures are scored: fisher, obs, taylor, taylor_2nd, wanda or magnitude."""
+    importance_method: ScoreName = "fisher"
+    """How structures are scored."""
     temperature: float = 0.0
     """Exponent T of the correction by removal perplexities, score * ln(1 + ppl)^T; 0 leaves it out."""
     tau: float | None = None
@@ -88,7 +86,7 @@ class PruningFields(StageConfig):
         # Resolved here and not when the config is built: a preset is built before a flag names the method.
         if self.normalize != "auto":
             return self.normalize
-        return "none" if self.importance_method in COMPARABLE else "layer"
+        return "none" if SCORES[self.importance_method].comparable else "layer"
 
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"normalize": self.normalization}

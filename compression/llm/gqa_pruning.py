@@ -19,7 +19,7 @@ from compression.config import StageConfig
 from compression.decoder import decoder_of
 from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
-from compression.llm.scoring import Method, score_layer
+from compression.llm.scoring import ScoreName, score_layer
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of
@@ -35,7 +35,7 @@ def compute_gqa_group_importance(
     model: PreTrainedModel,
     layer: int,
     text: Tensor | LayerStream,
-    method: Method = "taylor",
+    method: ScoreName = "taylor",
     batch_size: int = 1,
     gradient_checkpointing: bool = False,
 ) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def compute_gqa_group_importance(
     Args:
         layer: its index.
         text: token ids [count, length]; or `LayerStream`, standing before this layer, which has batches already.
-        method: see `calibration.score_structures`.
+        method: one of `scoring.SCORES`.
 
     Returns:
         groups: [groups], channels: [channels], both fp32.
@@ -141,8 +141,8 @@ class GQAPruningFields(StageConfig):
     """Attention loses this times its layer's rate, rounded to whole groups; the MLP makes up the rest of the budget."""
     round_to: int = 32
     """MLP widths are multiples of this, unless nothing is removed: matrix units are slow at odd widths."""
-    importance_method: Method = "taylor"
-    """How structures are scored: taylor, taylor_2nd, fisher, obs, wanda or magnitude."""
+    importance_method: ScoreName = "taylor"
+    """How structures are scored."""
     iterative_rounds: int = 1
     """The rates are reached in so many sweeps over all layers."""
     target_perplexity: float | None = None
@@ -194,7 +194,7 @@ def layer_rates(
 
     Args:
         ratio: share of the parameters of the layers that --layers names.
-        removal: see `calibration.removal_perplexities`; needed for inverse rates.
+        removal: see `removal.removal_perplexities`; needed for inverse rates.
         seed: of random rates.
 
     Raises:
