@@ -59,7 +59,7 @@ def ways() -> dict:
     for method in SCORES:
         score = partial(score_structures, method=method)
         found[method] = score
-        if method not in ("wanda", "magnitude"):
+        if SCORES[method].loss:
             found[method + CHECKPOINTING] = partial(score, gradient_checkpointing=True)
     return found
 

@@ -170,14 +170,14 @@ def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText
     """Prune by this project's own machinery; scores of the dense model are computed once for each importance method."""
     config = PruningFields(pruning_ratio=ratio, **fields)
 
-    def remember(name: str, make):
+    def cached(name: str, make):
         if not name.startswith("scores_of_step_1_"):
             return make()
         if config.importance_method not in known:
             known[config.importance_method] = make()
         return known[config.importance_method]
 
-    return GlobalPruning(model, config, text, removal, remember).prune()
+    return GlobalPruning(model, config, text, removal, cached).prune()
 
 
 def main(config: MethodsConfig) -> None:

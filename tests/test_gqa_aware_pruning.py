@@ -108,8 +108,8 @@ def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpoin
 def test_only_the_current_layer_takes_gradients(ids, method, monkeypatch):
     """While layer 2 is scored, the layers before it are not run, and no weight of another layer gets a gradient."""
     model = tiny_decoder()
-    entering = LayerStream(model, ids[:4], 2, layer=2)
-    assert not any(state.requires_grad for _, state, _ in entering)
+    stream = LayerStream(model, ids[:4], 2, layer=2)
+    assert not any(state.requires_grad for _, state, _ in stream)
     runs, trainable, gradients = [0] * 4, set(), set()
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
@@ -122,7 +122,7 @@ def test_only_the_current_layer_takes_gradients(ids, method, monkeypatch):
         return losses(*arguments)
 
     monkeypatch.setattr(calibration, "token_losses", note)
-    score_layer(model, 2, entering, method)
+    score_layer(model, 2, stream, method)
     assert runs == [0, 0, 2, 2]
     matrices = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     expected = {f"model.layers.2.{name}.weight" for name in matrices} if method == "taylor" else set()
@@ -342,13 +342,13 @@ def test_rounds_prune_a_bit_at_a_time(text):
     model, sizes = tiny_decoder(), []
     names = []
 
-    def remember(name, make):
+    def cached(name, make):
         sizes.append([parts.parameters for parts in layers_of(model)])
         names.append(name)
         return make()
 
     before = total(model)
-    pruning = LayerwisePruning(model, [0.4] * 4, fields(iterative_rounds=2), text, remember)
+    pruning = LayerwisePruning(model, [0.4] * 4, fields(iterative_rounds=2), text, cached)
     pruning.prune()
     assert names == [f"scores_of_round_{round_}_layer_{index}" for round_ in (1, 2) for index in range(4)]
     assert 1 - sum(sizes[4]) / before == pytest.approx(0.2, abs=0.02), "half of it after the first round"

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compression.allocation import largest_ratio, split_budget, spread_rates
+from compression.allocation import all_but_least, largest_ratio, split_budget, spread_rates
 from compression.config import StageConfig
 from compression.decoder import decoder_of
 from compression.llm.layerwise import LayerStream
@@ -25,7 +25,7 @@ from compression.runtime import UserError, log
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of
 from compression.surgery import shrink_layer, to_pruned
 
-Remember = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+Cached = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 # The three steps for one layer, each usable alone.
@@ -77,9 +77,7 @@ def select_gqa_groups_to_prune(importance: Tensor, count: int) -> Tensor:
     """
     if not 0 <= count < max(len(importance), 1):
         raise ValueError(f"{count} of {len(importance)} groups cannot go: at least one has to stay")
-    pruned = torch.zeros(len(importance), dtype=torch.bool)
-    pruned[importance.cpu().argsort(stable=True)[:count]] = True
-    return pruned
+    return ~all_but_least(importance.cpu(), count)
 
 
 def prune_attention_by_gqa_groups(model: PreTrainedModel, layer: int, pruned: Tensor) -> None:
@@ -95,7 +93,7 @@ def prune_attention_by_gqa_groups(model: PreTrainedModel, layer: int, pruned: Te
     Raises:
         ValueError: the layer has another number of groups, or none would stay.
     """
-    _prune(model, layer, GROUPS, pruned)
+    _keep(model, layer, GROUPS, ~pruned)
 
 
 def prune_mlp_channels(model: PreTrainedModel, layer: int, pruned: Tensor) -> None:
@@ -107,17 +105,17 @@ def prune_mlp_channels(model: PreTrainedModel, layer: int, pruned: Tensor) -> No
     Raises:
         ValueError: the layer has another number of channels, or none would stay.
     """
-    _prune(model, layer, CHANNELS, pruned)
+    _keep(model, layer, CHANNELS, ~pruned)
 
 
-def _prune(model: PreTrainedModel, layer: int, kind: str, pruned: Tensor) -> None:
+def _keep(model: PreTrainedModel, layer: int, kind: str, kept: Tensor) -> None:
     parts = layers_of(model)[layer]
-    if len(pruned) != parts.count(kind):
-        raise ValueError(f"layer {layer} has {parts.count(kind)} {kind}, not {len(pruned)}")
-    if len(pruned) and pruned.all():
+    if len(kept) != parts.count(kind):
+        raise ValueError(f"layer {layer} has {parts.count(kind)} {kind}, not {len(kept)}")
+    if len(kept) and not kept.any():
         raise ValueError(f"layer {layer}: at least one of its {kind} has to stay")
-    if pruned.any():
-        shrink_layer(parts, {kind: ~pruned})
+    if not kept.all():
+        shrink_layer(parts, {kind: kept})
 
 
 # Rates of the layers.
@@ -204,8 +202,8 @@ def layer_rates(
     pruned, weights, low, high = _bounds(config, layers)
     target = ratio * _selected_parameters(config, layers) / weights.sum().item()
     rates = spread_rates(_preference(config, removal, pruned, seed), weights, target, low, high)
-    found = dict(zip(pruned, rates.tolist(), strict=True))
-    return [found.get(index, 0.0) for index in range(len(layers))]
+    by_layer = dict(zip(pruned, rates.tolist(), strict=True))
+    return [by_layer.get(index, 0.0) for index in range(len(layers))]
 
 
 def check_ratio(config: GQAPruningFields, layers: list[LayerParts], ratio: float) -> None:
@@ -284,7 +282,7 @@ class LayerwisePruning:
     Args:
         model: used up; `prune` returns the smaller one.
         rates: of each layer, the share of its parameters to remove.
-        remember: given a name and a function that makes named tensors, gives these or what an earlier run made.
+        cached: given a name and a function that makes named tensors, gives these or what an earlier run made.
     """
 
     def __init__(
@@ -293,9 +291,9 @@ class LayerwisePruning:
         rates: list[float],
         config: GQAPruningFields,
         text: CalibrationText,
-        remember: Remember = lambda _, make: make(),
+        cached: Cached = lambda _, make: make(),
     ):
-        self.model, self.rates, self.config, self.text, self.remember = model, rates, config, text, remember
+        self.model, self.rates, self.config, self.text, self.cached = model, rates, config, text, cached
         decoder_of(model)
         self.before = [(parts.groups, parts.channels, parts.parameters) for parts in layers_of(model)]
 
@@ -352,7 +350,7 @@ class LayerwisePruning:
         counts = self._counts(layers_of(self.model)[index], index, budget, round_ / self.config.iterative_rounds)
         if not any(counts.values()):
             return
-        scores = self.remember(
+        scores = self.cached(
             f"scores_of_round_{round_}_layer_{index}",
             lambda: compute_gqa_group_importance(
                 self.model, index, streams[0], self.config.importance_method,
@@ -361,7 +359,7 @@ class LayerwisePruning:
         )  # fmt: skip
         pruned = {kind: select_gqa_groups_to_prune(scores[kind], count) for kind, count in counts.items()}
         if self.config.compensation == "lstsq":
-            repair_layer(self.model, index, {kind: ~mask for kind, mask in pruned.items()}, streams[1])
+            repair_layer(self.model, index, {kind: ~gone for kind, gone in pruned.items()}, streams[1])
         prune_attention_by_gqa_groups(self.model, index, pruned[GROUPS])
         prune_mlp_channels(self.model, index, pruned[CHANNELS])
 
@@ -389,18 +387,18 @@ def search_ratio(perplexity_at: Callable[[float], float], target: float, low: fl
     Raises:
         UserError: no ratio that was tried stays under the target.
     """
-    found = {}
+    perplexities = {}
 
     def passes(ratio: float) -> bool:
-        found[ratio] = perplexity_at(ratio)
-        log.info("Ratio %.4f: perplexity %.2f on held-out text, target %.2f", ratio, found[ratio], target)
-        return found[ratio] < target
+        perplexities[ratio] = perplexity_at(ratio)
+        log.info("Ratio %.4f: perplexity %.2f on held-out text, target %.2f", ratio, perplexities[ratio], target)
+        return perplexities[ratio] < target
 
     best = largest_ratio(passes, low, high, steps)
     if best is None:
-        least = min(found)
+        ratio, value = min(perplexities.items())
         raise UserError(
-            f"--target_perplexity {target:g}: the least ratio tried, {least:.4f}, gives {found[least]:.2f} on held-out "
-            "text; allow more, or try smaller ratios with more --search_steps"
+            f"--target_perplexity {target:g}: the least ratio tried, {ratio:.4f}, gives {value:.2f} on held-out text; "
+            "allow more, or try smaller ratios with more --search_steps"
         )
     return best
