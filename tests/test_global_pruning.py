@@ -2,7 +2,6 @@
 
 import csv
 import json
-from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from compression.flops import encoder_macs_formula
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring, masked
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.scoring import Method, score_structures
+from compression.llm.scoring import SCORES, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
@@ -112,9 +111,9 @@ def test_normalized_scores_make_layers_share_the_budget(text):
 
 
 def test_each_method_has_its_own_normalization():
-    configs = {method: GlobalPruningConfig.make(importance_method=method) for method in get_args(Method)}
+    configs = {method: GlobalPruningConfig.make(importance_method=method) for method in SCORES}
     resolved = {method: fields.as_dict()["normalize"] for method, fields in configs.items()}
-    assert resolved == dict.fromkeys(get_args(Method), "none") | {"wanda": "layer"}
+    assert resolved == dict.fromkeys(SCORES, "none") | {"wanda": "layer"}
     assert all(pick(Scoring, fields).normalization == resolved[method] for method, fields in configs.items())
     assert GlobalPruningConfig.make(importance_method="wanda", normalize="none").as_dict()["normalize"] == "none"
     assert pick(Scoring, GlobalPruningConfig.preset("paper")).normalization == "none"

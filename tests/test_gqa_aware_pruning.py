@@ -3,7 +3,6 @@
 import copy
 import csv
 import json
-from typing import get_args
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from compression.llm.gqa_pruning import (
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
-from compression.llm.scoring import Method, score_layer, score_structures
+from compression.llm.scoring import SCORES, score_layer, score_structures
 from compression.llm.text import CalibrationText, load_corpus, tokenize, windows
 from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
@@ -102,7 +101,7 @@ def test_importance_of_a_group_is_the_sum_over_all_that_belongs_to_it(ids, heads
     torch.testing.assert_close(found[CHANNELS], channels, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", SCORES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpointing):
     model = tiny_decoder("qwen3")
@@ -117,8 +116,8 @@ def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpoin
 def test_only_the_current_layer_takes_gradients(ids, method, monkeypatch):
     """While layer 2 is scored, the layers before it are not run, and no weight of another layer gets a gradient."""
     model = tiny_decoder()
-    entering = LayerStream(model, ids[:4], 2, layer=2)
-    assert not any(state.requires_grad for _, state, _ in entering)
+    stream = LayerStream(model, ids[:4], 2, layer=2)
+    assert not any(state.requires_grad for _, state, _ in stream)
     runs, trainable, gradients = [0] * 4, set(), set()
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
@@ -131,7 +130,7 @@ def test_only_the_current_layer_takes_gradients(ids, method, monkeypatch):
         return losses(*arguments)
 
     monkeypatch.setattr(calibration, "token_losses", note)
-    score_layer(model, 2, entering, method)
+    score_layer(model, 2, stream, method)
     assert runs == [0, 0, 2, 2]
     matrices = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     expected = {f"model.layers.2.{name}.weight" for name in matrices} if method == "taylor" else set()
@@ -351,13 +350,13 @@ def test_rounds_prune_a_bit_at_a_time(text):
     model, sizes = tiny_decoder(), []
     names = []
 
-    def remember(name, make):
+    def cached(name, make):
         sizes.append([parts.parameters for parts in layers_of(model)])
         names.append(name)
         return make()
 
     before = total(model)
-    pruning = layerwise(model, [0.4] * 4, fields(iterative_steps=2), text, remember)
+    pruning = layerwise(model, [0.4] * 4, fields(iterative_steps=2), text, cached)
     pruning.prune()
     assert names == [f"scores_of_step{step}_layer_{index}" for step in (1, 2) for index in range(4)]
     assert 1 - sum(sizes[4]) / before == pytest.approx(0.2, abs=0.02), "half of it after the first round"
