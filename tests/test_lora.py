@@ -13,14 +13,14 @@ from compression.checkpoint import load_tensors, save_folder
 from compression.flops import count_macs
 from compression.llm.lora import PROJECTIONS, add_lora, load_adapter, write_adapter
 from compression.runtime import UserError
-from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, HEADS, NEURONS, layers_of
 from compression.surgery import shrink_decoder
 
 
 def pruned(family="llama"):
     """Four layers: one whole, one narrow, one without attention, one without MLP."""
-    groups = [*KEPT[GROUPS][:2], torch.zeros(4).bool(), torch.ones(4).bool()]
-    channels = [*KEPT[CHANNELS][:2], torch.ones(48).bool(), torch.zeros(48).bool()]
+    groups = [*KEPT[HEADS][:2], torch.zeros(4).bool(), torch.ones(4).bool()]
+    channels = [*KEPT[NEURONS][:2], torch.ones(48).bool(), torch.zeros(48).bool()]
     return shrink_decoder(tiny_decoder(family, max_position_embeddings=128), {GROUPS: groups, CHANNELS: channels})
 
 
