@@ -77,7 +77,7 @@ class Score(ABC):
     def output_projections(self) -> list[Matrix]:
         return [matrix for matrix in self.matrices if not matrix.by_rows]
 
-    def trained(self) -> list[nn.Parameter]:
+    def trained(self) -> list[Tensor]:
         """The weights whose gradients are needed."""
         return []
 
@@ -183,16 +183,17 @@ class Taylor(Score):
     )
     loss = "mean"
 
-    def trained(self) -> list[nn.Parameter]:
+    def trained(self) -> list[Tensor]:
         return [matrix.linear.weight for matrix in self.matrices]
 
     def hooks(self) -> Iterator[RemovableHandle]:
         for matrix in self.matrices:
             yield matrix.linear.weight.register_post_accumulate_grad_hook(partial(self._fold, matrix))
 
-    def _fold(self, matrix: Matrix, weight: nn.Parameter) -> None:
-        matrix.add(self.of_weights(importance.taylor_products(weight.detach(), weight.grad)))
-        weight.grad = None
+    def _fold(self, matrix: Matrix, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        if gradient is not None:
+            matrix.add(self.of_weights(importance.taylor_products(weight.detach(), gradient)))
 
     def of_weights(self, products: Tensor) -> Tensor:
         """Importance of weights, from their |w * dL/dw|."""
@@ -387,7 +388,7 @@ def _with_start(model: PreTrainedModel, score: Score) -> Iterator[RemovableHandl
 
 
 @contextmanager
-def _only_trainable(model: nn.Module, trainable: list[nn.Parameter]) -> Iterator[None]:
+def _only_trainable(model: nn.Module, trainable: list[Tensor]) -> Iterator[None]:
     """Gradients for these parameters and no others."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = set(trainable)
