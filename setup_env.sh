@@ -1,5 +1,6 @@
 # Sourced by the shell scripts beside it, from any folder: makes .venv in the repository, installs requirements.txt at the
-# versions of constraints.txt when either changed, activates .venv. Sets `repository`; `run` runs a command, `plan` and `check_plan` check its flags before.
+# versions of constraints.txt when either changed, activates .venv. Sets `repository`; `run` runs a command, `plan` and
+# `check_plan` check its flags before.
 
 repository="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 child='' stopped='' planned=()
