@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compression.checkpoint import check_positions, find_all, load_classifier
 from compression.classifier.metrics import classification_metrics, paired_difference, predict
+from compression.classifier.models import BASELINE, EVALUATED
 from compression.classifier.report import (
     REPORT_FILES,
     Entry,
@@ -34,22 +35,8 @@ from compression.outputs import check_files
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device, shown
 from compression.timing import measure_latency, size_on_disk
 
-# What stage.json calls the stage (the newest checkpoint of it is taken), the name in the report, what makes it.
-MODELS_TO_EVALUATE = [
-    ("teacher", "Teacher", "python 1_finetune_teacher.py"),
-    ("student", "Distilled Student (Baseline)", "python 2_distill_student.py"),
-    ("student_softlabel", "Distilled Student (Soft Labels)", "python 2_distill_student.py --variant soft_labels"),
-    (
-        "student_quantized",
-        "Quantized Distilled Student",
-        "python 9_quantize_pruned_model.py --pruned_model_path models/student_model"
-        " --output_dir models/student_quantized_model",
-    ),
-    ("pruned", "Pruned Student (KGSP + MSP)", "python 8_pruning_with_finetuning.py"),
-    ("pruned_quantized", "Pruned + Quantized Student (PTQ)", "python 9_quantize_pruned_model.py"),
-    ("pruned_qkd4bit", "Pruned + QKD-4bit (QAT)", "python 10_qat_kd_4bit.py"),
-]
-BASELINE = "Distilled Student (Baseline)"
+# What is evaluated, in this order. To leave a model out or to add one, make this a list of your own.
+MODELS_TO_EVALUATE = EVALUATED
 
 
 @dataclass
@@ -139,18 +126,18 @@ def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: 
 
 def main(config: EvaluationConfig) -> None:
     found, missing = {}, []
-    for stage, name, command in MODELS_TO_EVALUATE:
-        folders = find_all(config.models_dir, stage)
+    for model in MODELS_TO_EVALUATE:
+        folders = find_all(config.models_dir, model.stage)
         if not folders:
-            missing.append({"name": name, "command": command})
+            missing.append({"name": model.name, "command": model.command})
         for older, folder in enumerate(folders if config.every_pruned else folders[:1]):
-            found[f"{name}, {folder.name}" if older else name] = folder
+            found[f"{model.name}, {folder.name}" if older else model.name] = folder
     if not found:
         command = missing[0]["command"]
         raise UserError(f"--models_dir {config.models_dir}: no model to evaluate; make the first with: {command}")
     check_files(config.output_dir, REPORT_FILES, "--output_dir")
     report = build_report(found, missing, config)
-    paths = write_report(report, config.output_dir)
+    paths = write_report(report, config.output_dir, MODELS_TO_EVALUATE)
     for section in (results_table(report), missing_section(report), "Written: " + ", ".join(map(shown, paths))):
         if section:
             log.info("\n%s", section)

@@ -15,26 +15,20 @@ import numpy as np
 
 from compression.checkpoint import check_positions, find_newest, load_classifier
 from compression.classifier.metrics import classification_metrics, predict
+from compression.classifier.models import EVALUATED
+from compression.classifier.plots import plot_model_comparison
 from compression.classifier.tasks import encode, load_sentiment
 from compression.config import StageConfig, run_script
 from compression.flops import count_parameters
 from compression.outputs import check_files, new_files
-from compression.plots import plot_model_comparison, save_figure
+from compression.plots import save_figure
 from compression.runtime import MODELS, RESULTS, UserError, log, pick_device, shown
 from compression.tables import Column, at, text_table, write_csv
 from compression.timing import interleaved_times, measure_latency, size_on_disk
 
 FILES = ("model_comparison.csv", "model_comparison.png", "model_comparison.pdf")
-# What stage.json calls the stage (the newest checkpoint of it is taken), and the name in the figure.
-models = [
-    ("teacher", "Teacher"),
-    ("student", "Student"),
-    ("student_softlabel", "Student, soft labels"),
-    ("student_quantized", "Student, 4 bits"),
-    ("pruned", "Pruned"),
-    ("pruned_quantized", "Pruned, 4 bits (PTQ)"),
-    ("pruned_qkd4bit", "Pruned, 4 bits (QAT)"),
-]
+# What is compared, in this order. To leave a model out or to add one, make this a list of your own.
+models = EVALUATED
 # The table, and which of its columns are logged too.
 COLUMNS = [
     Column("model", at("name")),
@@ -117,17 +111,18 @@ def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, 
 
 
 def main(config: ComparisonConfig) -> None:
-    newest = {name: find_newest(config.models_dir, stage) for stage, name in models}
+    newest = {model.short_name: find_newest(config.models_dir, model.stage) for model in models}
     found = {name: folder for name, folder in newest.items() if folder}
     if not found:
         raise UserError(
-            f"--models_dir {config.models_dir}: no model to compare; make the first with: python 1_finetune_teacher.py"
+            f"--models_dir {config.models_dir}: no model to compare; make the first with: {models[0].command}"
         )
     if absent := [name for name, folder in newest.items() if not folder]:
         log.info("Not there, so not compared: %s", "; ".join(absent))
     check_files(config.output_dir, FILES, "--output_dir")
     entries = compare(found, config)
-    figure = plot_model_comparison([{column.title: column.value(entry) for column in COLUMNS} for entry in entries])
+    rows = [{column.title: column.value(entry) for column in COLUMNS} for entry in entries]
+    figure = plot_model_comparison(rows, models)
     with new_files(config.output_dir, FILES, "--output_dir") as temporary:
         write_csv(temporary / FILES[0], COLUMNS, entries)
         for name in FILES[1:]:

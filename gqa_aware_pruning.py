@@ -42,10 +42,11 @@ from compression.llm.gqa_pruning import (
     select_gqa_groups_to_prune,
 )
 from compression.llm.perplexity import perplexity
+from compression.llm.plots import plot_rates
 from compression.llm.removal import removal_perplexities
 from compression.llm.run import FAST, Results, RunFields, calibration_text, compare
 from compression.llm.text import CalibrationText
-from compression.plots import plot_rates, save_figure
+from compression.plots import save_figure
 from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.sources import LLM_FOLDER, describe_source
 from compression.structures import DECODERS, family_of, layers_of

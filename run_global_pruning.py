@@ -22,10 +22,11 @@ from compression.files import link_or_copy, read_json, write_json
 from compression.integrity import RUN_FILE
 from compression.llm.evaluate import EvaluationFields, evaluation_windows, measure
 from compression.llm.global_pruning import GlobalPruning, PruningFields
+from compression.llm.plots import plot_removal, plot_retained
 from compression.llm.recovery import RecoveryFields, recover
 from compression.llm.removal import removal_perplexities
 from compression.llm.run import FAST, Results, RunFields, calibration_text, compare
-from compression.plots import plot_removal, plot_retained, save_figure
+from compression.plots import save_figure
 from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.sources import LLM_FOLDER, describe_source
 from compression.structures import DECODERS, family_of

@@ -10,7 +10,7 @@ from conftest import tiny_bert, tiny_distilbert
 from matplotlib.image import imread
 
 from compression.checkpoint import describe_stage, save_checkpoint
-from compression.plots import plot_model_comparison
+from compression.classifier.plots import plot_model_comparison
 from compression.quantization import Format, pack
 from compression.runtime import ROOT
 

@@ -12,6 +12,8 @@ from matplotlib.image import imread
 
 from compression.checkpoint import describe_stage, identify, read_stage, save_checkpoint
 from compression.classifier import report as report_module
+from compression.classifier.models import BASELINE, EVALUATED, looks
+from compression.classifier.plots import LARGEST_MARKER, _unit_area, pareto_front, plot_accuracy_against_cost
 from compression.classifier.report import (
     build_markdown,
     data_warnings,
@@ -22,15 +24,8 @@ from compression.classifier.report import (
 )
 from compression.files import write_json
 from compression.flops import count_macs
-from compression.plots import (
-    LARGEST_MARKER,
-    SHAPES,
-    _unit_area,
-    pareto_front,
-    plot_accuracy_against_cost,
-    plot_removal,
-    save_figure,
-)
+from compression.llm.plots import plot_removal
+from compression.plots import COLOURS, MARKERS, save_figure
 from compression.runtime import ROOT, UserError
 from compression.surgery import shrink
 
@@ -184,7 +179,7 @@ def test_exactly_three_files_are_written(report, tmp_path):
 def test_a_failed_figure_leaves_the_old_report(report, tmp_path, monkeypatch):
     write_report(report, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(report_module, "plot_accuracy_against_cost", lambda report: 1 / 0)
+    monkeypatch.setattr(report_module, "plot_accuracy_against_cost", lambda report, models: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(report | {"created": "later"}, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -196,12 +191,34 @@ def drawn_models(axes):
 
 
 def test_marker_area_is_proportional_to_size_whatever_the_shape(report):
+    shapes = [shape for _, shape in looks([entry["name"] for entry in report["models"]])]
+    assert len(set(shapes)) == 3
     for axes in plot_accuracy_against_cost(report).axes:
         areas = [
-            marks.get_sizes()[0] * _unit_area(shape) for marks, shape in zip(drawn_models(axes), SHAPES, strict=False)
+            marks.get_sizes()[0] * _unit_area(shape) for marks, shape in zip(drawn_models(axes), shapes, strict=True)
         ]
         assert areas == pytest.approx([LARGEST_MARKER, LARGEST_MARKER / 2, LARGEST_MARKER * 150 / 400])
     assert (_unit_area("s"), _unit_area("o")) == (pytest.approx(1), pytest.approx(torch.pi / 4, rel=1e-3))
+
+
+def test_a_model_keeps_its_looks_whatever_else_there_is():
+    assert list(looks([model.name for model in EVALUATED])) == list(zip(COLOURS, MARKERS, strict=True))
+    assert list(looks([model.short_name for model in EVALUATED[3:]])) == list(zip(COLOURS, MARKERS, strict=True))[3:]
+    newest, older, oldest, quantized = looks([
+        "Pruned Student (KGSP + MSP)", "Pruned Student (KGSP + MSP), pruned_2", "Pruned Student (KGSP + MSP), pruned_1",
+        "Pruned + Quantized Student (PTQ)",
+    ])  # fmt: skip
+    assert newest == (EVALUATED[4].colour, EVALUATED[4].marker) and quantized[1] == EVALUATED[5].marker
+    assert older[0] == oldest[0] == newest[0]
+    markers = {newest[1], older[1], oldest[1], quantized[1]}
+    assert len(markers) == 4 and not {older[1], oldest[1]} & set(MARKERS)
+    assert next(looks(["none of them"])) not in list(zip(COLOURS, MARKERS, strict=True))
+
+
+def test_the_models_are_told_apart():
+    for what in ("stage", "name", "short_name", "command", "colour", "marker"):
+        assert len({getattr(model, what) for model in EVALUATED}) == len(EVALUATED), what
+    assert BASELINE == "Distilled Student (Baseline)"
 
 
 def test_models_are_drawn_against_gflops_and_against_size(report):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from compression.checkpoint import read_stage
+from compression.classifier.models import EVALUATED, EvaluatedModel
+from compression.classifier.plots import plot_accuracy_against_cost
 from compression.files import write_json, write_text
 from compression.integrity import digest_of
 from compression.outputs import new_files
-from compression.plots import plot_accuracy_against_cost, save_figure
+from compression.plots import save_figure
 from compression.runtime import ROOT, UserError, relative_path
 from compression.tables import Column, at, markdown_table
 
@@ -174,14 +176,17 @@ def data_warnings(entries: Sequence[Entry], data_name: str) -> list[str]:
     return lines
 
 
-def write_report(report: Report, folder: Path) -> list[Path]:
+def write_report(report: Report, folder: Path, models: Sequence[EvaluatedModel] = EVALUATED) -> list[Path]:
     """Write the files of `REPORT_FILES`; each is replaced whole, and none before all three are made.
+
+    Args:
+        models: what the entries are checkpoints of, for the looks of the figure.
 
     Returns:
         The paths written.
     """
     report = json.loads(json.dumps(report))  # what the markdown and plot show is what the JSON holds
-    markdown, figure = build_markdown(report), plot_accuracy_against_cost(report)
+    markdown, figure = build_markdown(report), plot_accuracy_against_cost(report, models)
     with new_files(folder, REPORT_FILES, "--output_dir") as temporary:
         write_json(temporary / REPORT_FILES[0], report)
         write_text(temporary / REPORT_FILES[1], markdown)
