@@ -6,8 +6,9 @@ import hashlib
 
 import pytest
 import torch
+from conftest import tiny_bert
 
-from compression.batching import batches, length_grouped_order
+from compression.batching import batches, length_grouped_order, model_inputs
 from compression.classifier.tasks import Encoded, Split, encode, load_sentiment
 from compression.runtime import UserError
 
@@ -74,7 +75,7 @@ def test_sample_is_seeded_and_keeps_pairs_together():
 def encoded():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 30, (700,), generator=generator).tolist()
-    return Encoded([[7] * length for length in lengths], torch.arange(700))
+    return Encoded({"input_ids": [[7] * length for length in lengths]}, torch.arange(700))
 
 
 def test_every_row_is_seen_once_an_epoch_in_a_new_order(encoded):
@@ -86,7 +87,7 @@ def test_every_row_is_seen_once_an_epoch_in_a_new_order(encoded):
 
 def test_batches_are_grouped_by_length(encoded):
     def padding(order):
-        padded = sum(len(rows) * max(len(encoded.ids[row]) for row in rows) for rows in order)
+        padded = sum(len(rows) * max(int(encoded.lengths[row]) for row in rows) for rows in order)
         return padded / int(encoded.lengths.sum()) - 1
 
     grouped = padding(length_grouped_order(encoded.lengths, 8, seed=3, epoch=1))
@@ -95,7 +96,7 @@ def test_batches_are_grouped_by_length(encoded):
 
 
 def test_collate_pads_and_masks():
-    encoded = Encoded([[5, 6, 7], [8]], torch.tensor([1, 0]))
+    encoded = Encoded({"input_ids": [[5, 6, 7], [8]]}, torch.tensor([1, 0]))
     batch = encoded.collate([1, 0], pad_token_id=9)
     assert batch["input_ids"].tolist() == [[8, 9, 9], [5, 6, 7]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
@@ -111,15 +112,36 @@ def test_evaluation_batches_say_their_rows(encoded):
 
 def test_single_sentences_have_no_token_types_and_the_digest_that_they_had(tokenizer):
     encoded = encode(tokenizer, Split(["a b", "c"], [0, 1]), 9)
-    assert encoded.ids == [[2, 5, 6, 3], [2, 7, 3]]
-    assert encoded.digest() == hashlib.sha256(repr(encoded.ids).encode()).hexdigest()
+    ids = [[2, 5, 6, 3], [2, 7, 3]]
+    assert encoded.inputs == {"input_ids": ids}
+    assert encoded.digest() == hashlib.sha256(repr(ids).encode()).hexdigest()
     assert set(encoded.collate([0, 1], 0)) == {"input_ids", "attention_mask", "labels"}
 
 
 def test_pairs_carry_which_sentence_a_token_is_of(tokenizer):
     pairs = encode(tokenizer, Split([("a b", "c"), ("d", "e f g")], [0, 1]), 6)
-    assert pairs.ids == [[2, 5, 6, 3, 7, 3], [2, 8, 3, 9, 10, 3]], "the longer sentence of a pair is cut"
-    short = Encoded([*pairs.ids, [2, 5, 3, 6, 3]], torch.tensor([0, 1, 0]), [*pairs.token_types, [0, 0, 0, 1, 1]])
+    ids, types = [[2, 5, 6, 3, 7, 3], [2, 8, 3, 9, 10, 3]], [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]
+    assert pairs.inputs == {"input_ids": ids, "token_type_ids": types}, "the longer sentence of a pair is cut"
+    inputs = {"input_ids": [*ids, [2, 5, 3, 6, 3]], "token_type_ids": [*types, [0, 0, 0, 1, 1]]}
+    short = Encoded(inputs, torch.tensor([0, 1, 0]))
     batch = short.collate([2, 1], pad_token_id=9)
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]]
-    assert pairs.digest() != Encoded(pairs.ids, pairs.labels).digest(), "the teacher's logits depend on the types"
+    assert pairs.digest() == hashlib.sha256(repr((ids, types)).encode()).hexdigest()
+    without = Encoded({"input_ids": ids}, pairs.labels)
+    assert pairs.digest() != without.digest(), "the teacher's logits depend on the types"
+
+
+def test_what_else_a_tokenizer_gives_goes_to_the_models_that_take_it(tokenizer):
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, language=None, labels=None):
+            raise NotImplementedError
+
+    def with_language(texts, **options):
+        return tokenizer(texts, **options) | {"language": [[7] * (len(text.split()) + 2) for text in texts]}
+
+    encoded = encode(with_language, Split(["a b", "c"], [0, 1]), 9)
+    batch = encoded.collate([1, 0], pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[2, 7, 3, 9], [2, 5, 6, 3]]
+    assert batch["language"].tolist() == [[7, 7, 7, 0], [7, 7, 7, 7]]
+    assert set(model_inputs(Model(), batch)) == {"input_ids", "attention_mask", "language"}
+    assert set(model_inputs(tiny_bert(), batch)) == {"input_ids", "attention_mask"}

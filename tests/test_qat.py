@@ -68,7 +68,7 @@ def train():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 12, (ROWS,), generator=generator).tolist()
     ids = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return Encoded(ids, torch.randint(0, 2, (ROWS,), generator=generator))
+    return Encoded({"input_ids": ids}, torch.randint(0, 2, (ROWS,), generator=generator))
 
 
 def recipe_of(teacher, **changes):

@@ -22,7 +22,7 @@ def train():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 12, (42,), generator=generator).tolist()
     ids = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return Encoded(ids, torch.randint(0, 2, (42,), generator=generator))
+    return Encoded({"input_ids": ids}, torch.randint(0, 2, (42,), generator=generator))
 
 
 class CrossEntropy(Recipe):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from compression.assets import SentimentSource, ensure_sentiment
-from compression.batching import pad, pad_rows
+from compression.batching import pad
 from compression.embedded import FILM_SHARES, part_of_film
 from compression.integrity import digest_of
 from compression.runtime import UserError
@@ -147,42 +147,45 @@ def _split_by_film(source: SentimentSource) -> SentimentData:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenized sentences or pairs: token ids per row (no padding), labels [rows], and token types."""
+    """Tokenized sentences or pairs, and their labels [rows].
 
-    ids: list[list[int]]
+    `inputs` holds by name what the tokenizer gives, rows without padding: input_ids, with pairs token_type_ids, and
+    whatever else a tokenizer has for its model.
+    """
+
+    inputs: dict[str, list[list[int]]]
     labels: Tensor
-    token_types: list[list[int]] | None = None
-    """Which sentence of a pair each token is of, as `ids`; None where all are zero, as with single sentences."""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.labels)
 
     @property
     def lengths(self) -> Tensor:
-        return torch.tensor([len(row) for row in self.ids])
+        return torch.tensor([len(row) for row in self.inputs["input_ids"]])
 
     @property
     def weights(self) -> Tensor:
-        return torch.ones(len(self.ids), dtype=torch.long)
+        return torch.ones(len(self), dtype=torch.long)
 
     def digest(self) -> str:
-        """A hash of the token ids and types: the same for the same data and tokenizer."""
-        content = self.ids if self.token_types is None else (self.ids, self.token_types)
-        return digest_of(repr(content))
+        """A hash of the inputs: the same for the same data and tokenizer."""
+        values = tuple(self.inputs.values())
+        return digest_of(repr(values if len(values) > 1 else values[0]))
 
     def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
-        """A batch padded to its longest row: input_ids and attention_mask [rows, length], labels [rows].
-
-        With pairs also token_type_ids [rows, length].
-        """
-        batch = pad([self.ids[row] for row in rows], pad_token_id)
-        if self.token_types is not None:
-            batch["token_type_ids"] = pad_rows([self.token_types[row] for row in rows], 0)
-        return batch | {"labels": self.labels[rows]}
+        """A batch padded to its longest row: inputs and attention mask [rows, length], labels [rows]."""
+        return pad(self.inputs, rows, pad_token_id) | {"labels": self.labels[rows]}
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, split: Split, max_length: int) -> Encoded:
-    """Tokenize sentences or pairs, cutting rows at `max_length` tokens (of a pair the longer sentence first)."""
+    """Tokenize sentences or pairs, cutting rows at `max_length` tokens (of a pair the longer sentence first).
+
+    Token types that are all zero, as of single sentences, are left out: models take them so by default.
+    """
     found = tokenizer(split.sentences, truncation=True, max_length=max_length, padding=False)
-    types = found.get("token_type_ids")
-    return Encoded(found["input_ids"], torch.tensor(split.labels), types if types and any(map(any, types)) else None)
+    inputs = {"input_ids": found["input_ids"]} | {
+        name: rows
+        for name, rows in found.items()
+        if name != "attention_mask" and (name != "token_type_ids" or any(map(any, rows)))
+    }
+    return Encoded(inputs, torch.tensor(split.labels))
