@@ -10,9 +10,9 @@ of the losses are documented in compression/classifier/qat.py, those of any trai
 from dataclasses import dataclass
 from pathlib import Path
 
-from compression.checkpoint import find_unquantized, load_classifier, require_classifier
+from compression.checkpoint import find_unquantized, load_classifier
 from compression.classifier.qat import QuantizationAwareConfig, QuantizationAwareDistillation
-from compression.classifier.stage import Stage
+from compression.classifier.stage import Stage, require_classifier
 from compression.config import run_script
 from compression.quantization import bytes_by_part, check_exact, pack
 from compression.runtime import UserError, log, pick_dtype

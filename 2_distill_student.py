@@ -13,8 +13,7 @@ from typing import ClassVar, Literal
 
 from compression.assets import ensure_student
 from compression.batching import model_inputs
-from compression.checkpoint import require_classifier
-from compression.classifier.stage import Stage
+from compression.classifier.stage import Stage, require_classifier
 from compression.config import run_script
 from compression.distillation import distillation_loss
 from compression.sources import STUDENT
@@ -74,7 +73,7 @@ def main(config: DistillationConfig) -> None:
         return
 
     with stage.running():
-        model, task = stage.load_model(num_labels=2)
+        model, task = stage.load_model(new_head=True)
         recipe = Distillation(config, stage.teacher_logits().to(model.device))
         history = stage.train(model, task, recipe)
         stage.save(model, task, history)

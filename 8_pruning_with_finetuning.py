@@ -10,9 +10,8 @@ in compression/classifier/gradual_pruning.py, those of any training in compressi
 from dataclasses import dataclass
 from pathlib import Path
 
-from compression.checkpoint import require_classifier
 from compression.classifier.gradual_pruning import GradualPruning, GradualPruningConfig
-from compression.classifier.stage import Stage
+from compression.classifier.stage import Stage, require_classifier
 from compression.config import run_script
 from compression.runtime import UserError, log
 

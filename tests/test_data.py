@@ -7,10 +7,18 @@ import hashlib
 import pytest
 import torch
 from conftest import tiny_bert
+from datasets import Dataset, DatasetDict
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from compression.assets import NotOnHub
 from compression.batching import batches, length_grouped_order, model_inputs
-from compression.classifier.tasks import Encoded, Split, encode, load_sentiment
-from compression.runtime import UserError
+from compression.classifier import data as data_module
+from compression.classifier.data import Encoded, Split, encode, ensure_data, find_data, load_data
+from compression.classifier.metrics import classification_metrics, score
+from compression.classifier.report import confusion_columns, results_columns
+from compression.classifier.tasks import Metric, Task
+from compression.embedded import reviews_file
+from compression.runtime import ROOT, UserError
 
 
 def write_tsv(folder, train_rows=50):
@@ -22,7 +30,7 @@ def write_tsv(folder, train_rows=50):
 
 
 def test_selection_is_held_out_of_training_and_validation_is_whole(tmp_path):
-    data = load_sentiment(write_tsv(tmp_path / "sst2"))
+    data = load_data(write_tsv(tmp_path / "sst2"))
     assert (len(data.train), len(data.selection), len(data.validation)) == (45, 5, 8)
     assert not set(data.train.sentences) & set(data.selection.sentences)
     assert data.validation.sentences[3] == "dev.tsv sentence 3" and data.validation.labels[3] == 1
@@ -35,7 +43,85 @@ def test_malformed_line_is_named(tmp_path, line):
     with (tmp_path / "sst2" / "train.tsv").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match="train.tsv, line 52: found"):
-        load_sentiment(folder)
+        load_data(folder)
+
+
+ACCURACY = Metric("Accuracy", accuracy_score)
+MRPC = Task(
+    name="MRPC", about="paraphrase", text=("sentence1", "sentence2"), labels=("different", "same"),
+    metrics={"f1": Metric("F1", f1_score), "accuracy": ACCURACY}, primary="f1",
+    tsv=("label", "", "", "sentence1", "sentence2"), tsv_header="Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    repository="nyu-mll/glue", subset="mrpc", folder=ROOT / "mrpc_data",
+)  # fmt: skip
+COLA = Task(
+    name="CoLA", about="acceptability", text=("sentence",), labels=("wrong", "right"),
+    metrics={"accuracy": ACCURACY, "mcc": Metric("Matthews", matthews_corrcoef)}, primary="mcc",
+    tsv=("", "label", "", "sentence"), tsv_header=None,
+    repository="nyu-mll/glue", subset="cola", folder=ROOT / "cola_data",
+)  # fmt: skip
+LINES = {
+    "MRPC": [f"{row % 2}\t1\t2\tfirst {row}\tsecond {row} " for row in range(20)],
+    "CoLA": [f"gj04\t{row % 2}\t*\t first {row}" for row in range(20)],
+}
+
+
+def expected(task, row):
+    return (f"first {row}", f"second {row}") if task is MRPC else f"first {row}"
+
+
+@pytest.mark.parametrize("task", [MRPC, COLA], ids=lambda task: task.name)
+def test_another_task_is_one_record(tmp_path, task):
+    (tmp_path / task.name).mkdir()
+    header = [] if task.tsv_header is None else [task.tsv_header]
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / task.name / name).write_text("\n".join([*header, *LINES[task.name]]) + "\n")
+    data = load_data(str(tmp_path), task)
+    assert data.name == f"{task.name} (GLUE)" and len(data.train) == 18
+    assert data.validation == Split([expected(task, row) for row in range(20)], [0, 1] * 10)
+    with (tmp_path / task.name / "dev.tsv").open("a") as file:
+        file.write("2\t2\t2\t2\n")
+    shape = {
+        "MRPC": "0 or 1<TAB>...<TAB>...<TAB>sentence1<TAB>sentence2",
+        "CoLA": "...<TAB>0 or 1<TAB>...<TAB>sentence",
+    }
+    with pytest.raises(UserError, match=rf"dev.tsv, line {21 + len(header)}: found .*, expected {shape[task.name]}$"):
+        load_data(str(tmp_path), task)
+
+
+@pytest.mark.parametrize("task", [MRPC, COLA], ids=lambda task: task.name)
+def test_saved_data_of_another_task(tmp_path, task):
+    words = {"sentence": "first", "sentence1": "first", "sentence2": "second"}
+    columns = {name: [f"{words[name]} {row}" for row in range(20)] for name in task.text}
+    rows = Dataset.from_dict(columns | {"label": [0, 1] * 10, "idx": list(range(20))})
+    DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "glue" / task.subset)
+    assert load_data(str(tmp_path), task).validation == Split([expected(task, row) for row in range(20)], [0, 1] * 10)
+    with pytest.raises(UserError, match=f"--data_dir {tmp_path}: no sentiment data there"):
+        load_data(str(tmp_path))
+
+
+def test_the_reviews_stand_in_for_their_task_only(tmp_path, monkeypatch):
+    def unreachable(*_):
+        raise NotOnHub("the hub is not reachable")
+
+    monkeypatch.setattr(data_module, "hub_answers", lambda: False)
+    monkeypatch.setattr(data_module, "hub_snapshot", unreachable)
+    monkeypatch.setattr(data_module, "install_reviews", lambda *_: pytest.fail("the reviews were fetched"))
+    (tmp_path / "embedded").mkdir()
+    reviews_file(tmp_path / "embedded").touch()
+    assert find_data(tmp_path).kind == "embedded" and find_data(tmp_path, COLA) is None
+    with pytest.raises(UserError, match="^CoLA: the hub is not reachable; give its files with --data_dir$"):
+        ensure_data(task=COLA, folder=tmp_path)
+
+
+def test_a_tasks_own_metrics():
+    logits, labels = torch.tensor([[0.0, 1], [1, 0], [0, 1], [0, 1]]), torch.tensor([1, 0, 0, 1])
+    metrics = classification_metrics(logits, labels, COLA)
+    assert list(metrics) == ["n", "accuracy", "accuracy_standard_error", "mcc", "roc_auc", "confusion_matrix"]
+    assert score(logits, labels, COLA) == metrics["mcc"] == pytest.approx(1 / 3**0.5)
+    assert score(logits, labels, MRPC) == pytest.approx(0.8) and score(logits, labels) == metrics["accuracy"] == 0.75
+    titles = [column.title for column in results_columns(128, COLA)]
+    assert titles[:4] == ["Model", "Accuracy (%)", "Matthews", "ROC-AUC"]
+    assert [column.title for column in confusion_columns(COLA.labels)][1:3] == ["True wrong", "False right"]
 
 
 def test_no_film_is_in_two_parts(tmp_path, monkeypatch):
@@ -50,12 +136,9 @@ def test_no_film_is_in_two_parts(tmp_path, monkeypatch):
                     {"category": category, "text": f"film {film} review {review}", "movie_name": f"film_{film}"}
                 )
             writer.writerow({"category": "plot", "text": f"plot of {film}", "movie_name": f"film_{film}"})
-    from compression import assets
-    from compression.classifier import tasks as data
-
-    source = assets.SentimentSource("embedded", path, "Reviews", "embedded")
-    monkeypatch.setattr(data, "ensure_sentiment", lambda data_dir: source)
-    loaded = load_sentiment()
+    source = data_module.DataSource("embedded", path, "Reviews", "embedded")
+    monkeypatch.setattr(data_module, "ensure_data", lambda data_dir, task: source)
+    loaded = load_data()
     films = [{sentence.split(" review")[0] for sentence in part.sentences} for part in
              (loaded.train, loaded.selection, loaded.validation)]  # fmt: skip
     assert all(films) and len(films[0]) > 40

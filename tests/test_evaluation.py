@@ -10,8 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compression import timing as efficiency
 from compression.batching import batches
+from compression.classifier.data import Encoded, Split, encode
 from compression.classifier.metrics import classification_metrics, paired_difference, predict
-from compression.classifier.tasks import Encoded, Split, encode
 from compression.llm.evaluate import EvaluationFields, check_positions, evaluation_windows
 from compression.runtime import UserError
 from compression.timing import interleaved_times, measure_latency, size_on_disk

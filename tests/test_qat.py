@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
+from compression.classifier.data import Encoded
 from compression.classifier.qat import QuantizationAwareConfig, QuantizationAwareDistillation
-from compression.classifier.tasks import Encoded
 from compression.distillation import hidden_state_loss, layer_map
 from compression.quantization import (
     Format,

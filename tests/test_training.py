@@ -7,8 +7,8 @@ from accelerate.state import AcceleratorState
 from conftest import VOCABULARY, tiny_distilbert
 
 from compression.checkpoint import load_tensors
+from compression.classifier.data import Encoded
 from compression.classifier.gradual_pruning import GradualPruning, GradualPruningConfig
-from compression.classifier.tasks import Encoded
 from compression.runtime import UserError
 from compression.training import Recipe, TrainingConfig, clean_up, fit
 
