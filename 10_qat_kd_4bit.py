@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from compression.checkpoint import find_unquantized, load_classifier, require_classifier
+from compression.checkpoint import find_unquantized, load_classifier
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
-from compression.classifier.stage import DataSettings, Stage
+from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.quantization import Storage, bytes_by_part, check_exact, pack
 from compression.runtime import MODELS, UserError, log, pick_dtype

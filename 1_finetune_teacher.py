@@ -51,7 +51,7 @@ def main(config: TeacherConfig) -> None:
         return
 
     with stage.running():
-        model, task = stage.load_model(num_labels=2)
+        model, task = stage.load_model(new_head=True)
         recipe = FineTuning(config.training, len(task.train))
         history = stage.train(model, task, recipe)
         stage.save(model, task, history)

@@ -13,8 +13,7 @@ from typing import Annotated, ClassVar, Literal
 
 from compression.assets import ensure_student
 from compression.batching import model_inputs
-from compression.checkpoint import require_classifier
-from compression.classifier.stage import DataSettings, Stage
+from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.config import NO_EFFECT, Between, Config, Flat, group, run_script
 from compression.distillation import distillation_loss
 from compression.runtime import MODELS
@@ -73,7 +72,7 @@ def main(config: DistillationConfig) -> None:
         return
 
     with stage.running():
-        model, task = stage.load_model(num_labels=2)
+        model, task = stage.load_model(new_head=True)
         alpha = 1.0 if config.variant == "soft_labels" else config.alpha
         recipe = Distillation(config.training, stage.teacher_logits().to(model.device), config.temperature, alpha)
         history = stage.train(model, task, recipe)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compression.checkpoint import check_positions, find_all, load_classifier
+from compression.classifier.data import encode, load_data
 from compression.classifier.metrics import classification_metrics, paired_difference, predict
 from compression.classifier.models import BASELINE, EVALUATED
 from compression.classifier.report import (
@@ -28,7 +29,6 @@ from compression.classifier.report import (
     results_table,
     write_report,
 )
-from compression.classifier.tasks import encode, load_sentiment
 from compression.config import AtLeast, Between, Config, run_script
 from compression.flops import count_macs, count_parameters
 from compression.outputs import check_files
@@ -85,7 +85,7 @@ def measure(name: str, folder: Path, model, tokenizer, validation, config: Evalu
 def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: EvaluationConfig) -> dict[str, Any]:
     """Measure every model that was found."""
     lineages = {name: {"lineage": describe_lineage(folder)} for name, folder in found.items()}
-    device, data = pick_device(), load_sentiment(config.data_dir)
+    device, data = pick_device(), load_data(config.data_dir)
     loaded = {name: load_classifier(folder, device) for name, folder in found.items()}
     for model, _ in loaded.values():
         for length in ("flops_sequence_length", "latency_sequence_length"):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from compression.checkpoint import require_classifier
 from compression.classifier.gradual_pruning import (
     MODES,
     DistillationSchedule,
@@ -21,7 +20,7 @@ from compression.classifier.gradual_pruning import (
     PruningSchedule,
     Targets,
 )
-from compression.classifier.stage import DataSettings, Stage
+from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.runtime import MODELS, UserError, log
 from compression.schedule import EarlyStopping

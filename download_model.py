@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from compression.assets import ensure_llm, ensure_sentiment, ensure_student, ensure_teacher
+from compression.assets import ensure_llm, ensure_student, ensure_teacher
+from compression.classifier.data import ensure_data
 from compression.config import Config, run_script
 from compression.files import remove_leftovers
 from compression.outputs import remove_states
@@ -74,7 +75,7 @@ def get_classifier_track(config: DownloadConfig, use_hub: bool) -> None:
     """The teacher, the student, the sentiment data."""
     teacher = ensure_teacher(config.teacher, config.models_dir / TEACHER_FOLDER.name, use_hub, copy=True)
     student = ensure_student(config.student, config.models_dir / STUDENT_FOLDER.name, use_hub, copy=True)
-    data = ensure_sentiment(config.data_dir, use_hub=use_hub)
+    data = ensure_data(config.data_dir, use_hub=use_hub)
 
     show("teacher", teacher, describe_source(teacher))
     show("student", student, describe_source(student))

@@ -14,10 +14,10 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from compression.checkpoint import check_positions, find_newest, load_classifier
+from compression.classifier.data import encode, load_data
 from compression.classifier.metrics import classification_metrics, predict
 from compression.classifier.models import EVALUATED
 from compression.classifier.plots import plot_model_comparison
-from compression.classifier.tasks import encode, load_sentiment
 from compression.config import AtLeast, Between, Config, run_script
 from compression.flops import count_parameters
 from compression.outputs import check_files, new_files
@@ -74,7 +74,7 @@ class ComparisonConfig(Config):
 
 def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, Any]]:
     """What `COLUMNS` are columns of, for each model."""
-    device, data = pick_device(), load_sentiment(config.data_dir)
+    device, data = pick_device(), load_data(config.data_dir)
     log.info("Loading times, the models taking turns")
     loads = {name: lambda folder=folder: load_classifier(folder, device) for name, folder in found.items()}
     seconds = interleaved_times(loads, config.load_runs, device)

@@ -1,8 +1,8 @@
-"""Where a model or data set comes from.
+"""Where a model comes from, and how anything is fetched from the hub.
 
-In this order: a path the user gives; a folder that is already there (`models/`, `sst2_data/`); the Hugging
-Face hub or its local cache; the embedded default, which is a real pretrained model or real text that ships
-inside a package for pip. The embedded default stands in for the default names only: a model that the user
+In this order: a path the user gives; a folder that is already there (under `models/`); the Hugging
+Face hub or its local cache; the embedded default, which is a real pretrained model that ships inside a
+package for pip. The embedded default stands in for the default names only: a model that the user
 asks for by another name is fetched or is an error.
 
 Folders are written beside their target and renamed, so an interrupted download leaves nothing that looks
@@ -17,28 +17,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
 
-from compression.embedded import (
-    install_reviews,
-    make_embedded_llm,
-    make_embedded_student,
-    make_embedded_teacher,
-    reviews_file,
-)
+from compression.embedded import make_embedded_llm, make_embedded_student, make_embedded_teacher
 from compression.files import read_object, real_path, settle
 from compression.integrity import SOURCE_FILE
 from compression.runtime import UserError, log, processes, shown
 from compression.sources import (
     LLM,
     LLM_FOLDER,
-    SENTIMENT_FOLDER,
     STUDENT,
     STUDENT_FOLDER,
     TEACHER,
     TEACHER_FOLDER,
-    describe_source,
     fetched,
     missing_file,
     read_source,
@@ -61,7 +51,6 @@ MODEL_FILES = [
     "merges.txt",
     "chat_template.jinja",
 ]
-GLUE = "nyu-mll/glue"
 PROBE_SECONDS = 4.0
 
 
@@ -77,25 +66,6 @@ class Role:
 TEACHER_ROLE = Role("teacher", TEACHER, ("bert", "distilbert"))
 STUDENT_ROLE = Role("student", STUDENT, ("bert", "distilbert"))
 LLM_ROLE = Role("base_model", LLM, tuple(DECODERS))
-
-
-@dataclass(frozen=True)
-class SentimentSource:
-    """Sentiment files that were found.
-
-    Attributes:
-        kind: what `path` is. glue_tsv: a folder with `train.tsv` and `dev.tsv`. saved_dataset: a folder that
-            `DatasetDict.save_to_disk` wrote, with splits train and validation, columns sentence and label.
-            embedded: a bz2-compressed CSV with columns category (fresh, rotten, plot), text and movie_name.
-        path: the folder or file.
-        name: what reports call the data.
-        source: where the files came from, for people.
-    """
-
-    kind: Literal["glue_tsv", "saved_dataset", "embedded"]
-    path: Path
-    name: str
-    source: str
 
 
 # ---------------------------------------------------------------- models
@@ -243,84 +213,6 @@ def _matching_files(folder: Path, patterns: Iterable[str]) -> list[str]:
     return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
 
 
-# ---------------------------------------------------------------- sentiment data
-
-
-def ensure_sentiment(
-    data_dir: str | None = None, folder: Path = SENTIMENT_FOLDER, use_hub: bool = True
-) -> SentimentSource:
-    """Make sure that sentiment data lies on the disk. Nothing is fetched where it already does.
-
-    Args:
-        data_dir: a folder that the user gives, with GLUE's `train.tsv` and `dev.tsv` (also under `SST-2/`)
-            or with what `DatasetDict.save_to_disk` wrote (also under `glue/sst2/`). None takes `folder`, the
-            hub or the embedded default.
-        folder: where fetched data goes.
-        use_hub: False skips the hub.
-
-    Raises:
-        UserError: `data_dir` holds none of these, or nothing could be fetched.
-    """
-    with processes().main_process_first():
-        return _find_or_fetch_sentiment(data_dir, Path(folder), use_hub)
-
-
-def _find_or_fetch_sentiment(data_dir: str | None, folder: Path, use_hub: bool) -> SentimentSource:
-    if data_dir is not None and real_path(data_dir, "--data_dir") != real_path(folder):
-        found = find_sentiment(Path(data_dir).expanduser())
-        if found is None:
-            raise UserError(
-                f"--data_dir {data_dir}: no sentiment data there; allowed is a folder with GLUE's train.tsv "
-                "and dev.tsv, or with glue/sst2 as save_to_disk writes it (splits train and validation)"
-            )
-        return found
-    found = find_sentiment(folder)
-    if found is None:
-        _refuse_partial_sst2(folder)
-        _fetch_sentiment(folder, use_hub)
-        found = find_sentiment(folder)
-    return found
-
-
-def find_sentiment(folder: Path) -> SentimentSource | None:
-    """The sentiment data in a folder: GLUE files before a saved data set before the embedded reviews."""
-    for candidate in (folder, folder / "SST-2"):
-        if (candidate / "train.tsv").is_file() and (candidate / "dev.tsv").is_file():
-            return SentimentSource("glue_tsv", candidate, "SST-2 (GLUE)", "a local folder")
-    for candidate in (folder, folder / "glue" / "sst2"):
-        if _is_saved_sst2(candidate):
-            return SentimentSource("saved_dataset", candidate, "SST-2 (GLUE)", describe_source(candidate))
-    reviews = reviews_file(folder / "embedded")
-    if reviews.is_file():
-        name = "Rotten Tomatoes review sentences (embedded)"
-        return SentimentSource("embedded", reviews, name, describe_source(reviews.parent))
-    return None
-
-
-def _refuse_partial_sst2(folder: Path) -> None:
-    """Data that the user put there incompletely is neither overwritten nor silently passed over."""
-    for path in (folder / "train.tsv", folder / "dev.tsv", folder / "SST-2", folder / "glue" / "sst2"):
-        if path.exists():
-            raise UserError(f"{shown(path)} is there, but not all of SST-2; complete it or delete it")
-
-
-def _is_saved_sst2(folder: Path) -> bool:
-    if not (folder / "dataset_dict.json").is_file():
-        return False
-    infos = [folder / split / "dataset_info.json" for split in ("train", "validation")]
-    return all(info.is_file() and {"sentence", "label"} <= set(read_object(info).get("features", {})) for info in infos)
-
-
-def _fetch_sentiment(folder: Path, use_hub: bool) -> None:
-    try:
-        _fetch_sst2_from_hub(folder / "glue" / "sst2", use_hub)
-        return
-    except NotOnHub as problem:
-        if use_hub and hub_answers():
-            log.warning("%s: %s; taking the embedded default", GLUE, problem)
-    install_reviews("SST-2", folder / "embedded")
-
-
 # ---------------------------------------------------------------- the hub
 
 
@@ -365,25 +257,6 @@ def _fetch_model_from_hub(role: Role, name: str, folder: Path, use_hub: bool) ->
             shutil.copy(snapshot / file, temporary)
 
 
-def _fetch_sst2_from_hub(folder: Path, use_hub: bool) -> None:
-    if use_hub and hub_answers():
-        log.info("Fetching %s (sst2) from the Hugging Face hub", GLUE)
-    snapshot = hub_snapshot(GLUE, "dataset", ["sst2/*.parquet"], use_hub)
-    from datasets import Dataset, DatasetDict, disable_progress_bars
-
-    disable_progress_bars()  # of what follows, which takes a second; the download had its own
-    files = {split: sorted(snapshot.glob(f"sst2/{split}-*.parquet")) for split in ("train", "validation")}
-    if not all(files.values()):
-        raise NotOnHub("it has no sst2/train-*.parquet and sst2/validation-*.parquet")
-    with fetched(folder, source_record("hub", GLUE, snapshot.name)) as temporary:
-        with TemporaryDirectory(dir=temporary) as scratch:
-            splits = {
-                split: Dataset.from_parquet([str(path) for path in paths], cache_dir=scratch)
-                for split, paths in files.items()
-            }
-            DatasetDict(splits).save_to_disk(temporary)
-
-
 def hub_snapshot(name: str, repo_type: str, patterns: list[str], use_hub: bool) -> Path:
     """A folder of the hub's cache, named for the commit, with the repository's files that match."""
     if not use_hub:
@@ -404,6 +277,3 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str], use_hub: bool) 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-# ---------------------------------------------------------------- embedded packages

@@ -7,8 +7,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-
 
 class TrainingData(Protocol):
     """What the training loop needs of its data: rows of token ids, however they came about."""
@@ -27,20 +25,24 @@ class TrainingData(Protocol):
         """A batch of these rows, what the recipe's loss takes."""
 
 
-def pad(ids: list[list[int]], pad_token_id: int) -> dict[str, Tensor]:
-    """Rows of token ids as input_ids and attention_mask [rows, length of the longest]."""
-    input_ids = pad_rows(ids, pad_token_id)
-    lengths = torch.tensor([len(row) for row in ids])
-    return {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
+def pad(inputs: dict[str, list[list[int]]], rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
+    """A batch of rows, padded to the longest of them: each input and the attention mask [rows, length].
 
-
-def pad_rows(rows: list[list[int]], value: int) -> Tensor:
-    tensors = [torch.tensor(row) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+    Args:
+        inputs: by name what a tokenizer gives, all rows without padding. Token ids are padded with `pad_token_id`,
+            what there is beside them with zeros.
+    """
+    lengths = torch.tensor([len(inputs["input_ids"][row]) for row in rows])
+    batch = {"attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
+    for name, values in inputs.items():
+        tensors = [torch.tensor(values[row]) for row in rows]
+        padding = pad_token_id if name == "input_ids" else 0
+        batch[name] = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding)
+    return batch
 
 
 def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a classifier takes of a batch, on the batch's device: all its inputs but the labels.
+    """What a model takes of a batch, on the batch's device: all but the labels, its loss is computed outside of it.
 
     Token types go to the architectures that have them (BERT), not to the others (DistilBERT).
 
@@ -48,7 +50,7 @@ def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor
         model: may be wrapped for several processes.
     """
     takes = inspect.signature(type(getattr(model, "module", model)).forward).parameters
-    return {name: batch[name] for name in INPUTS if name in batch and name in takes}
+    return {name: tensor for name, tensor in batch.items() if name in takes and name != "labels"}
 
 
 def batches(encoded: TrainingData, batch_size: int, pad_token_id: int) -> Iterator[dict[str, Tensor]]:

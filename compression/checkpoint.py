@@ -28,7 +28,7 @@ from compression.integrity import STAGE_FILE, STATE_FILE, digest_of, read_record
 from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.outputs import Output, some
 from compression.runtime import UserError, fingerprint, processes, relative_path
-from compression.structures import DECODERS, ENCODERS
+from compression.structures import DECODERS
 
 
 def save_checkpoint(
@@ -190,24 +190,23 @@ def require(folder: Path, flag: str, command: str) -> None:
         raise UserError(f"{flag} {folder}: no checkpoint there; make it with: {command}")
 
 
-def require_classifier(folder: Path, flag: str, command: str) -> None:
-    """Raise UserError unless a supported classifier of two classes is there; `flag` and `command` are for its text."""
-    config = _require_type(folder, flag, command, ENCODERS, "is not supported here; supported:")
-    names = config.get("id2label")
-    labels = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
-    if labels != 2:
-        raise UserError(f"{flag} {folder}: it has {labels} labels, allowed is 2; name another folder")
-
-
 def require_language_model(folder: Path, flag: str, command: str = "python run_global_pruning.py") -> None:
     """Raise UserError unless an unquantized language model is there; `flag` and `command` are for its text."""
-    config = _require_type(folder, flag, command, DECODERS, "is no supported language model; allowed are")
+    config = require_type(folder, flag, command, DECODERS, "is no supported language model; allowed are")
     if "quantization_config" in config:
         raise UserError(f"{flag} {folder}: is quantized already; name the model it was made from")
 
 
-def _require_type(folder: Path, flag: str, command: str, families: Iterable[str], refusal: str) -> dict[str, Any]:
-    """The config of a checkpoint that is there and of one of these model types."""
+def require_type(folder: Path, flag: str, command: str, families: Iterable[str], refusal: str) -> dict[str, Any]:
+    """The config of a checkpoint that is there and of one of these model types.
+
+    Args:
+        flag, command: what names the folder, and what makes it, for the error text.
+        refusal: of a model of another type, before the list of those allowed.
+
+    Raises:
+        UserError: there is none, or of another type.
+    """
     require(folder, flag, command)
     config = read_object(Path(folder) / "config.json")
     found = config.get("model_type")

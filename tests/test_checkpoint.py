@@ -16,10 +16,10 @@ from compression.checkpoint import (
     load_classifier,
     load_language_model,
     read_stage,
-    require_classifier,
     save_checkpoint,
 )
-from compression.classifier.tasks import Split, encode
+from compression.classifier.data import Split, encode
+from compression.classifier.stage import require_classifier
 from compression.classifier.teacher import teacher_logits
 from compression.runtime import UserError
 

@@ -10,8 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compression import timing as efficiency
 from compression.batching import batches
+from compression.classifier.data import Encoded, Split, encode
 from compression.classifier.metrics import classification_metrics, paired_difference, predict
-from compression.classifier.tasks import Encoded, Split, encode
 from compression.llm.evaluate import Evaluation, check_positions, evaluation_windows
 from compression.runtime import UserError
 from compression.timing import interleaved_times, measure_latency, size_on_disk
@@ -54,7 +54,7 @@ def test_predictions_are_in_the_order_of_the_rows(tiny_model):
     generator = torch.Generator().manual_seed(3)
     lengths = (9, 2, 5, 9, 1, 3, 7, 2)
     rows = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    encoded = Encoded(rows, torch.zeros(len(rows), dtype=torch.long))
+    encoded = Encoded({"input_ids": rows}, torch.zeros(len(rows), dtype=torch.long))
     order = torch.cat([batch["rows"] for batch in batches(encoded, 3, 0)]).tolist()
     assert order != sorted(order), "the batches must not be in the order of the rows, else this tests nothing"
 
@@ -89,7 +89,7 @@ def test_logits_that_are_not_finite_are_refused(tiny_model, bad):
     tiny_model.name_or_path = "models/teacher_model"
     tiny_model.classifier.bias.data[1] = bad
     with pytest.raises(UserError, match="^models/teacher_model: its logits are not finite on 2 of 2 sentences"):
-        predict(tiny_model, Encoded([[5, 6], [7]], torch.tensor([0, 1])), 0)
+        predict(tiny_model, Encoded({"input_ids": [[5, 6], [7]]}, torch.tensor([0, 1])), 0)
 
 
 def test_models_of_other_than_two_labels_are_refused():
@@ -97,7 +97,7 @@ def test_models_of_other_than_two_labels_are_refused():
     model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
     model.name_or_path = "models/three"
     with pytest.raises(UserError, match="^models/three: has 3 labels; allowed is 2"):
-        predict(model, Encoded([[5, 6], [7]], torch.tensor([0, 1])), 0)
+        predict(model, Encoded({"input_ids": [[5, 6], [7]]}, torch.tensor([0, 1])), 0)
 
 
 def test_models_take_turns_in_rotating_order():

@@ -11,8 +11,8 @@ from scripts import run_distributed, run_killed, run_script
 from transformers import BertConfig, BertForSequenceClassification
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
+from compression.classifier.data import Encoded
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
-from compression.classifier.tasks import Encoded
 from compression.config import pick
 from compression.distillation import hidden_state_loss, layer_map
 from compression.formats import FourBit, dequantized_weight
@@ -65,7 +65,7 @@ def train():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 12, (ROWS,), generator=generator).tolist()
     ids = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return Encoded(ids, torch.randint(0, 2, (ROWS,), generator=generator))
+    return Encoded({"input_ids": ids}, torch.randint(0, 2, (ROWS,), generator=generator))
 
 
 def recipe_of(teacher, **changes):

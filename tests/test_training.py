@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from conftest import VOCABULARY, load_script, tiny_distilbert
 
 from compression.checkpoint import load_tensors
-from compression.classifier.tasks import Encoded
+from compression.classifier.data import Encoded
 from compression.runtime import UserError
 from compression.training import Recipe, Training, clean_up, fit
 
@@ -21,7 +21,7 @@ def train():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 12, (42,), generator=generator).tolist()
     ids = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return Encoded(ids, torch.randint(0, 2, (42,), generator=generator))
+    return Encoded({"input_ids": ids}, torch.randint(0, 2, (42,), generator=generator))
 
 
 class CrossEntropy(Recipe):

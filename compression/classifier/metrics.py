@@ -1,28 +1,34 @@
-"""How well a classifier classifies: accuracy, F1, AUC, confusion matrix."""
+"""How well a classifier classifies: its task's metrics, AUC, confusion matrix."""
 
 from typing import Any
 
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import confusion_matrix, roc_auc_score
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.batching import batches, model_inputs
 from compression.checkpoint import check_positions
-from compression.classifier.tasks import Encoded
+from compression.classifier.data import Encoded
+from compression.classifier.tasks import SST2, Task
 from compression.runtime import UserError
 
 
 @torch.inference_mode()
-def predict(model: PreTrainedModel, encoded: Encoded, pad_token_id: int, batch_size: int = 64) -> Tensor:
-    """Logits [rows, 2] on the CPU, in the order of the rows, in evaluation mode and full precision.
+def predict(
+    model: PreTrainedModel, encoded: Encoded, pad_token_id: int, batch_size: int = 64, task: Task = SST2
+) -> Tensor:
+    """Logits [rows, labels] on the CPU, in the order of the rows, in evaluation mode and full precision.
 
     Raises:
         UserError: the model has another number of labels or too few positions, or a logit is not finite.
     """
     name, labels = model.name_or_path or type(model).__name__, model.config.num_labels
-    if labels != 2:
-        raise UserError(f"{name}: has {labels} labels; allowed is 2, for the sentences are negative or positive")
+    if labels != len(task.labels):
+        raise UserError(
+            f"{name}: has {labels} labels; allowed is {len(task.labels)}, for the sentences are "
+            f"{' or '.join(task.labels)}"
+        )
     check_positions(model, "max_length", int(encoded.lengths.max()))
     was_training = model.training
     model.eval()
@@ -36,26 +42,32 @@ def predict(model: PreTrainedModel, encoded: Encoded, pad_token_id: int, batch_s
     return logits
 
 
-def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Metrics of a two-class classifier.
+def score(logits: Tensor, labels: Tensor, task: Task = SST2) -> float:
+    """The task's primary metric, see `classification_metrics`."""
+    return float(task.metrics[task.primary].function(labels.numpy(), logits.argmax(-1).numpy()))
+
+
+def classification_metrics(logits: Tensor, labels: Tensor, task: Task = SST2) -> dict[str, Any]:
+    """All metrics of a classifier.
 
     Args:
-        logits: [rows, 2]. labels: [rows], 0 negative, 1 positive.
+        logits: [rows, labels]. labels: [rows].
 
     Returns:
-        n, accuracy and its binomial standard error sqrt(p (1 - p) / n), F1 and area under the ROC curve of the
-        positive class (None where only one class occurs), confusion matrix [[tn, fp], [fn, tp]].
+        n, accuracy and its binomial standard error sqrt(p (1 - p) / n), the task's other metrics, of two labels the
+        area under the ROC curve (else, and where only one class occurs, None), the confusion matrix [truth, predicted].
     """
     predicted, truth = logits.argmax(-1).numpy(), labels.numpy()
-    accuracy = accuracy_score(truth, predicted)
-    positive = logits.softmax(-1)[:, 1].numpy()
+    scores = {name: metric.function(truth, predicted) for name, metric in task.metrics.items()}
+    accuracy, places = scores.pop("accuracy"), range(len(task.labels))
+    has_auc = len(places) == 2 and 0 < truth.sum() < len(truth)
     return {
         "n": len(truth),
         "accuracy": accuracy,
         "accuracy_standard_error": (accuracy * (1 - accuracy) / len(truth)) ** 0.5,
-        "f1": f1_score(truth, predicted, zero_division=0.0),
-        "roc_auc": roc_auc_score(truth, positive) if 0 < truth.sum() < len(truth) else None,
-        "confusion_matrix": confusion_matrix(truth, predicted, labels=[0, 1]).tolist(),
+        **scores,
+        "roc_auc": roc_auc_score(truth, logits.softmax(-1)[:, 1].numpy()) if has_auc else None,
+        "confusion_matrix": confusion_matrix(truth, predicted, labels=list(places)).tolist(),
     }
 
 

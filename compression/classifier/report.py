@@ -11,6 +11,7 @@ from typing import Any
 from compression.checkpoint import read_stage
 from compression.classifier.models import EVALUATED, EvaluatedModel
 from compression.classifier.plots import plot_accuracy_against_cost
+from compression.classifier.tasks import SST2, Task
 from compression.files import write_json, write_text
 from compression.integrity import digest_of
 from compression.outputs import new_files
@@ -99,12 +100,13 @@ def _trained_on(entry: Entry) -> str | None:
 MODEL = Column("Model", at("name"))
 
 
-def results_columns(flops_sequence_length: int) -> list[Column]:
+def results_columns(flops_sequence_length: int, task: Task) -> list[Column]:
     """Quality and cost."""
+    metrics = ((name, metric) for name, metric in task.metrics.items() if name != "accuracy")
     return [
         MODEL,
         Column("Accuracy (%)", _percent("accuracy", "accuracy_standard_error"), "{:.2f} ± {:.2f}"),
-        Column("F1", at("quality", "f1"), "{:.4f}"),
+        *(Column(metric.title, at("quality", name), "{:.4f}") for name, metric in metrics),
         Column("ROC-AUC", at("quality", "roc_auc"), "{:.4f}", missing="undefined"),
         Column("Parameters (M)", at("parameters", "total", per=1e6), "{:.2f}"),
         Column("Embeddings (M)", at("parameters", "embeddings", per=1e6), "{:.2f}"),
@@ -125,16 +127,18 @@ RELATIVE_COLUMNS = [
 ]
 
 
-CONFUSION_COLUMNS = [
-    MODEL,
-    *(
-        Column(
-            f"{'True' if truth == predicted else 'False'} {name}", at("quality", "confusion_matrix", truth, predicted)
-        )
-        for truth in range(2)
-        for predicted, name in enumerate(("negative", "positive"))
-    ),
-]
+def confusion_columns(labels: Sequence[str]) -> list[Column]:
+    """How often each label is taken for each: of two labels true and false negatives and positives."""
+    return [
+        MODEL,
+        *(
+            Column(f"{'True' if truth == place else 'False'} {label}", at("quality", "confusion_matrix", truth, place))
+            for truth in range(len(labels))
+            for place, label in enumerate(labels)
+        ),
+    ]
+
+
 LINEAGE_COLUMNS = [
     MODEL,
     Column("Folder", at("folder")),
@@ -176,17 +180,20 @@ def data_warnings(entries: Sequence[Entry], data_name: str) -> list[str]:
     return lines
 
 
-def write_report(report: Report, folder: Path, models: Sequence[EvaluatedModel] = EVALUATED) -> list[Path]:
+def write_report(
+    report: Report, folder: Path, models: Sequence[EvaluatedModel] = EVALUATED, task: Task = SST2
+) -> list[Path]:
     """Write the files of `REPORT_FILES`; each is replaced whole, and none before all three are made.
 
     Args:
         models: what the entries are checkpoints of, for the looks of the figure.
+        task: what they are evaluated on, for the metrics and labels that the tables show.
 
     Returns:
         The paths written.
     """
     report = json.loads(json.dumps(report))  # what the markdown and plot show is what the JSON holds
-    markdown, figure = build_markdown(report), plot_accuracy_against_cost(report, models)
+    markdown, figure = build_markdown(report, task), plot_accuracy_against_cost(report, models)
     with new_files(folder, REPORT_FILES, "--output_dir") as temporary:
         write_json(temporary / REPORT_FILES[0], report)
         write_text(temporary / REPORT_FILES[1], markdown)
@@ -194,17 +201,17 @@ def write_report(report: Report, folder: Path, models: Sequence[EvaluatedModel] 
     return [Path(folder) / name for name in REPORT_FILES]
 
 
-def build_markdown(report: Report) -> str:
+def build_markdown(report: Report, task: Task = SST2) -> str:
     """The whole report as markdown."""
     sections = [
         "# Final report",
         *(f"> **Warning:** {warning}" for warning in report["warnings"]),
         _setting(report),
         "![Accuracy against GFLOPs and against size](final_report.png)",
-        results_table(report),
+        results_table(report, task),
         _definitions(report),
         _relative_section(report),
-        _confusion_section(report),
+        _confusion_section(report, task),
         _lineage_section(report),
         missing_section(report),
     ]
@@ -225,9 +232,9 @@ def _setting(report: Report) -> str:
     )
 
 
-def results_table(report: Report) -> str:
+def results_table(report: Report, task: Task = SST2) -> str:
     """Quality and cost of every model, one row each."""
-    return markdown_table(results_columns(report["config"]["flops_sequence_length"]), report["models"])
+    return markdown_table(results_columns(report["config"]["flops_sequence_length"], task), report["models"])
 
 
 def _definitions(report: Report) -> str:
@@ -255,8 +262,8 @@ def _relative_section(report: Report) -> str:
     return f"## Against {name}\n\n{table}\n\n{reading}"
 
 
-def _confusion_section(report: Report) -> str:
-    return f"## Confusion matrices\n\n{markdown_table(CONFUSION_COLUMNS, report['models'])}"
+def _confusion_section(report: Report, task: Task) -> str:
+    return f"## Confusion matrices\n\n{markdown_table(confusion_columns(task.labels), report['models'])}"
 
 
 def _lineage_section(report: Report) -> str:

@@ -18,16 +18,18 @@ from compression.checkpoint import (
     identify,
     is_made_from,
     load_classifier,
-    require_classifier,
+    require_type,
     save_checkpoint,
 )
-from compression.classifier.metrics import predict
-from compression.classifier.tasks import Encoded, SentimentData, encode, load_sentiment
+from compression.classifier.data import Encoded, TaskData, encode, load_data
+from compression.classifier.metrics import predict, score
+from compression.classifier.tasks import SST2, Task
 from compression.classifier.teacher import teacher_logits
 from compression.config import NO_EFFECT, Between, Settings
 from compression.integrity import digest_of
 from compression.outputs import STATES_END, Output, fresh_path, owned
-from compression.runtime import log, pick_device, processes, seed_everything, shown
+from compression.runtime import UserError, log, pick_device, processes, seed_everything, shown
+from compression.structures import ENCODERS
 from compression.training import Recipe, Training, clean_up, fit
 
 
@@ -56,9 +58,10 @@ class StageConfig(Protocol):
 
 
 @dataclass(frozen=True)
-class SentimentTask:
+class TokenizedTask:
     """Tokenized splits: `train` is cut to the configured share, the other splits are whole."""
 
+    task: Task
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     selection: Encoded
@@ -66,19 +69,28 @@ class SentimentTask:
 
     def predict(self, model: PreTrainedModel, encoded: Encoded) -> Tensor:
         """Logits [rows, classes] in the order of the rows."""
-        return predict(model, encoded, self.tokenizer.pad_token_id)
+        return predict(model, encoded, self.tokenizer.pad_token_id, task=self.task)
 
     def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
-        """Accuracy on the validation set, and on the sentences held out of training."""
-        return {
-            "accuracy": accuracy(self.predict(model, self.validation), self.validation.labels),
-            "selection_accuracy": accuracy(self.predict(model, self.selection), self.selection.labels),
-        }
+        """The primary metric on the validation set, and on the sentences held out of training."""
+        name = self.task.primary
+        return {name: self._score(model, self.validation), f"selection_{name}": self._score(model, self.selection)}
+
+    def _score(self, model: PreTrainedModel, encoded: Encoded) -> float:
+        return score(self.predict(model, encoded), encoded.labels, self.task)
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest logit is the label's."""
-    return (logits.argmax(-1) == labels).double().mean().item()
+def require_classifier(folder: Path, flag: str, command: str, task: Task = SST2) -> None:
+    """Raise UserError unless a supported classifier of the task's labels is there.
+
+    Args:
+        flag, command: what names the folder, and what makes it, for the error text.
+    """
+    config = require_type(folder, flag, command, ENCODERS, "is not supported here; supported:")
+    names = config.get("id2label")
+    labels = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
+    if labels != len(task.labels):
+        raise UserError(f"{flag} {folder}: it has {labels} labels, allowed is {len(task.labels)}; name another folder")
 
 
 class Stage:
@@ -92,6 +104,7 @@ class Stage:
             time, with the time in the star's place.
         teacher: the checkpoint that it learns from, if any.
         overwrite: whether a result of other settings or inputs may be replaced.
+        task: what the model is made for.
 
     Raises:
         UserError: an input that is not there or of the wrong kind, or an output that must not be replaced.
@@ -105,12 +118,13 @@ class Stage:
         output: str,
         teacher: Path | None = None,
         overwrite: bool = False,
+        task: Task = SST2,
     ):
         self.name, self.config, self.parent, self.teacher = name, config, Path(parent), teacher
-        self.overwrite = overwrite
+        self.overwrite, self.task = overwrite, task
         self.inputs: dict[str, Any] = {"parent": identify(parent)}
         if teacher is not None:
-            require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
+            require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py", task)
             self.inputs["teacher"] = identify(teacher)
         self.inputs["data"] = {"name": self.data.name, "sha256": self.data.digest()}
         self.prefix = output.removesuffix("_*") if output.endswith("*") else None
@@ -122,8 +136,8 @@ class Stage:
         return digest_of([self.config.result_fields(), contents(self.inputs), processes().num_processes], 12)
 
     @cached_property
-    def data(self) -> SentimentData:
-        return load_sentiment(self.config.data.data_dir)
+    def data(self) -> TaskData:
+        return load_data(self.config.data.data_dir, self.task)
 
     def is_done(self) -> bool:
         """Whether `--skip_existing` is given and a result was made with these settings from these inputs."""
@@ -150,31 +164,35 @@ class Stage:
         with owned(*paths):
             yield
 
-    def load_model(self, num_labels: int | None = None) -> tuple[PreTrainedModel, SentimentTask]:
-        """The parent checkpoint on this process's device, and the data tokenized for it."""
+    def load_model(self, new_head: bool = False) -> tuple[PreTrainedModel, TokenizedTask]:
+        """The parent checkpoint on this process's device, and the data tokenized for it.
+
+        Args:
+            new_head: the parent is a bare encoder that gets a new classification head.
+        """
         seed_everything(self.config.training.seed)
-        model, tokenizer = load_classifier(self.parent, pick_device(), num_labels)
+        model, tokenizer = load_classifier(self.parent, pick_device(), len(self.task.labels) if new_head else None)
         train = self.data.train.sample(self.config.data.train_fraction, self.config.training.seed)
         log.info("Data: %s (%s), %d training sentences", self.data.name, self.data.source, len(train))
         splits = (train, self.data.selection, self.data.validation)
         encoded = [encode(tokenizer, part, self.config.data.max_length) for part in splits]
         for part in encoded:
             check_positions(model, "max_length", int(part.lengths.max()))
-        return model, SentimentTask(tokenizer, *encoded)
+        return model, TokenizedTask(self.task, tokenizer, *encoded)
 
     def teacher_logits(self) -> Tensor:
         """The teacher's logits [rows, classes] on the training sentences of this stage, computed once and kept."""
         train = self.data.train.sample(self.config.data.train_fraction, self.config.training.seed)
         model, tokenizer = load_classifier(self.teacher, pick_device())
         encoded = encode(tokenizer, train, self.config.data.max_length)
-        return teacher_logits(model, self.teacher, encoded, tokenizer.pad_token_id, self.config.models_dir)
+        return teacher_logits(model, self.teacher, encoded, tokenizer.pad_token_id, self.config.models_dir, self.task)
 
-    def train(self, model: PreTrainedModel, task: SentimentTask, recipe: Recipe) -> list[dict[str, Any]]:
+    def train(self, model: PreTrainedModel, task: TokenizedTask, recipe: Recipe) -> list[dict[str, Any]]:
         """Train in place; returns the history."""
         pad_token_id = task.tokenizer.pad_token_id
         return fit(model, recipe, task.train, task.evaluate, self.work_dir, pad_token_id, self.config.as_dict())
 
-    def save(self, model: PreTrainedModel, task: SentimentTask, history: list[dict[str, Any]], **metrics: Any) -> None:
+    def save(self, model: PreTrainedModel, task: TokenizedTask, history: list[dict[str, Any]], **metrics: Any) -> None:
         """Write the checkpoint with its metrics, then drop the states to resume from."""
         metrics = task.evaluate(model) | metrics
         stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, self.data.describe())
@@ -182,5 +200,6 @@ class Stage:
         files = {"training_history.json": history}
         save_checkpoint(output, model, task.tokenizer, stage, files, new=self.prefix is not None)
         clean_up(self.work_dir)
-        accuracy, sentences = metrics["accuracy"], len(task.validation)
-        log.info("Accuracy %.4f on %s (%d sentences) -> %s", accuracy, self.data.name, sentences, shown(output))
+        title, value = self.task.metrics[self.task.primary].title, metrics[self.task.primary]
+        sentences = len(task.validation)
+        log.info("%s %.4f on %s (%d sentences) -> %s", title, value, self.data.name, sentences, shown(output))

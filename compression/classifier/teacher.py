@@ -6,8 +6,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.checkpoint import identify, load_tensors, save_tensors
+from compression.classifier.data import Encoded
 from compression.classifier.metrics import predict
-from compression.classifier.tasks import Encoded
+from compression.classifier.tasks import SST2, Task
 from compression.files import new_folder
 from compression.integrity import digest_of, seal, verify
 from compression.outputs import KEPT_LOGITS
@@ -16,7 +17,9 @@ from compression.runtime import UserError, log, processes
 LOGITS = "logits.safetensors"
 
 
-def teacher_logits(model: PreTrainedModel, folder: Path, encoded: Encoded, pad_token_id: int, cache: Path) -> Tensor:
+def teacher_logits(
+    model: PreTrainedModel, folder: Path, encoded: Encoded, pad_token_id: int, cache: Path, task: Task = SST2
+) -> Tensor:
     """The teacher's logits [rows, classes] on a data set, computed once and kept.
 
     Args:
@@ -30,7 +33,7 @@ def teacher_logits(model: PreTrainedModel, folder: Path, encoded: Encoded, pad_t
     with processes().main_process_first():
         if not _is_whole(stored):
             log.info("Computing the teacher's logits on %d sentences, once", len(encoded))
-            logits = {"logits": predict(model, encoded, pad_token_id)}
+            logits = {"logits": predict(model, encoded, pad_token_id, task=task)}
             with new_folder(stored) as temporary:
                 save_tensors(temporary / LOGITS, logits)
                 seal(temporary, {"stage": "teacher_logits"})

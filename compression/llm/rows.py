@@ -48,7 +48,7 @@ class Sequences:
 
         `targets` marks the tokens that are predicted, each from those before it.
         """
-        batch = pad([self.ids[row] for row in rows], pad_token_id)
+        batch = pad({"input_ids": self.ids}, rows, pad_token_id)
         first = torch.tensor([self.first[row] for row in rows])
         later = torch.arange(batch["input_ids"].shape[1]) >= first[:, None]
         return batch | {"targets": later & batch["attention_mask"].bool()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compression.assets import describe_source, ensure_llm
+from compression.assets import ensure_llm
 from compression.checkpoint import (
     SavedParts,
     check_positions,
@@ -54,7 +54,7 @@ from compression.runtime import (
     seed_everything,
     shown,
 )
-from compression.sources import LLM, LLM_FOLDER
+from compression.sources import LLM, LLM_FOLDER, describe_source
 from compression.training import Training
 
 FAST = FAST_EVALUATION | dict(
