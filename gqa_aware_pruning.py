@@ -35,7 +35,7 @@ from compression.llm.gqa_pruning import (
 from compression.llm.perplexity import perplexity
 from compression.llm.plots import plot_rates
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings
-from compression.llm.scoring import Method
+from compression.llm.scoring import ScoreName
 from compression.plots import save_figure
 from compression.runtime import UserError, log
 from compression.structures import layers_of
@@ -70,7 +70,7 @@ class GQAAwarePruningConfig(Config):
     """The same sizes in every layer, so that the stock model class loads the result: uniform rates, none protected."""
 
     # What goes of a layer: groups (key-value head with its query heads) and channels of least score.
-    importance_method: Method = "taylor"
+    importance_method: ScoreName = "taylor"
     """Score of a structure: one of those in compression/llm/scoring.py, which --help lists."""
     attention_ratio: Annotated[float, Between(0, 10)] = 0.5
     """Attention's rate relative to its layer's, rounded to whole groups; the MLP makes up the rest of the budget."""

@@ -19,7 +19,7 @@ from compression.llm.evaluate import Evaluation
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.plots import plot_removal, plot_retained
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings
-from compression.llm.scoring import Method
+from compression.llm.scoring import ScoreName
 from compression.plots import save_figure
 from compression.runtime import UserError
 from compression.surgery import to_stock
@@ -45,7 +45,7 @@ class GlobalPruningConfig(Config):
     """Number of steps to the budget, with new scores at each."""
 
     # What goes: the groups (key-value head with its query heads) and channels of least score per parameter.
-    importance_method: Method = "fisher"
+    importance_method: ScoreName = "fisher"
     """Score of a structure: one of those in compression/llm/scoring.py, which --help lists."""
     temperature: Annotated[float, Between(0, 10)] = 0.0
     """Exponent T of the correction by removal perplexities, score * ln(1 + ppl)^T; 0 leaves it out."""

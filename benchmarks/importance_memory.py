@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,7 +24,7 @@ from compression.checkpoint import load_language_model
 from compression.config import Config, run_script
 from compression.files import write_json
 from compression.llm.perplexity import perplexity, token_losses
-from compression.llm.scoring import Method, score_structures
+from compression.llm.scoring import SCORES, score_structures
 from compression.runtime import RESULTS, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM, LLM_FOLDER
 
@@ -56,10 +56,10 @@ def keep_all_gradients(model, ids) -> None:
 def ways() -> dict:
     """Name -> function of a model and token ids."""
     found = {FORWARD: perplexity, KEPT: keep_all_gradients}
-    for method in get_args(Method):
+    for method in SCORES:
         score = partial(score_structures, method=method)
         found[method] = score
-        if method not in ("wanda", "magnitude"):
+        if SCORES[method].loss:
             found[method + CHECKPOINTING] = partial(score, gradient_checkpointing=True)
     return found
 

@@ -36,6 +36,7 @@ from compression.files import read_json, write_json
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
+from compression.llm.scoring import SCORES
 from compression.llm.text import CalibrationText, load_corpus, sample_windows, tokenize, windows
 from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM, LLM_FOLDER
@@ -43,13 +44,14 @@ from compression.structures import DECODER_KINDS, layers_of
 from compression.surgery import shrink_decoder
 from run_global_pruning import GlobalPruningConfig
 
+DEFAULT_SCORE = GlobalPruningConfig().importance_method
 PLAIN = dict(compensation="none", epsilon=0.0, round_to=1)
 # Name -> the fields in which the method differs from the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},
     "H-GSP, two steps": dict(iterative_steps=2),
     "H-GSP, no repair": dict(compensation="none"),
-    "H-GSP, obs scores": dict(importance_method="obs"),
+    **{f"H-GSP, {score} scores": dict(importance_method=score) for score in SCORES if score != DEFAULT_SCORE},
     "H-GSP, obs scores, no repair": dict(importance_method="obs", compensation="none"),
     "H-GSP, paper": GlobalPruningConfig.presets["paper"],
     "H-GSP, paper, T = 0": GlobalPruningConfig.presets["paper"] | {"temperature": 0.0},
@@ -169,15 +171,15 @@ def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText
     """Prune by this project's own machinery; scores of the dense model are computed once for each importance method."""
     config = GlobalPruningConfig.make(pruning_ratio=ratio, **fields)
 
-    def remember(name: str, make):
-        if not name.startswith("scores_1_of_"):
+    def cached(name: str, make):
+        if not name.startswith("scores_of_step_1_"):
             return make()
         if config.importance_method not in known:
             known[config.importance_method] = make()
         return known[config.importance_method]
 
     scoring, budget = pick(Scoring, config), pick(Budget, config)
-    return GlobalPruning(model, scoring, budget, text, removal, remember).prune()
+    return GlobalPruning(model, scoring, budget, text, removal, cached).prune()
 
 
 def main(config: MethodsConfig) -> None:

@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from compression import quantization
 from compression.checkpoint import find_newest, load_classifier
 from compression.config import Config, run_script
+from compression.fake_quantization import add_fake_quantization
 from compression.files import write_json
 from compression.flops import count_parameters
-from compression.quantization import Format, add_fake_quantization, fake_quantize
+from compression.formats import FourBit
+from compression.quantization import Format
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device
 from compression.timing import interleaved_times
 
@@ -45,24 +46,24 @@ class StepConfig(Config):
     presets: ClassVar = {"fast": dict(rounds=10)}
 
 
-def by_bitsandbytes(weight, storage):
-    """The same values as `fake_quantize`, made by bitsandbytes."""
-    codes, state = quantize_4bit(weight.reshape(1, -1), blocksize=storage.blocksize, quant_type=storage.quant_type)
-    return dequantize_4bit(codes, state).view_as(weight)
+class ByBitsandbytes(FourBit):
+    """The same values, made by bitsandbytes."""
+
+    def values(self, weight: torch.Tensor) -> torch.Tensor:
+        codes, state = quantize_4bit(weight.reshape(1, -1), blocksize=self.blocksize, quant_type=self.quant_type)
+        return dequantize_4bit(codes, state).view_as(weight)
 
 
 class Trainer:
     """A plain training loop's step on a model of its own."""
 
-    def __init__(self, folder: Path, device: torch.device, storage: Format | None, quantize=fake_quantize):
+    def __init__(self, folder: Path, device: torch.device, storage: Format | None):
         self.model = load_classifier(folder, device)[0].train()
         self.layers = add_fake_quantization(self.model, storage).values() if storage else ()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
-        self.quantize = quantize
 
     def step(self, ids: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step."""
-        quantization.fake_quantize = self.quantize
         self.model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -79,8 +80,8 @@ def main(config: StepConfig) -> None:
     trainers = {
         "plain": Trainer(folder, device, None),
         "nf4": Trainer(folder, device, Format()),
-        "nf4_double_quant": Trainer(folder, device, Format(double_quant=True)),
-        "nf4_by_bitsandbytes": Trainer(folder, device, Format(), by_bitsandbytes),
+        "nf4_double_quant": Trainer(folder, device, Format(FourBit(double_quant=True))),
+        "nf4_by_bitsandbytes": Trainer(folder, device, Format(ByBitsandbytes())),
     }
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, config.sequence_length)

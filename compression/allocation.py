@@ -59,12 +59,11 @@ def keep(pools: list[Pool], sparsity: float) -> list[Tensor]:
     """
     if sparsity > reachable_sparsity(pools) + 1e-9:
         raise ValueError(f"sparsity {sparsity} is out of reach: the floors allow {reachable_sparsity(pools):.4f}")
-    orders = [pool.scores.argsort(stable=True) for pool in pools]
     sizes = [torch.tensor(pool.blocks(), dtype=torch.long) for pool in pools]
     block_scores, block_costs, block_pools = [], [], []
-    for index, (pool, order, size) in enumerate(zip(pools, orders, sizes, strict=True)):
+    for index, (pool, size) in enumerate(zip(pools, sizes, strict=True)):
         owner = torch.repeat_interleave(torch.arange(len(size)), size)
-        ranked = pool.scores[order][: len(owner)].double().cpu()
+        ranked = pool.scores.sort(stable=True).values[: len(owner)].double().cpu()
         block_scores.append(torch.zeros(len(size), dtype=torch.double).index_add_(0, owner, ranked) / size)
         block_costs.append(size * pool.parameters)
         block_pools.append(torch.full((len(size),), index))
@@ -75,8 +74,16 @@ def keep(pools: list[Pool], sparsity: float) -> list[Tensor]:
     blocks = int((removed < budget * (1 - 1e-9)).sum()) + 1 if budget > 0 else 0
     chosen = torch.bincount(torch.cat(block_pools)[cheapest[:blocks]], minlength=len(pools))
     return [
-        _all_but(order, int(size[: int(count)].sum())) for order, size, count in zip(orders, sizes, chosen, strict=True)
+        all_but_least(pool.scores, int(size[: int(count)].sum()))
+        for pool, size, count in zip(pools, sizes, chosen, strict=True)
     ]
+
+
+def all_but_least(scores: Tensor, removed: int) -> Tensor:
+    """Which structures stay when so many of least score go, of equal ones the first: bool [structures]."""
+    kept = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    kept[scores.argsort(stable=True)[:removed]] = False
+    return kept
 
 
 def keep_or_drop_layers(layers: list[list[Pool]], sparsity: float, epsilon: float) -> list[list[Tensor]]:
@@ -97,7 +104,7 @@ def keep_or_drop_layers(layers: list[list[Pool]], sparsity: float, epsilon: floa
     """
     budget = sparsity * sum(_parameters(pools) for pools in layers)
     dropped: set[int] = set()
-    settled = {index for index, pools in enumerate(layers) if any(pool.floor for pool in pools)}
+    staying = {index for index, pools in enumerate(layers) if any(pool.floor for pool in pools)}
     while True:
         # Nothing is cheaper than what is to go anyway.
         ranked = [
@@ -106,15 +113,15 @@ def keep_or_drop_layers(layers: list[list[Pool]], sparsity: float, epsilon: floa
             else pools
             for index, pools in enumerate(layers)
         ]
-        masks = iter(keep([pool for pools in ranked for pool in pools], sparsity))
-        kept = [[next(masks) for _ in pools] for pools in ranked]
+        kept_of_pools = iter(keep([pool for pools in ranked for pool in pools], sparsity))
+        kept = [[next(kept_of_pools) for _ in pools] for pools in ranked]
         shares = {index: _kept_share(layers[index], kept[index]) for index in range(len(layers))}
-        weak = [index for index, share in shares.items() if 0 < share < epsilon and index not in settled | dropped]
+        weak = [index for index, share in shares.items() if 0 < share < epsilon and index not in staying | dropped]
         if not weak:
             return kept
         weakest = min(weak, key=shares.__getitem__)
         fits = sum(_parameters(layers[index]) for index in dropped | {weakest}) <= budget
-        (dropped if fits else settled).add(weakest)
+        (dropped if fits else staying).add(weakest)
 
 
 def _parameters(pools: list[Pool]) -> int:
@@ -122,14 +129,8 @@ def _parameters(pools: list[Pool]) -> int:
 
 
 def _kept_share(pools: list[Pool], kept: list[Tensor]) -> float:
-    left = sum(pool.parameters * int(mask.sum()) for pool, mask in zip(pools, kept, strict=True))
+    left = sum(pool.parameters * int(stay.sum()) for pool, stay in zip(pools, kept, strict=True))
     return left / max(_parameters(pools), 1)
-
-
-def _all_but(order: Tensor, removed: int) -> Tensor:
-    mask = torch.ones(len(order), dtype=torch.bool, device=order.device)
-    mask[order[:removed]] = False
-    return mask
 
 
 # Rates of layers that are pruned one by one.

@@ -148,13 +148,13 @@ def is_made_from(
     config: dict[str, Any],
     inputs: dict[str, Any],
     record: str = STAGE_FILE,
-    former: dict[str, str] | None = None,
+    modernized: Callable[[dict[str, Any]], dict[str, Any]] = lambda noted: noted,
 ) -> bool:
     """Whether a result exists that was made with these settings from these inputs.
 
     Args:
         record: the name of the file that says so.
-        former: what settings were called in older records, by their names now.
+        modernized: gives the settings of an older record their names of today.
 
     Raises:
         UserError: it exists and is damaged.
@@ -166,7 +166,7 @@ def is_made_from(
     noted = stage.get("config")
     if not isinstance(noted, dict):
         return False
-    noted = {name: noted[old] for name, old in (former or {}).items() if old in noted} | noted
+    noted = modernized(noted)
     if any(noted.get(name) != value for name, value in config.items()):
         return False
     verify(folder)

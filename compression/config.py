@@ -113,10 +113,6 @@ class Settings:
         values = self.as_dict()
         return {name: values[name] for name, _, notes in _leaves(self) if NO_EFFECT not in notes}
 
-    def former_names(self) -> dict[str, str]:
-        """The names that fields had before, by their names now."""
-        return {name: note.name for name, _, notes in _leaves(self) for note in notes if isinstance(note, _Formerly)}
-
     def updated(self, **values: Any) -> Self:
         """A copy with other values, named as on the command line.
 
@@ -198,6 +194,16 @@ class Config(Settings):
                 raise UserError(f"--preset {name}: unknown; allowed: {', '.join(sorted(cls.presets)) or 'none'}")
             overrides |= cls.presets[name]
         return cls.make(**overrides)
+
+    @classmethod
+    def modernized(cls, noted: dict[str, Any]) -> dict[str, Any]:
+        """The settings of an older record under today's names; what did not exist then has its default."""
+        settings = cls().as_dict() | noted
+        for name, _, notes in _leaves(cls()):
+            for note in notes:
+                if isinstance(note, _Formerly) and note.name in noted:
+                    settings[name] = noted[note.name]
+        return settings
 
     @classmethod
     def fast(cls) -> Self:

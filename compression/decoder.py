@@ -82,8 +82,8 @@ class Decoder:
         Args:
             ids: token ids [windows, length].
         """
-        layers, recorders = self.layers, nn.ModuleList(_InputRecorder() for _ in self.layers)
-        self.layers = recorders
+        layers, recorders = self.layers, [_InputRecorder() for _ in self.layers]
+        self.layers = nn.ModuleList(recorders)
         try:
             self.final_states(ids)
         finally:
@@ -97,6 +97,9 @@ class Decoder:
 
 class _InputRecorder(nn.Module):
     """In a layer's place: records what the layer is given, and runs nothing."""
+
+    state: Tensor
+    options: dict[str, Any]
 
     def forward(self, state: Tensor, **options: Any) -> Tensor:
         self.state, self.options = state, options

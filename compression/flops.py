@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from compression.hooks import hooked
 from compression.modeling import PackedEmbedding
 from compression.runtime import UserError
 from compression.structures import LayerParts, layers_of
@@ -96,12 +97,9 @@ def _count_linears(model: nn.Module, macs: Counter[nn.Module]) -> Iterator[None]
     def count(linear: nn.Linear, inputs: tuple[Tensor, ...], _) -> None:
         macs[linear] += inputs[0].numel() * linear.out_features
 
-    hooks = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, nn.Linear)]
-    try:
+    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
+    with hooked(linear.register_forward_hook(count) for linear in linears):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager

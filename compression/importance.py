@@ -33,15 +33,20 @@ def l2(inner: list[Tensor], outer: Tensor, count: int) -> Tensor:
     return sum(sum_rows(weight.square(), count) for weight in inner) + sum_columns(outer.square(), count)
 
 
+def taylor_products(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|weight * gradient| of each weight, in fp32."""
+    return (weight.float() * gradient.float()).abs_()
+
+
 def taylor(weights: list[Tensor], gradients: list[Tensor], count: int) -> Tensor:
     """Sum of |weight * gradient| over the rows of each structure: first-order Taylor importance, weight by weight."""
     products = zip(weights, gradients, strict=True)
-    return sum(sum_rows((weight * gradient).abs_(), count) for weight, gradient in products)
+    return sum(sum_rows(taylor_products(weight, gradient), count) for weight, gradient in products)
 
 
 def taylor_columns(weight: Tensor, gradient: Tensor, count: int) -> Tensor:
     """Sum of |weight * gradient| over the columns of each structure."""
-    return sum_columns((weight * gradient).abs_(), count)
+    return sum_columns(taylor_products(weight, gradient), count)
 
 
 def mask_gradient(weight: Tensor, gradient: Tensor, count: int) -> Tensor:

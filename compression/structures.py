@@ -10,6 +10,7 @@ as one tensor per layer, by kind.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -155,10 +156,16 @@ class LayerParts:
         return not (any(map(self.count, self.kinds)) or self.biased)
 
     def split(self, kind: str) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
-        """The layers that hold a kind's rows, and the one that holds its columns."""
-        if self.is_attention(kind):
-            return (self.q, self.k, self.v), self.o
-        return ((self.up,) if self.gate is None else (self.gate, self.up)), self.down
+        """The Linear modules that hold a kind's rows, and the one that holds its columns.
+
+        Raises:
+            ValueError: the layer has none of the kind, or its family does not.
+        """
+        attention = self.is_attention(kind)
+        inner, outer = ((self.q, self.k, self.v), self.o) if attention else ((self.gate, self.up), self.down)
+        if outer is None:
+            raise ValueError(f"this layer's {kind} were removed")
+        return tuple(linear for linear in inner if linear is not None), outer
 
     def linears(self) -> list[nn.Linear]:
         """All Linear modules that the layer has."""
@@ -172,7 +179,8 @@ def family_of(model: nn.Module, families: dict[str, Family] = FAMILIES) -> Famil
     Raises:
         UserError: an architecture that is not supported.
     """
-    model_type = model.config.model_type
+    config: Any = model.config
+    model_type: str = config.model_type
     if model_type not in families:
         raise UserError(f"model type '{model_type}' is not supported here; supported: {', '.join(sorted(families))}")
     return families[model_type]

@@ -179,13 +179,13 @@ def shrink_layer(parts: LayerParts, kept: dict[str, Tensor]) -> None:
     Args:
         kept: for some or all kinds a bool tensor [structures], True where the structure stays.
     """
-    for kind, mask in kept.items():
+    for kind, stays in kept.items():
         if not parts.count(kind):
             continue
         inner, outer = parts.split(kind)
         for linear in inner:
-            slice_linear(linear, rows=spread(mask, linear.out_features))
-        slice_linear(outer, columns=spread(mask, outer.in_features))
+            slice_linear(linear, rows=spread(stays, linear.out_features))
+        slice_linear(outer, columns=spread(stays, outer.in_features))
 
 
 @torch.no_grad()

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.classifier.gradual_pruning import MODES
 from compression.files import write_text
 from compression.llm import scoring
 from compression.tables import Column, markdown_table
+
+DOCS = Path(__file__).resolve().parent
 
 
 def choices_table(title: str, entries: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 
 # Two test processes on two cores must not fight over them, and bitwise repeatability needs a fixed thread count.
@@ -33,6 +34,9 @@ from transformers import (
 from compression import structures
 from compression.checkpoint import save_checkpoint
 from compression.runtime import ROOT, log
+
+# Tests that a script starts in the background ignore Ctrl-C, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HIDDEN, HEADS, HEAD_SIZE, NEURONS, LAYERS, VOCABULARY = 32, 4, 8, 48, 3, 120
 # What stays of the tiny models in most tests: layers of different widths.

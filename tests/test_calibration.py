@@ -1,18 +1,19 @@
 """Importance of a language model's structures and removal analysis, against the plain way of computing them."""
 
 import copy
-from typing import get_args
 
 import pytest
 import torch
 from conftest import DECODERS, LAYOUTS, tiny_decoder
 
+from compression.config import parse
 from compression.importance import removal_costs
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.scoring import Method, score_structures
+from compression.llm.scoring import SCORES, Score, register, score_structures, scores_markdown
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
+from run_global_pruning import GlobalPruningConfig
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_wanda_scores_weigh_with_input_norms(model, windows):
         torch.testing.assert_close(scores[kind][2][index], expected)
 
 
-@pytest.mark.parametrize("method", ["taylor", "fisher", "obs", "wanda"])
+@pytest.mark.parametrize("method", SCORES)
 def test_scoring_leaves_the_model_as_it_was(windows, method):
     model = tiny_decoder()
     before = copy.deepcopy(model)
@@ -178,6 +179,35 @@ def test_removal_analysis_equals_the_plain_way(model, windows):
             assert found[name][index] == pytest.approx(perplexity(small, windows), rel=1e-4), (name, index)
 
 
+def test_help_and_documentation_name_every_score(capsys):
+    with pytest.raises(SystemExit):
+        parse(GlobalPruningConfig, ["--help"])
+    shown = "".join(character for character in capsys.readouterr().out if character not in "│\n ")
+    assert "{" + ",".join(SCORES) + "}" in shown
+    for name, score in SCORES.items():
+        assert f"{name}:{score.help}".replace(" ", "") in shown
+        assert f"| `{name}` | " in scores_markdown()
+    with pytest.raises(SystemExit):
+        parse(GlobalPruningConfig, ["--importance_method", "nope"])
+    refusal = "".join(capsys.readouterr())
+    assert all(name in refusal for name in SCORES)
+
+
+def test_a_new_score_is_one_class(windows, monkeypatch):
+    class Ones(Score):
+        name, help, needs_text = "ones", "1", False
+
+        def finish(self, batches, tokens):
+            for matrix in self.output_projections:
+                matrix.scores.fill_(1)
+
+    monkeypatch.setattr("compression.llm.scoring.SCORES", dict(SCORES))
+    register(Ones)
+    scores = score_structures(tiny_decoder(), windows, "ones")
+    assert all((score == 1).all() for kind in DECODER_KINDS for score in scores[kind])
+    assert "| `ones` | 1 | weights | as it is |" in scores_markdown()
+
+
 def test_a_pruned_model_can_be_scored_again(windows):
     model = shrink_decoder(
         tiny_decoder(),
@@ -186,7 +216,7 @@ def test_a_pruned_model_can_be_scored_again(windows):
             CHANNELS: [torch.ones(48).bool(), torch.arange(48) < 8, torch.zeros(48).bool(), torch.ones(48).bool()],
         },
     )
-    for method in get_args(Method):
+    for method in SCORES:
         scores = score_structures(model, windows, method)
         assert [len(score) for score in scores[GROUPS]] == [3, 0, 4, 1]
         assert [len(score) for score in scores[CHANNELS]] == [48, 8, 0, 48]

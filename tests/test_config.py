@@ -1,5 +1,7 @@
 """Command lines, presets and refused values."""
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -7,8 +9,10 @@ from typing import Annotated, ClassVar
 import pytest
 from conftest import load_script
 
-from compression.config import Between, Config, FolderName, parse
-from compression.runtime import UserError
+from compression.config import Between, Config, FolderName, _leaves, parse, pick
+from compression.llm.recovery import Recovery
+from compression.llm.run import recovery_after
+from compression.runtime import ROOT, UserError
 from gqa_aware_pruning import GQAAwarePruningConfig
 from post_training import PostTrainingConfig
 from run_global_pruning import GlobalPruningConfig
@@ -130,3 +134,72 @@ def test_every_script_refuses_what_is_not_finite():
     ):
         with pytest.raises(UserError, match=f"--{next(iter(fields))} .*finite"):
             config.make(**fields)
+
+
+SCRIPTS = {
+    "download_model": "DownloadConfig",
+    "1_finetune_teacher": "TeacherConfig",
+    "2_distill_student": "DistillationConfig",
+    "8_pruning_with_finetuning": "GradualPruningWithFinetuningConfig",
+    "9_quantize_pruned_model": "QuantizationConfig",
+    "10_qat_kd_4bit": "QATKDConfig",
+    "7_evaluate_and_generate_report": "EvaluationConfig",
+    "evaluate_plot": "ComparisonConfig",
+    "run_global_pruning": "GlobalPruningConfig",
+    "gqa_aware_pruning": "GQAAwarePruningConfig",
+    "post_training": "PostTrainingConfig",
+    "merge_and_save_lora": "MergeConfig",
+    "evaluate_lora_model": "LoraEvaluationConfig",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_that_there_ever_was_still_parses_and_has_its_default(script):
+    """tests/flags.json: the flags of the first version, with their defaults."""
+    config_class = getattr(load_script(script), SCRIPTS[script])
+    flags = json.loads((ROOT / "tests" / "flags.json").read_text())[f"{script}.py"]
+    defaults = config_class.modernized({}) | {"iterative_rounds": 1}
+    for name, value in flags.items():
+        assert defaults[name] == value, name
+        if isinstance(value, bool):
+            words = [f"--{name}" if value else f"--no_{name}"]
+        else:
+            values = value if isinstance(value, list) else [value]
+            words = [f"--{name}", *("None" if one is None else str(one) for one in values)]
+        assert parse(config_class, words).as_dict() == config_class().as_dict(), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_stands_once_and_is_documented(script, capsys):
+    config_class = getattr(load_script(script), SCRIPTS[script])
+    names = [name for name, _, _ in _leaves(config_class())]
+    assert len(names) == len(set(names)), "two groups have a field of one name"
+    with pytest.raises(SystemExit):
+        parse(config_class, ["--help"])
+    help_text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for name in names:
+        found = re.search(rf"--{name}(?:,| [A-Z{{\[])(.{{0,400}}?)\((?:default|required)", help_text)
+        assert found and len(re.findall(r"[a-z]{2,}", found[1])) >= 2, f"--{name} is not documented"
+
+
+def test_a_record_of_before_is_understood():
+    noted = GQAAwarePruningConfig().as_dict() | {"iterative_rounds": 3}
+    del noted["iterative_steps"], noted["uniform"]
+    expected = GQAAwarePruningConfig.make(iterative_steps=3).result_fields()
+    found = GQAAwarePruningConfig.modernized(noted)
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_what_trains_on_after_pruning_is_post_training_with_its_defaults():
+    expected = pick(Recovery, PostTrainingConfig())
+    for config in (GlobalPruningConfig(), GQAAwarePruningConfig()):
+        found = recovery_after(config)
+        assert found.as_dict() == expected.as_dict()
+
+
+def test_groups_are_flat_in_records_and_on_the_command_line():
+    config = parse(GlobalPruningConfig, ["--num_samples", "3", "--output_name", "x", "--eval_samples", "5"])
+    assert (config.calibration.num_samples, config.run.output_name, config.evaluation.eval_samples) == (3, "x", 5)
+    assert config.as_dict()["num_samples"] == 3 and "output_name" not in config.result_fields()
+    with pytest.raises(TypeError, match="no_such_field"):
+        GlobalPruningConfig.make(no_such_field=1)

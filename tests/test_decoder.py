@@ -18,9 +18,10 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from compression import structures
+from compression.config import pick
 from compression.decoder import decoder_of
-from compression.llm.global_pruning import GlobalPruning, PruningFields
-from compression.llm.gqa_pruning import GQAPruningFields, LayerwisePruning, compute_gqa_group_importance
+from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
+from compression.llm.gqa_pruning import Cuts, LayerwisePruning, compute_gqa_group_importance
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repair
@@ -28,6 +29,8 @@ from compression.llm.scoring import score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError
 from compression.surgery import shrink_decoder
+from gqa_aware_pruning import GQAAwarePruningConfig
+from run_global_pruning import GlobalPruningConfig
 
 SIZES = dict(
     hidden_size=32, num_attention_heads=8, num_key_value_heads=4, intermediate_size=48, num_hidden_layers=2,
@@ -115,9 +118,11 @@ USES = {
     "repair": lambda model, ids: repair(model, KEPT, ids),
     "surgery": lambda model, ids: shrink_decoder(model, KEPT),
     "GQA-aware": lambda model, ids: LayerwisePruning(
-        model, [0.4] * 4, GQAPruningFields(), CalibrationText(ids, ids, ids)
+        model, [0.4] * 4, pick(Cuts, GQAAwarePruningConfig()), CalibrationText(ids, ids, ids)
     ),
-    "H-GSP": lambda model, ids: GlobalPruning(model, PruningFields(), CalibrationText(ids, ids, ids)),
+    "H-GSP": lambda model, ids: GlobalPruning(
+        model, pick(Scoring, GlobalPruningConfig()), pick(Budget, GlobalPruningConfig()), CalibrationText(ids, ids, ids)
+    ),
 }
 
 

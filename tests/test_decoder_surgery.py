@@ -2,13 +2,12 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import DECODERS, MIXED, tiny_decoder
 from safetensors.torch import save_file
+from scripts import run_elsewhere
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from compression.llm.global_pruning import masked
@@ -103,17 +102,13 @@ def difference_elsewhere(model, ids, folder):
     """How far a new process that loads small/ outside the project is from the model's logits."""
     save_file({"ids": ids, "logits": model(ids).logits}, folder / "expected.safetensors")
     program = (
-        "import sys, torch\n"
         "from safetensors.torch import load_file\n"
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained('small', trust_remote_code=True).eval()\n"
         "saved = load_file('expected.safetensors')\n"
         "print((model(saved['ids']).logits - saved['logits']).abs().max().item())\n"
-        "assert 'compression' not in sys.modules\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return float(result.stdout.split()[-1])
+    return float(run_elsewhere(program, folder).check().stdout.split()[-1])
 
 
 @torch.no_grad()

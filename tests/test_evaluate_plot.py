@@ -1,25 +1,20 @@
-"""The comparison script through its real command line, on tiny checkpoints."""
+"""The comparison script through its command line, on tiny checkpoints."""
 
 import csv
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import tiny_bert, tiny_distilbert
 from matplotlib.image import imread
+from scripts import run_script
 
 from compression.checkpoint import describe_stage, save_checkpoint
 from compression.classifier.plots import plot_model_comparison
 from compression.quantization import Format, pack
-from compression.runtime import ROOT
 
 
 def run(*flags, expect=0):
-    command = [sys.executable, "evaluate_plot.py", *map(str, flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result
+    return run_script("evaluate_plot.py", *flags, expect=expect)
 
 
 @pytest.fixture

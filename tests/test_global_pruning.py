@@ -2,14 +2,11 @@
 
 import csv
 import json
-import subprocess
-import sys
-import time
-from typing import get_args
 
 import pytest
 import torch
 from conftest import WORDS, tiny_decoder
+from scripts import run_killed, run_script
 from transformers import AutoModelForCausalLM
 
 from compression.checkpoint import load_language_model
@@ -18,9 +15,9 @@ from compression.flops import encoder_macs_formula
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring, masked
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.scoring import Method, score_structures
+from compression.llm.scoring import SCORES, score_structures
 from compression.llm.text import CalibrationText
-from compression.runtime import ROOT, UserError
+from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder, to_stock
 from run_global_pruning import GlobalPruningConfig
@@ -114,9 +111,9 @@ def test_normalized_scores_make_layers_share_the_budget(text):
 
 
 def test_each_method_has_its_own_normalization():
-    configs = {method: GlobalPruningConfig.make(importance_method=method) for method in get_args(Method)}
+    configs = {method: GlobalPruningConfig.make(importance_method=method) for method in SCORES}
     resolved = {method: fields.as_dict()["normalize"] for method, fields in configs.items()}
-    assert resolved == dict.fromkeys(get_args(Method), "none") | {"wanda": "layer"}
+    assert resolved == dict.fromkeys(SCORES, "none") | {"wanda": "layer"}
     assert all(pick(Scoring, fields).normalization == resolved[method] for method, fields in configs.items())
     assert GlobalPruningConfig.make(importance_method="wanda", normalize="none").as_dict()["normalize"] == "none"
     assert pick(Scoring, GlobalPruningConfig.preset("paper")).normalization == "none"
@@ -250,21 +247,17 @@ def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
 # The command line.
 
 
-def run_command(base, output, *flags):
+def words_of(base, output, *flags):
     text = base.parent / "text.txt"
-    command = [
-        sys.executable, "run_global_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
+    return [
+        "run_global_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
         "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
         "32", "--dtype", "float32", "--round_to", "8", *flags,
     ]  # fmt: skip
-    return list(map(str, command))
 
 
 def run(base, output, *flags, expect=0):
-    command = run_command(base, output, *flags)
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result
+    return run_script(*words_of(base, output, *flags), expect=expect)
 
 
 @torch.no_grad()
@@ -336,21 +329,15 @@ def test_all_evaluations_on_a_pruned_model(base, tmp_path):
 
 
 def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
-    """Killed after the first of two steps: what was finished is not done again."""
+    """Killed where the second of two steps begins: what was finished is not done again."""
     flags = ["--pruning_ratio", "0.5", "--iterative_steps", "2", "--attention_factors", "1", "4"]
     run(base, tmp_path / "whole", "--output_name", "one", *flags)
-    command = run_command(base, tmp_path / "killed", "--output_name", "one", *flags, "--resume")
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not list((tmp_path / "killed").glob(".one_*.resume/kept_in_step_1_of_2")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    killed = words_of(base, tmp_path / "killed", "--output_name", "one", *flags, "--resume")
+    run_killed(*killed, at="compression.llm.global_pruning.score_structures", call=2)
     assert not (tmp_path / "killed" / "one" / "models").exists()
     saved = {part.name for part in (tmp_path / "killed").glob(".one_*.resume/*")}
     assert {"dense", "removal", "scores_of_step_1_of_2", "kept_in_step_1_of_2"} <= saved
-    result = run(base, tmp_path / "killed", "--output_name", "one", *flags, "--resume")
+    result = run_script(*killed)
     assert "Step 1," not in result.stdout and "Step 2," in result.stdout
     names = ("models/model.safetensors", "analysis/global_group_table.csv", "models/config.json")
     for name in names:

@@ -3,17 +3,17 @@
 import copy
 import csv
 import json
-import subprocess
-import sys
-from typing import get_args
 
 import pytest
 import torch
 from conftest import DECODERS, tiny_decoder
+from scripts import run_killed, run_script
 
 import compression.llm.scoring as calibration
 from compression.allocation import largest_ratio, split_budget, spread_rates
-from compression.config import pick, run_script
+from compression.checkpoint import load_language_model
+from compression.config import pick
+from compression.llm import gqa_pruning
 from compression.llm.gqa_pruning import (
     Cuts,
     LayerwisePruning,
@@ -26,15 +26,14 @@ from compression.llm.gqa_pruning import (
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
-from compression.llm.scoring import Method, score_layer, score_structures
-from compression.llm.text import CalibrationText
-from compression.runtime import ROOT, UserError
+from compression.llm.scoring import SCORES, score_layer, score_structures
+from compression.llm.text import CalibrationText, load_corpus, tokenize, windows
+from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder, to_pruned
 from gqa_aware_pruning import (
     GQAAwarePruningConfig,
     compute_gqa_group_importance,
-    main,
     prune_attention_by_gqa_groups,
     select_gqa_groups_to_prune,
 )
@@ -102,7 +101,7 @@ def test_importance_of_a_group_is_the_sum_over_all_that_belongs_to_it(ids, heads
     torch.testing.assert_close(found[CHANNELS], channels, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", SCORES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpointing):
     model = tiny_decoder("qwen3")
@@ -117,8 +116,8 @@ def test_scores_of_one_layer_are_those_of_the_whole_model(ids, method, checkpoin
 def test_only_the_current_layer_takes_gradients(ids, method, monkeypatch):
     """While layer 2 is scored, the layers before it are not run, and no weight of another layer gets a gradient."""
     model = tiny_decoder()
-    entering = LayerStream(model, ids[:4], 2, layer=2)
-    assert not any(state.requires_grad for _, state, _ in entering)
+    stream = LayerStream(model, ids[:4], 2, layer=2)
+    assert not any(state.requires_grad for _, state, _ in stream)
     runs, trainable, gradients = [0] * 4, set(), set()
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
@@ -131,7 +130,7 @@ def test_only_the_current_layer_takes_gradients(ids, method, monkeypatch):
         return losses(*arguments)
 
     monkeypatch.setattr(calibration, "token_losses", note)
-    score_layer(model, 2, entering, method)
+    score_layer(model, 2, stream, method)
     assert runs == [0, 0, 2, 2]
     matrices = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     expected = {f"model.layers.2.{name}.weight" for name in matrices} if method == "taylor" else set()
@@ -351,13 +350,13 @@ def test_rounds_prune_a_bit_at_a_time(text):
     model, sizes = tiny_decoder(), []
     names = []
 
-    def remember(name, make):
+    def cached(name, make):
         sizes.append([parts.parameters for parts in layers_of(model)])
         names.append(name)
         return make()
 
     before = total(model)
-    pruning = layerwise(model, [0.4] * 4, fields(iterative_steps=2), text, remember)
+    pruning = layerwise(model, [0.4] * 4, fields(iterative_steps=2), text, cached)
     pruning.prune()
     assert names == [f"scores_of_step{step}_layer_{index}" for step in (1, 2) for index in range(4)]
     assert 1 - sum(sizes[4]) / before == pytest.approx(0.2, abs=0.02), "half of it after the first round"
@@ -443,24 +442,21 @@ def test_bad_values_are_refused(values, message):
 # The command line.
 
 
-def command_of(base, output, *flags):
+def words_of(base, output, *flags):
     text = base.parent / "text.txt"
-    command = [
-        sys.executable, "gqa_aware_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
+    return [
+        "gqa_aware_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
         "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
         "32", "--protect_first", "0", "--protect_last", "0", "--dtype", "float32", "--round_to", "1", "--device_map",
         "cpu", *flags,
     ]  # fmt: skip
-    return list(map(str, command))
 
 
 def run(base, output, *flags, expect=0):
-    result = subprocess.run(command_of(base, output, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result
+    return run_script(*words_of(base, output, *flags), expect=expect)
 
 
-def test_command_writes_a_checkpoint_that_a_new_process_loads(base, tmp_path):
+def test_command_writes_a_checkpoint_and_what_led_to_it(base, tmp_path):
     flags = ("--pruning_ratio", "0.4", "--max_rate", "0.6", "--run_evaluation", "ppl,efficiency")
     result = run(base, tmp_path, "--output_name", "some", *flags)
     folder = tmp_path / "some"
@@ -487,18 +483,9 @@ def test_command_writes_a_checkpoint_that_a_new_process_loads(base, tmp_path):
     ordered = sorted(rows, key=lambda row: float(row["removal_perplexity"]))
     rates = [float(row["rate"]) for row in ordered]
     assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1], "important layers lose less"
-    program = (
-        "import sys\n"
-        "from compression.checkpoint import load_language_model\n"
-        "from compression.llm.text import load_corpus, tokenize, windows\n"
-        "from compression.llm.perplexity import perplexity\n"
-        "model, tokenizer = load_language_model(sys.argv[1])\n"
-        "ids = windows(tokenize(tokenizer, load_corpus(sys.argv[2], 'test')), 32)[:4]\n"
-        "print(perplexity(model, ids))\n"
-    )
-    arguments = [sys.executable, "-c", program, folder / "models", base.parent / "text.txt"]
-    again = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-    assert float(again.stdout.split()[-1]) == pytest.approx(found["pruned"]["perplexity"]["text.txt"], rel=1e-6)
+    model, tokenizer = load_language_model(folder / "models")
+    ids = windows(tokenize(tokenizer, load_corpus(str(base.parent / "text.txt"), "test")), 32)[:4]
+    assert perplexity(model, ids) == pytest.approx(found["pruned"]["perplexity"]["text.txt"], rel=1e-6)
 
 
 def test_search_on_the_command_line(base, tmp_path):
@@ -510,42 +497,23 @@ def test_search_on_the_command_line(base, tmp_path):
     assert found["reduction"]["structures"] == pytest.approx(0.7, abs=0.01)
 
 
-# Runs the script, counts the layers that are scored, and kills itself before one of them.
-KILLED = """
-import os, signal, sys
-import compression.llm.gqa_pruning as gqa_pruning
-import gqa_aware_pruning
-from compression.config import pick, run_script
-
-score, calls, last = gqa_pruning.compute_gqa_group_importance, [], int(sys.argv.pop(1))
-
-def counted(*arguments, **options):
-    calls.append(arguments)
-    if len(calls) == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return score(*arguments, **options)
-
-gqa_pruning.compute_gqa_group_importance = counted
-run_script(gqa_aware_pruning.GQAAwarePruningConfig, gqa_aware_pruning.main)
-print("scored", len(calls))
-"""
-
-
-def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
+def test_killed_run_goes_on_to_the_same_result(base, tmp_path, monkeypatch):
     """Killed before the sixth of eight cuts: what was scored is not scored again."""
     flags = ["--output_name", "one", "--iterative_rounds", "2", "--compensation", "lstsq", "--strategy", "uniform"]
-
-    def run_killed(output, last):
-        command = command_of(base, tmp_path / output, *flags, "--resume")
-        command[1:2] = ["-c", KILLED, str(last)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-    assert "scored 8\n" in run_killed("whole", 0).stdout
-    assert run_killed("killed", 6).returncode == -9
+    score, calls = gqa_pruning.compute_gqa_group_importance, []
+    monkeypatch.setattr(
+        gqa_pruning, "compute_gqa_group_importance", lambda *given, **more: calls.append(1) or score(*given, **more)
+    )
+    run(base, tmp_path / "whole", *flags, "--resume")
+    assert len(calls) == 8
+    killed = words_of(base, tmp_path / "killed", *flags, "--resume")
+    run_killed(*killed, at="compression.llm.gqa_pruning.compute_gqa_group_importance", call=6)
     assert not (tmp_path / "killed" / "one" / "models").exists()
     (folder,) = (tmp_path / "killed").glob(".one_*.resume")
     assert {"dense", "removal"} < {path.name for path in folder.iterdir()}
-    assert "scored 3\n" in run_killed("killed", 0).stdout
+    calls.clear()
+    run_script(*killed)
+    assert len(calls) == 3
     for name in ("models/model.safetensors", "models/config.json", "analysis/layer_rates.csv"):
         assert (tmp_path / "killed" / "one" / name).read_bytes() == (tmp_path / "whole" / "one" / name).read_bytes()
     assert not folder.exists(), "what was kept to resume from is gone"
@@ -566,12 +534,41 @@ def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
         (["--sequence_length", "100000"], "--sequence_length 100000: allowed is at most 128, the model's positions"),
     ],
 )
-def test_mistakes_end_in_one_line_and_write_nothing(base, tmp_path, flags, message, monkeypatch, capsys):
-    monkeypatch.setattr("compression.config.setup_logging", lambda: None)  # it is the whole process's
-    monkeypatch.setattr("sys.argv", command_of(base, tmp_path / "results", *flags)[1:])
-    with pytest.raises(SystemExit) as ended:
-        run_script(GQAAwarePruningConfig, main)
-    assert ended.value.code == 2
-    found = capsys.readouterr().err.strip().splitlines()
-    assert message in found[-1] and [line.startswith("error: ") for line in found] == [True]
+def test_mistakes_end_in_one_line_and_write_nothing(base, tmp_path, flags, message):
+    found = run(base, tmp_path / "results", *flags, expect=2).stderr.strip().splitlines()
+    assert len(found) == 1 and found[0].startswith("error: ") and message in found[0]
     assert not (tmp_path / "results").exists()
+
+
+def test_uniform_sizes_meet_the_budget_in_the_stock_class_and_are_trained_on(base, tmp_path):
+    flags = ["--uniform", "--save_bin", "--finetune", "--finetune_samples", "4", "--pruning_ratio", "0.4"]
+    run(base, tmp_path, "--output_name", "same", *flags)
+    folder = tmp_path / "same"
+    assert json.loads((folder / "models" / "config.json").read_text())["model_type"] == "llama"
+    model, _ = load_language_model(folder / "models")
+    assert len({(parts.groups, parts.channels) for parts in layers_of(model)}) == 1
+    weights = torch.load(folder / "models" / "pruned_model.bin", weights_only=True)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
+    one = layers_of(model)[0].structure_parameters(CHANNELS) / layers_of(model)[0].parameters
+    assert 0.4 <= found["reduction"]["structures"] < 0.4 + one
+    assert "perplexity" in found["finetuned"] and found["environment"]["torch"] == torch.__version__
+    assert (folder / "finetuned" / "adapter_model.safetensors").exists()
+
+
+def test_uniform_rounds_take_the_same_from_every_layer(text):
+    model = tiny_decoder()
+    before = total(model)
+    config = fields(uniform=True, iterative_steps=2, attention_ratio=0.5, round_to=4)
+    small = layerwise(model, [0.4] * 4, config, text).prune()
+    sizes = {(parts.groups, parts.channels) for parts in layers_of(small)}
+    assert len(sizes) == 1 and 0.4 <= 1 - total(small) / before < 0.5
+
+
+def test_uniform_sizes_that_no_stock_class_takes_are_refused(text):
+    """Of six query heads in three groups, four do not divide a hidden size of 30."""
+    model = tiny_decoder(hidden_size=30, num_attention_heads=6, num_key_value_heads=3, head_dim=8)
+    small = layerwise(model, [0.3] * 4, fields(uniform=True, attention_ratio=1.0), text).prune()
+    assert {parts.groups for parts in layers_of(small)} == {3}, "two groups would be nearer"
+    with pytest.raises(UserError, match="--uniform: not allowed with --layers 2"):
+        fields(uniform=True, layers="2")

@@ -142,11 +142,10 @@ def test_what_was_out_of_use_in_the_window_is_estimated_over_all_of_it(recipe_of
     assert torch.equal(scores.in_use[offset:] >= 3, ~out), "one step in use is not three"
     inner, outer = scores.inner.sum(0)[offset:], scores.outer.sum(0)[offset:]
     found = torch.cat(scores.densities((NEURONS,))[NEURONS])
-    place = int(out.nonzero()[0])
-    layer = slice(0, masked[0].count)
-    assert place in range(masked[0].count)
-    in_use = ~out[layer]
-    ratio = inner[layer][in_use].sum() / outer[layer][in_use].sum()
+    place, count = int(out.nonzero()[0]), masked[0].count
+    layer = torch.arange(len(out)) // count == place // count
+    in_use = layer & ~out
+    ratio = inner[in_use].sum() / outer[in_use].sum()
     other = int(in_use.nonzero()[0])
     expected = outer[place] * (1 + ratio) / (inner[other] + outer[other])
     torch.testing.assert_close(found[place] / found[other], expected)

@@ -1,7 +1,6 @@
 """Scores, repair and removal analysis of models whose layers differ in what they attend to, beyond their window."""
 
 import copy
-from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from compression.llm.layerwise import LayerStream, layer_inputs
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repair
-from compression.llm.scoring import Method, score_layer, score_structures
+from compression.llm.scoring import SCORES, score_layer, score_structures
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
@@ -46,13 +45,13 @@ def test_states_between_layers_are_the_models_own(model, windows):
     last = model.model(windows, use_cache=False).last_hidden_state
     for handle in handles:
         handle.remove()
-    entering = LayerStream(model, windows, batch_size=4)
+    stream = LayerStream(model, windows, batch_size=4)
     for expected in seen:
-        torch.testing.assert_close(torch.cat([state for _, state, _ in entering]), expected)
-        entering.advance()
+        torch.testing.assert_close(torch.cat([state for _, state, _ in stream]), expected)
+        stream.advance()
     states, _ = layer_inputs(model, windows)
     torch.testing.assert_close(model.model.norm(states[-1]), last)
-    torch.testing.assert_close(torch.cat([model.model.norm(state) for _, state, _ in entering]), last)
+    torch.testing.assert_close(torch.cat([model.model.norm(state) for _, state, _ in stream]), last)
 
 
 @torch.no_grad()
@@ -66,7 +65,7 @@ def test_removal_analysis_is_that_of_smaller_models(model, windows):
         assert found[name] == pytest.approx(expected, rel=1e-4), name
 
 
-@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("method", SCORES)
 def test_scores_of_one_layer_are_those_of_the_whole_model(model, windows, method):
     every = score_structures(model, windows, method, batch_size=2)
     for index in (0, 1, 3):
@@ -100,9 +99,9 @@ def test_no_layer_is_run_to_learn_what_layers_are_given(windows):
     runs = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *_: runs.append(1))
-    entering = LayerStream(model, windows, batch_size=6)
+    stream = LayerStream(model, windows, batch_size=6)
     assert not runs
-    entering.advance()
+    stream.advance()
     assert len(runs) == 1
-    masks = [options["attention_mask"] for _, _, given in entering for options in given]
+    masks = [options["attention_mask"] for _, _, given in stream for options in given]
     assert masks[0] is masks[2] and masks[1] is masks[3] and masks[0] is not masks[1]

@@ -6,17 +6,19 @@ import pytest
 import torch
 from conftest import tiny_decoder
 
+from compression.config import pick
 from compression.llm import removal
-from compression.llm.global_pruning import GlobalPruning, PruningFields
+from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import exp_of_mean, perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repair
-from compression.llm.scoring import score_layer, score_structures
+from compression.llm.scoring import SCORES, score_layer, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
+from run_global_pruning import GlobalPruningConfig
 
 WEIGHT = r"models/broken has values that are not finite in model\.layers\.2\.mlp\.down_proj\.weight"
 
@@ -64,14 +66,14 @@ def test_a_large_loss_is_a_large_perplexity():
         exp_of_mean(model, 8000.0, 10, "the model")
 
 
-@pytest.mark.parametrize("method", ["fisher", "obs", "taylor", "taylor_2nd"])
+@pytest.mark.parametrize("method", [name for name, score in SCORES.items() if score.loss])
 def test_methods_with_a_loss_name_its_window(broken, windows, method):
     with pytest.raises(UserError, match=f"calibration: the loss of window 0 is not finite; {WEIGHT}") as error:
         score_structures(broken, windows, method)
     one_line(error)
 
 
-@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+@pytest.mark.parametrize("method", [name for name, score in SCORES.items() if not score.loss])
 def test_methods_without_a_loss_name_layer_and_kind(broken, windows, method):
     line = f"--importance_method {method}: scores of the channels of layer 2 are not finite; {WEIGHT}"
     with pytest.raises(UserError, match=line) as error:
@@ -79,7 +81,8 @@ def test_methods_without_a_loss_name_layer_and_kind(broken, windows, method):
     one_line(error)
     with pytest.raises(UserError, match=f"--importance_method {method}: scores of the .* are not finite; {WEIGHT}"):
         text = CalibrationText(windows, windows, windows)
-        GlobalPruning(broken, PruningFields(importance_method=method), text).prune()
+        config = GlobalPruningConfig.make(importance_method=method)
+        GlobalPruning(broken, pick(Scoring, config), pick(Budget, config), text).prune()
 
 
 def test_removal_analysis_names_the_part(broken, windows):

@@ -1,16 +1,15 @@
-"""The classifier track through its real command lines, on a tiny slice of real text and tiny random models."""
+"""The classifier track on a tiny slice of real text and tiny random models; its chain of stages as users run it."""
 
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, run_distributed, run_killed, run_script
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -25,15 +24,17 @@ from compression.checkpoint import find_newest, load_classifier, read_stage
 from compression.classifier.tasks import load_sentiment
 from compression.structures import layers_of
 
-ROOT = Path(__file__).resolve().parent.parent
 SST2 = Path(os.environ.get("COMPRESSION_DATA", ROOT.parent / "shared" / "data")) / "sst2"
 FLAGS = ["--fast", "--batch_size", "16"]
+FINETUNE, DISTIL = "1_finetune_teacher.py", "2_distill_student.py"
+PRUNE, REPORT = "8_pruning_with_finetuning.py", "7_evaluate_and_generate_report.py"
+STEP = "compression.training.seed_step"  # what begins each step
 
 
-def run(script, *flags, expect=0, **options):
-    result = subprocess.run(
-        [sys.executable, script, *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
-    )
+def run_command_line(script, *flags, expect=0):
+    """Run a script as users do, in a process that starts from nothing."""
+    command = [sys.executable, script, *map(str, flags)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == expect, result.stdout + result.stderr
     return result
 
@@ -82,12 +83,13 @@ def starts(sentences, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(starts, data_dir, tmp_path_factory):
-    """Stages 1, 2 and 8 have run."""
+    """Stages 1, 2, 8 and 9 have run."""
     models_dir = tmp_path_factory.mktemp("models")
     common = [*FLAGS, "--data_dir", data_dir, "--models_dir", models_dir]
-    run("1_finetune_teacher.py", *common, "--teacher", starts / "bert")
-    run("2_distill_student.py", *common, "--student", starts / "distilbert")
-    run("8_pruning_with_finetuning.py", *common, "--train_fraction", 1)
+    run_command_line(FINETUNE, *common, "--teacher", starts / "bert")
+    run_command_line(DISTIL, *common, "--student", starts / "distilbert")
+    run_command_line(PRUNE, *common, "--train_fraction", 1)
+    run_command_line("9_quantize_pruned_model.py", "--models_dir", models_dir, "--compute_dtype", "float32")
     return models_dir
 
 
@@ -117,13 +119,13 @@ def test_pruned_checkpoint_is_smaller_and_says_where_it_came_from(models):
 
 
 def test_report_lists_what_is_there_and_what_is_missing(models, common, tmp_path):
-    result = run(
-        "7_evaluate_and_generate_report.py", "--fast", *common[3:], "--output_dir", tmp_path, "--latency_repeats", 2,
+    result = run_command_line(
+        REPORT, "--fast", *common[3:], "--output_dir", tmp_path, "--latency_repeats", 2,
         "--throughput_repeats", 2, "--throughput_batch_size", 2, "--latency_sequence_length", 8,
     )  # fmt: skip
     report = json.loads((tmp_path / "final_report.json").read_text())
     names = [entry["name"] for entry in report["models"]]
-    assert names == ["Teacher", "Distilled Student (Baseline)", "Pruned Student (KGSP + MSP)"]
+    assert names[:3] == ["Teacher", "Distilled Student (Baseline)", "Pruned Student (KGSP + MSP)"] and len(names) == 4
     assert report["data"]["name"] == "SST-2 (GLUE)" and report["data"]["n"] == 60
     assert report["models"][2]["relative"]["encoder_macs"] < 0.8
     assert (
@@ -140,32 +142,21 @@ def test_report_lists_what_is_there_and_what_is_missing(models, common, tmp_path
 def test_finished_stage_is_skipped_only_while_nothing_changed(common, models, starts):
     student = ["--student", starts / "distilbert", "--skip_existing"]
     before = read_stage(models / "student_model")["created"]
-    assert "skipped" in run("2_distill_student.py", *common, *student).stdout
+    assert "skipped" in run_script(DISTIL, *common, *student).stdout
     assert read_stage(models / "student_model")["created"] == before
-    assert "skipped" in run("8_pruning_with_finetuning.py", *common, "--train_fraction", 1, "--skip_existing").stdout
-    assert (
-        "skipped"
-        not in run("2_distill_student.py", *common, *student, "--alpha", 0.4, "--variant", "soft_labels").stdout
-    )
+    assert "skipped" in run_script(PRUNE, *common, "--train_fraction", 1, "--skip_existing").stdout
+    assert "skipped" not in run_script(DISTIL, *common, *student, "--alpha", 0.4, "--variant", "soft_labels").stdout
 
 
 def test_sigkill_and_resume_give_the_undisturbed_result(common, models, tmp_path):
     inputs = ["--student_path", models / "student_model", "--teacher_path", models / "teacher_model"]
-    flags = [*common[:5], *inputs, "--train_fraction", 1, "--num_epochs", 6, "--save_steps", 2]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run("8_pruning_with_finetuning.py", *flags, "--models_dir", tmp_path / "whole", env=environment)
-    command = [sys.executable, "8_pruning_with_finetuning.py", *flags, "--models_dir", tmp_path / "killed", "--resume"]
-    process = subprocess.Popen([*map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
-    states = tmp_path / "killed"
-    while process.poll() is None and not list(states.glob(".pruned_*.resume/step_0000003*/state.json")):
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert find_newest(tmp_path / "killed", "pruned") is None
-
-    resumed = run(*command[1:], env=environment)
-    assert "Resumed at epoch" in resumed.stdout
+    flags = [*common[:5], *inputs, "--train_fraction", 1, "--num_epochs", 3, "--save_steps", 2]
+    run_script(PRUNE, *flags, "--models_dir", tmp_path / "whole")
+    states, killed = tmp_path / "killed", [PRUNE, *flags, "--models_dir", tmp_path / "killed", "--resume"]
+    run_killed(*killed, at=STEP, call=20)
+    assert find_newest(states, "pruned") is None
+    assert [path.name for path in states.glob(".pruned_*.resume/step_*")] == ["step_00000018_epoch_0002"]
+    assert "Resumed at epoch 2, step 18\n" in run_script(*killed).stdout
     whole, killed = (find_newest(tmp_path / name, "pruned") for name in ("whole", "killed"))
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     assert (whole / "training_history.json").read_text() == (killed / "training_history.json").read_text()
@@ -174,17 +165,11 @@ def test_sigkill_and_resume_give_the_undisturbed_result(common, models, tmp_path
     assert left == {killed.name}, "states to resume from were left"
 
 
-PRUNE, REPORT = "8_pruning_with_finetuning.py", "7_evaluate_and_generate_report.py"
-DISTIL, FINETUNE = "2_distill_student.py", "1_finetune_teacher.py"
-
-
 def test_two_processes_agree_with_one(common, models, tmp_path):
     inputs = ["--student_path", models / "student_model", "--teacher_path", models / "teacher_model"]
-    flags = ["8_pruning_with_finetuning.py", *common[:5], *inputs, "--train_fraction", 1, "--num_epochs", 3]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run(*flags, "--models_dir", tmp_path / "one", env=environment)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = run(*launcher, *flags, "--models_dir", tmp_path / "two", env=environment)
+    flags = [PRUNE, *common[:5], *inputs, "--train_fraction", 1, "--num_epochs", 3]
+    run_script(*flags, "--models_dir", tmp_path / "one")
+    result = run_distributed(*flags, "--models_dir", tmp_path / "two")
     assert "on 2 process(es)" in result.stdout and result.stdout.count("epoch 3") == 1
     one, two = (find_newest(tmp_path / name, "pruned") for name in ("one", "two"))
     for first, second in zip(*(json.loads((p / "training_history.json").read_text()) for p in (one, two)), strict=True):
@@ -211,7 +196,7 @@ def test_mistakes_end_in_one_line(script, flags, message, models, starts, data_d
     known = ["--data_dir", data_dir, "--models_dir", models]
     if script.startswith("1"):
         known += ["--teacher", starts / "bert"]
-    result = run(script, *known, *flags.split(), expect=2)
+    result = run_script(script, *known, *flags.split(), expect=2)
     assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
     assert message in result.stderr
 
@@ -221,6 +206,7 @@ def test_unsupported_architecture_writes_nothing(models, common, tmp_path):
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(models / "student_model").save_pretrained(tmp_path / "gpt2")
     before = sorted(models.iterdir())
-    result = run("8_pruning_with_finetuning.py", *common, "--student_path", tmp_path / "gpt2", expect=2)
+    result = run_command_line(PRUNE, *common, "--student_path", tmp_path / "gpt2", expect=2)
+    assert len(result.stderr.strip().splitlines()) == 1
     assert "model type 'gpt2' is not supported here; supported: bert, distilbert" in result.stderr
     assert sorted(models.iterdir()) == before

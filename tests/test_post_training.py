@@ -1,7 +1,6 @@
 """Recovery training through its real entry points, on a tiny model whose layers differ and lack parts."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,15 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import WORDS, letters, save_decoder, tiny_decoder
+from scripts import ROOT, run_elsewhere, run_script
 from test_lora import pruned
 from test_training import Killed
 from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 import evaluate_lora_model
 import merge_and_save_lora
-import post_training
 from compression.checkpoint import load_language_model, load_tensors, read_stage
-from compression.config import pick, run_script
+from compression.config import pick
 from compression.files import read_json
 from compression.llm.lora import load_adapter
 from compression.llm.perplexity import perplexity
@@ -25,7 +24,7 @@ from compression.llm.recovery import LanguageModelling, Recovery, recover
 from compression.llm.rows import of_instructions, of_windows, read_instructions
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.quantization import nf4_base
-from compression.runtime import ROOT, UserError, setup_logging
+from compression.runtime import UserError, setup_logging
 from compression.training import fit
 from post_training import PostTrainingConfig
 
@@ -96,9 +95,7 @@ def test_lora_trains_and_ordinary_peft_loads_it_elsewhere(folder, tmp_path):
         "model = PeftModel.from_pretrained(base, sys.argv[2]).eval();"
         "torch.save(model(torch.arange(2, 18)[None]).logits, 'logits.pt')"
     )
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", script, str(folder / "pruned"), str(tmp_path / "lora")]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, env=environment, capture_output=True)
+    run_elsewhere(script, tmp_path, folder / "pruned", tmp_path / "lora").check()
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), atol=1e-5, rtol=0)
 
 
@@ -297,7 +294,7 @@ def test_a_merge_that_changes_the_logits_is_not_written(folder, adapter, tmp_pat
 
 
 def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
-    config = evaluate_lora_model.LoraEvaluationConfig(
+    config = evaluate_lora_model.LoraEvaluationConfig.make(
         pruned_model=folder / "pruned", lora_dir=adapter, output_file=tmp_path / "found.json", efficiency_repeats=1,
         run_evaluation="ppl,efficiency", eval_ppl_datasets=str(folder / "text.txt"), eval_length=32, eval_samples=8,
         dtype="float32", dense_model=folder / "dense",
@@ -324,22 +321,7 @@ def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
 # The command line.
 
 
-def call(script, flags, monkeypatch):
-    """Run a script in this process; its exit status."""
-    config = {
-        post_training: "PostTrainingConfig",
-        merge_and_save_lora: "MergeConfig",
-        evaluate_lora_model: "LoraEvaluationConfig",
-    }[script]
-    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
-    try:
-        run_script(getattr(script, config), script.main)
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
-TRAIN, MERGE, EVALUATE = post_training, merge_and_save_lora, evaluate_lora_model
+TRAIN, MERGE, EVALUATE = "post_training.py", "merge_and_save_lora.py", "evaluate_lora_model.py"
 
 
 @pytest.mark.parametrize(
@@ -382,7 +364,11 @@ TRAIN, MERGE, EVALUATE = post_training, merge_and_save_lora, evaluate_lora_model
         ),
         (TRAIN, "--kd_weight 0.5 --teacher {}/wide", "wide: it has 121 tokens, allowed are the student's 120"),
         (TRAIN, "--teacher {}/dense", "dense: is used with --kd_weight above 0 alone; give that too"),
-        (TRAIN, "--run_evaluation efficiency", "unknown efficiency; allowed are ppl, zeroshot, separated by commas"),
+        (
+            TRAIN,
+            "--run_evaluation efficiency --eval_length 32",
+            "unknown efficiency; allowed are ppl, zeroshot, separated by commas",
+        ),
         (TRAIN, "--output_name a/b", "--output_name 'a/b': allowed is a plain folder name"),
         (TRAIN, "--output_dir {}/pruned", "pruned: is an input of this run; name another place"),
         (MERGE, "--pruned_model nowhere", "--pruned_model nowhere: no checkpoint there"),
@@ -398,9 +384,7 @@ TRAIN, MERGE, EVALUATE = post_training, merge_and_save_lora, evaluate_lora_model
         (EVALUATE, "--run_evaluation zeroshot --data_dir {}", "has no zeroshot/piqa/validation.jsonl"),
     ],
 )
-def test_mistakes_end_in_one_line_and_write_nothing(
-    folder, adapter, bad_inputs, tmp_path, monkeypatch, capsys, script, flags, message
-):
+def test_mistakes_end_in_one_line_and_write_nothing(folder, adapter, bad_inputs, tmp_path, script, flags, message):
     text, output = folder / "text.txt", tmp_path / "output"
     known = {
         TRAIN: ["--pruned_model", folder / "pruned", "--dataset", text, "--eval_ppl_datasets", text, "--max_length", 16,
@@ -410,8 +394,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(
                    "--run_evaluation", "ppl", "--eval_ppl_datasets", text, "--eval_length", 16],
     }[script]  # fmt: skip
     before = sorted(folder.rglob("*"))
-    assert call(script, [*known, *flags.format(*[folder] * 2).split()], monkeypatch) == 2
-    stderr = capsys.readouterr().err
+    stderr = run_script(script, *known, *flags.format(*[folder] * 2).split(), expect=2).stderr
     assert message in stderr and stderr.startswith("error: ") and len(stderr.strip().splitlines()) == 1
     assert not list(output.rglob("*")) and sorted(folder.rglob("*")) == before
 
@@ -432,27 +415,27 @@ def bad_inputs(folder):
     (folder / "quantized" / "config.json").write_text(json.dumps(config))
 
 
-def test_finished_run_is_skipped_until_something_changes(folder, tmp_path, monkeypatch, capsys):
+def test_finished_run_is_skipped_until_something_changes(folder, tmp_path):
     text = folder / "text.txt"
     flags = [
         "--fast", "--pruned_model", folder / "pruned", "--dataset", text, "--eval_ppl_datasets", text, "--max_length",
         16, "--eval_length", 16, "--finetune_samples", 4, "--results_dir", tmp_path, "--skip_existing",
     ]  # fmt: skip
-    assert call(post_training, flags, monkeypatch) == 0
+    run_script(TRAIN, *flags)
     created = read_stage(tmp_path / "recovered")["created"]
-    assert call(post_training, flags, monkeypatch) == 0
-    assert "exists and matches configuration and inputs: skipped" in capsys.readouterr().out
+    assert "exists and matches configuration and inputs: skipped" in run_script(TRAIN, *flags).stdout
     assert read_stage(tmp_path / "recovered")["created"] == created
-    assert call(post_training, [*flags, "--lora_r", 2], monkeypatch) == 2
+    run_script(TRAIN, *flags, "--lora_r", 2, expect=2)
     assert read_stage(tmp_path / "recovered")["created"] == created
-    assert call(post_training, [*flags, "--lora_r", 2, "--overwrite"], monkeypatch) == 0
+    run_script(TRAIN, *flags, "--lora_r", 2, "--overwrite")
     assert read_stage(tmp_path / "recovered")["created"] != created
 
 
 def test_two_processes_agree_with_one(folder, tmp_path):
+    """With Accelerate's own launcher, as users start them."""
     text = str(folder / "text.txt")
     flags = [
-        "post_training.py", "--pruned_model", folder / "pruned", "--dataset", folder / "alpaca.json", "--max_length",
+        TRAIN, "--pruned_model", folder / "pruned", "--dataset", folder / "alpaca.json", "--max_length",
         100, "--validation_dataset", text, "--eval_ppl_datasets", text, "--eval_length", 16, "--eval_samples", 8,
         "--batch_size", 8, "--gradient_accumulation_steps", 2, "--learning_rate", "1e-3", "--results_dir", tmp_path,
         "--dtype", "float32",
@@ -462,11 +445,10 @@ def test_two_processes_agree_with_one(folder, tmp_path):
         "--main_process_port", 0,
     ]  # fmt: skip
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", 1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name, start in (("one", []), ("two", launcher)):
-        command = [sys.executable, *map(str, [*start, *flags, "--output_name", name])]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-        assert result.returncode == 0, result.stdout + result.stderr
+    run_script(*flags, "--output_name", "one")
+    command = [sys.executable, *map(str, [*launcher, *flags, "--output_name", "two"])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert "on 2 process(es)" in result.stdout and result.stdout.count("epoch 2") == 1
     one, two = (read_json(tmp_path / name / "training_history.json") for name in ("one", "two"))
     for first, second in zip(one, two, strict=True):

@@ -1,17 +1,13 @@
-"""Quantization-aware training with distillation: losses, resume, and stage 10 through its real command line."""
+"""Quantization-aware training with distillation: losses, resume, and stage 10 through its command line."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from conftest import KEPT, VOCABULARY, load_script, tiny_bert, tiny_distilbert
 from safetensors.torch import load_file
+from scripts import run_distributed, run_killed, run_script
 from transformers import BertConfig, BertForSequenceClassification
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
@@ -19,16 +15,14 @@ from compression.classifier.qat import LossWeights, QuantizationAwareDistillatio
 from compression.classifier.tasks import Encoded
 from compression.config import pick
 from compression.distillation import hidden_state_loss, layer_map
+from compression.formats import FourBit, dequantized_weight
 from compression.quantization import (
-    Format,
     Storage,
     check_exact,
-    dequantized_weight,
     encoder_linears,
-    fake_quantize,
     pack,
 )
-from compression.runtime import ROOT, UserError
+from compression.runtime import UserError
 from compression.surgery import shrink
 from compression.training import fit
 
@@ -175,14 +169,7 @@ def test_settings_are_the_documented_ones():
 # The script.
 
 
-def command(*flags):
-    return [sys.executable, "10_qat_kd_4bit.py", *map(str, flags)]
-
-
-def run_script(*flags, expect=0):
-    result = subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result
+SCRIPT = "10_qat_kd_4bit.py"
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +196,7 @@ def common(models, tmp_path_factory):
 
 
 def test_script_writes_the_model_that_was_trained(models, common):
-    result = run_script(*common, "--learning_rate", 1e-3)
+    result = run_script(SCRIPT, *common, "--learning_rate", 1e-3)
     folder = find_newest(models, "pruned_qkd4bit")
     assert re.fullmatch(r"pruned_qkd4bit_\d{8}_\d{6}", folder.name)
     assert {path.name for path in folder.iterdir()} == {
@@ -229,12 +216,12 @@ def test_script_writes_the_model_that_was_trained(models, common):
     before, after = load_classifier(models / "pruned_model")[0], load_classifier(folder)[0]
     for name, linear in encoder_linears(before).items():
         values = dequantized_weight(after.get_submodule(name))
-        assert not torch.equal(values, fake_quantize(linear.weight.detach(), Format())), "nothing was trained"
-    assert "skipped" in run_script(*common, "--learning_rate", 1e-3, "--skip_existing").stdout
+        assert not torch.equal(values, FourBit().values(linear.weight.detach())), "nothing was trained"
+    assert "skipped" in run_script(SCRIPT, *common, "--learning_rate", 1e-3, "--skip_existing").stdout
 
 
 def test_fast_run_needs_no_teacher_in_the_loop(models, common):
-    run_script(*common, "--fast", "--pruned_model_path", models / "pruned_model", "--embedding_bits", 8)
+    run_script(SCRIPT, *common, "--fast", "--pruned_model_path", models / "pruned_model", "--embedding_bits", 8)
     folder = find_newest(models, "pruned_qkd4bit")
     (record,) = json.loads((folder / "training_history.json").read_text())
     assert "hidden_state_loss" not in record
@@ -243,17 +230,11 @@ def test_fast_run_needs_no_teacher_in_the_loop(models, common):
 
 def test_sigkill_and_resume_give_the_undisturbed_result(models, common, tmp_path):
     inputs = ["--pruned_model_path", models / "pruned_model", "--teacher_path", models / "teacher_model"]
-    flags = [*common[:2], *common[4:], *inputs, "--num_epochs", 8, "--save_steps", 2, "--learning_rate", 1e-3]
-    run_script(*flags, "--models_dir", tmp_path / "whole")
+    flags = [*common[:2], *common[4:], *inputs, "--num_epochs", 3, "--save_steps", 2, "--learning_rate", 1e-3]
+    run_script(SCRIPT, *flags, "--models_dir", tmp_path / "whole")
     killed = [*flags, "--models_dir", tmp_path / "killed", "--resume"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(*killed), cwd=ROOT, stdout=subprocess.DEVNULL, env=environment)
-    while process.poll() is None and not list((tmp_path / "killed").glob(".*.resume/step_0000001*/state.json")):
-        time.sleep(0.02)
-    assert process.poll() is None, "the run ended before it could be killed"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert "Resumed at epoch" in run_script(*killed).stdout
+    run_killed(SCRIPT, *killed, at="compression.training.seed_step", call=12)
+    assert "Resumed at epoch 2, step 10\n" in run_script(SCRIPT, *killed).stdout
     one, other = (find_newest(tmp_path / name, "pruned_qkd4bit") for name in ("whole", "killed"))
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     assert (one / "training_history.json").read_text() == (other / "training_history.json").read_text()
@@ -262,11 +243,8 @@ def test_sigkill_and_resume_give_the_undisturbed_result(models, common, tmp_path
 def test_two_processes_agree_with_one(models, common, tmp_path):
     inputs = ["--pruned_model_path", models / "pruned_model", "--teacher_path", models / "teacher_model"]
     flags = [*common[:2], *common[4:], *inputs, "--learning_rate", 1e-3]
-    run_script(*flags, "--models_dir", tmp_path / "one")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    several = [*launcher, *command(*flags, "--models_dir", tmp_path / "two")[1:]]
-    result = subprocess.run(several, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_script(SCRIPT, *flags, "--models_dir", tmp_path / "one")
+    result = run_distributed(SCRIPT, *flags, "--models_dir", tmp_path / "two")
     assert "on 2 process(es)" in result.stdout
     folders = [find_newest(tmp_path / name, "pruned_qkd4bit") for name in ("one", "two")]
     histories = [json.loads((folder / "training_history.json").read_text()) for folder in folders]
@@ -284,5 +262,5 @@ def test_two_processes_agree_with_one(models, common, tmp_path):
     ],
 )
 def test_mistakes_end_in_one_line(common, flags, message):
-    result = run_script(*common, *flags.split(), expect=2)
+    result = run_script(SCRIPT, *common, *flags.split(), expect=2)
     assert len(result.stderr.strip().splitlines()) == 1 and message in result.stderr

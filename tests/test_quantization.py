@@ -3,8 +3,6 @@
 import copy
 import itertools
 import json
-import subprocess
-import sys
 from typing import get_args
 
 import pytest
@@ -12,22 +10,22 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from conftest import KEPT, MODELS, tiny_distilbert
 from safetensors.torch import load_file, save_file
+from scripts import run_elsewhere
 
 from compression.checkpoint import load_classifier, save_checkpoint
+from compression.fake_quantization import FakeQuantizedLinear, add_fake_quantization, remove_fake_quantization
 from compression.flops import count_macs, count_parameters
+from compression.formats import TABLE_FORMATS, EightBit, FourBit, dequantized_weight
 from compression.quantization import (
     Blocksize,
-    FakeQuantizedLinear,
     Format,
     QuantType,
-    add_fake_quantization,
+    StorageFields,
     bytes_by_part,
     check_exact,
-    dequantized_weight,
-    fake_quantize,
-    fake_quantize_rows,
+    embedding_tables,
+    encoder_linears,
     pack,
-    remove_fake_quantization,
 )
 from compression.runtime import UserError
 from compression.surgery import shrink
@@ -71,26 +69,26 @@ def by_bitsandbytes(weight, storage):
 @pytest.mark.parametrize("blocksize", get_args(Blocksize))
 @pytest.mark.parametrize("quant_type", get_args(QuantType))
 def test_values_are_those_of_bitsandbytes(quant_type, blocksize, double_quant):
-    storage, generator = Format(4, quant_type, blocksize, double_quant), torch.Generator().manual_seed(blocksize)
+    storage, generator = FourBit(quant_type, blocksize, double_quant), torch.Generator().manual_seed(blocksize)
     for shape in SHAPES:
         for weight in weights(shape, quant_type, generator):
             before = weight.clone()
-            assert torch.equal(fake_quantize(weight, storage), by_bitsandbytes(weight, storage)), shape
+            assert torch.equal(storage.values(weight), by_bitsandbytes(weight, storage)), shape
             assert torch.equal(weight, before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_values_on_a_gpu_are_those_of_bitsandbytes(double_quant):
-    storage, generator = Format(double_quant=double_quant), torch.Generator().manual_seed(0)
+    storage, generator = FourBit(double_quant=double_quant), torch.Generator().manual_seed(0)
     for shape in SHAPES:
         for weight in weights(shape, "nf4", generator):
-            assert torch.equal(fake_quantize(weight.cuda(), storage), by_bitsandbytes(weight.cuda(), storage))
+            assert torch.equal(storage.values(weight.cuda()), by_bitsandbytes(weight.cuda(), storage))
 
 
 def test_only_fp32_weights_are_taken():
     with pytest.raises(TypeError, match="must be float32, found torch.float16"):
-        fake_quantize(torch.zeros(4, 4).half(), Format())
+        FourBit().values(torch.zeros(4, 4).half())
 
 
 # Training.
@@ -98,20 +96,18 @@ def test_only_fp32_weights_are_taken():
 
 def test_gradient_passes_straight_through():
     linear = torch.nn.Linear(96, 40)
-    layer, input = FakeQuantizedLinear(linear, Format()), torch.randn(7, 96)
+    layer, input = FakeQuantizedLinear(linear, FourBit()), torch.randn(7, 96)
     layer(input).square().sum().backward()
-    outputs = torch.nn.functional.linear(input, fake_quantize(linear.weight.detach(), Format()), linear.bias)
+    outputs = torch.nn.functional.linear(input, FourBit().values(linear.weight.detach()), linear.bias)
     assert torch.equal(layer(input), outputs)
     torch.testing.assert_close(linear.weight.grad, 2 * outputs.detach().T @ input)
     torch.testing.assert_close(linear.bias.grad, 2 * outputs.detach().sum(0))
 
 
 def test_values_are_made_once_per_optimizer_step(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        "compression.quantization.fake_quantize", lambda *inputs: calls.append(1) or fake_quantize(*inputs)
-    )
-    layer, input = FakeQuantizedLinear(torch.nn.Linear(96, 40), Format()), torch.randn(7, 96)
+    calls, values = [], FourBit.values
+    monkeypatch.setattr(FourBit, "values", lambda *inputs: calls.append(1) or values(*inputs))
+    layer, input = FakeQuantizedLinear(torch.nn.Linear(96, 40), FourBit()), torch.randn(7, 96)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
     for step in range(1, 4):
         for _ in range(2):
@@ -119,9 +115,9 @@ def test_values_are_made_once_per_optimizer_step(monkeypatch):
         assert len(calls) == step
         optimizer.step()
         layer.refresh()
-        assert torch.equal(layer.values, fake_quantize(layer.weight.detach(), Format()))
+        assert torch.equal(layer.values, values(FourBit(), layer.weight.detach()))
     layer.load_state_dict({name: tensor + 1 for name, tensor in layer.state_dict().items()})
-    assert torch.equal(layer.values, fake_quantize(layer.weight.detach(), Format()))
+    assert torch.equal(layer.values, values(FourBit(), layer.weight.detach()))
 
 
 def test_training_goes_on_after_an_evaluation(batch):
@@ -177,7 +173,7 @@ def train_a_little(model, batch, storage):
 
 @pytest.mark.parametrize(("blocksize", "double_quant"), itertools.product([64, 128], [False, True]))
 def test_the_trained_model_is_the_exported_one(model, batch, tokenizer, tmp_path, blocksize, double_quant):
-    storage = Format(blocksize=blocksize, double_quant=double_quant, embedding_bits=8 if double_quant else 4)
+    storage = Format(FourBit(blocksize=blocksize, double_quant=double_quant), TABLE_FORMATS[8 if double_quant else 4])
     expected, values = train_a_little(model, batch, storage)
     packed = pack(model, storage, torch.float32)
     check_exact(packed, values)
@@ -195,7 +191,6 @@ from transformers import AutoModelForSequenceClassification
 folder, batch = sys.argv[1], load_file(sys.argv[2])
 model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
 expected = batch.pop("logits")
-assert "compression" not in sys.modules
 print((model(**batch).logits - expected).abs().max().item())
 """
 
@@ -206,9 +201,7 @@ def test_checkpoint_loads_elsewhere_with_the_trained_logits(family, batch, token
     expected, _ = train_a_little(model, batch, Format())
     folder = save_checkpoint(tmp_path / "packed", pack(model, Format(), torch.float32), tokenizer, {})
     save_file(batch | {"logits": expected}, tmp_path / "batch.safetensors")
-    command = [sys.executable, "-c", ELSEWHERE, folder, tmp_path / "batch.safetensors"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    result = run_elsewhere(ELSEWHERE, tmp_path, folder, tmp_path / "batch.safetensors").check()
     assert float(result.stdout.split()[-1]) < 1e-4
 
 
@@ -236,7 +229,7 @@ def test_forward_passes_do_not_change_what_is_saved(tiny_model, batch, tokenizer
 
 @pytest.mark.parametrize("bits", [4, 8, 16, 32])
 def test_embedding_tables_are_stored_in_so_many_bits(tiny_model, batch, tokenizer, tmp_path, bits):
-    storage = Format(embedding_bits=bits)
+    storage = Format(tables=TABLE_FORMATS[bits])
     expected, _ = train_a_little(tiny_model, batch, storage)
     folder = save_checkpoint(tmp_path / "packed", pack(tiny_model, storage, torch.float32), tokenizer, {})
     torch.testing.assert_close(logits(load_classifier(folder)[0], batch), expected, atol=1e-6, rtol=0)
@@ -253,7 +246,7 @@ def test_embedding_tables_are_stored_in_so_many_bits(tiny_model, batch, tokenize
 def test_embedding_rows_keep_close_to_their_values(bits, tolerance):
     rows = torch.randn(50, 384, generator=torch.Generator().manual_seed(0))
     rows[3] = 0
-    stored = fake_quantize_rows(rows, bits)
+    stored = TABLE_FORMATS[bits].values(rows)
     largest = rows.unflatten(-1, (-1, 64)).abs().amax(-1, keepdim=True)
     assert ((stored - rows).unflatten(-1, (-1, 64)).abs() <= tolerance * largest).all()
     assert stored[3].abs().max() == 0
@@ -267,7 +260,7 @@ def test_odd_width_cannot_be_stored_in_4_bits():
 
 
 def test_8bit_checkpoint_reloads(tiny_model, batch, tokenizer, tmp_path):
-    packed = pack(tiny_model, Format(bits=8, embedding_bits=8), torch.float32)
+    packed = pack(tiny_model, Format(EightBit(), TABLE_FORMATS[8]), torch.float32)
     folder = save_checkpoint(tmp_path / "packed", packed, tokenizer, {})
     expected = logits(packed, batch)
     assert torch.equal(logits(load_classifier(folder)[0], batch), expected)
@@ -284,7 +277,7 @@ def test_head_stays_in_full_precision_and_the_config_names_it(tiny_model, tokeni
         assert torch.equal(stored[f"{name}.weight"], tiny_model.get_submodule(name).weight)
 
 
-@pytest.mark.parametrize("storage", [Format(), Format(blocksize=32), Format(bits=8, embedding_bits=8)])
+@pytest.mark.parametrize("storage", [Format(), Format(FourBit(blocksize=32)), Format(EightBit(), TABLE_FORMATS[8])])
 def test_parameters_and_macs_are_those_of_the_dense_model(tiny_model, storage):
     packed = pack(tiny_model, storage, torch.float32)
     assert count_parameters(packed) == count_parameters(tiny_model)
@@ -301,3 +294,31 @@ def test_bytes_by_part(tiny_model, tokenizer, tmp_path):
     folder = save_checkpoint(tmp_path / "packed", packed, tokenizer, {})
     stored = load_file(folder / "model.safetensors")
     assert after["total"] == sum(tensor.nbytes for tensor in stored.values())
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16, 32])
+@pytest.mark.parametrize("linears", [FourBit(), FourBit("fp4", 32), FourBit(double_quant=True), EightBit()])
+def test_bytes_of_a_format_are_those_of_a_checkpoint(model, linears, bits, tokenizer, tmp_path):
+    storage = Format(linears, TABLE_FORMATS[bits])
+    expected = {name: linears.nbytes(linear.weight.shape) for name, linear in encoder_linears(model).items()}
+    expected |= {name: storage.tables.nbytes(table.weight.shape) for name, table in embedding_tables(model).items()}
+    folder = save_checkpoint(tmp_path / "packed", pack(model, storage, torch.float32), tokenizer, {})
+    stored = dict.fromkeys(expected, 0)
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        for name in stored:
+            if key.startswith(f"{name}.") and not key.endswith("bias"):
+                settings = ".quant_state." in key
+                assert not settings or tensor.nbytes < 200
+                stored[name] += 0 if settings else tensor.nbytes
+    assert len(stored) == 20 and stored == expected
+
+
+def test_training_with_8_bit_weights_is_refused():
+    with pytest.raises(TypeError, match="training needs 4-bit weights, found EightBit"):
+        add_fake_quantization(tiny_distilbert(), Format(EightBit()))
+
+
+def test_flags_name_the_formats():
+    fields = StorageFields(quant_type="fp4", blocksize=128, double_quant=True, embedding_bits=16)
+    assert fields.storage() == Format(FourBit("fp4", 128, True), TABLE_FORMATS[16])
+    assert fields.storage(bits=8) == Format(EightBit(), TABLE_FORMATS[16])

@@ -1,26 +1,22 @@
-"""Stage 9 through its real command line, on tiny pruned and dense classifiers."""
+"""Stage 9 through its command line, on tiny pruned and dense classifiers."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import KEPT, tiny_bert, tiny_distilbert
+from scripts import run_script
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
-from compression.quantization import Format, dequantized_weight, encoder_linears, fake_quantize
-from compression.runtime import ROOT
+from compression.formats import FourBit, dequantized_weight
+from compression.quantization import encoder_linears
 from compression.surgery import shrink
 
 DATA = {"name": "SST-2 (GLUE)"}
 
 
 def run(*flags, expect=0):
-    command = [sys.executable, "9_quantize_pruned_model.py", *map(str, flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result
+    return run_script("9_quantize_pruned_model.py", *flags, expect=expect)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +48,11 @@ def test_newest_pruned_model_is_quantized(models):
     shown = [float(word) for word in line.split()[1:3]]
     assert shown == pytest.approx([before["embeddings"] / 1e6, after["embeddings"] / 1e6], abs=0.006)
 
-    storage = Format(double_quant=True)
+    storage = FourBit(double_quant=True)
     quantized, latent = load_classifier(folder)[0], encoder_linears(load_classifier(models / "pruned")[0])
     for name, linear in latent.items():
         values = dequantized_weight(quantized.get_submodule(name))
-        assert torch.equal(values, fake_quantize(linear.weight.detach(), storage)), name
+        assert torch.equal(values, storage.values(linear.weight.detach())), name
 
 
 def test_dense_models_are_quantized_too(models):

@@ -179,7 +179,7 @@ def test_exactly_three_files_are_written(report, tmp_path):
 def test_a_failed_figure_leaves_the_old_report(report, tmp_path, monkeypatch):
     write_report(report, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(report_module, "plot_accuracy_against_cost", lambda report: 1 / 0)
+    monkeypatch.setattr(report_module, "plot_accuracy_against_cost", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(report | {"created": "later"}, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -32,7 +32,8 @@ def project(tmp_path):
     for script in SCRIPTS:
         shutil.copy(ROOT / script, folder)
     (folder / "requirements.txt").write_text("torch\n")
-    (folder / ".venv" / "installed.txt").write_text("torch\nPython 3\n")
+    (folder / "constraints.txt").write_text("torch==1\n")
+    (folder / ".venv" / "installed.txt").write_text("torch\ntorch==1\nPython 3\n")
     (folder / ".venv" / "bin" / "activate").write_text(f'export PATH="{folder}/.venv/bin:$PATH"\n')
     python = folder / ".venv" / "bin" / "python"
     python.write_text(STAND_IN.format(folder=tmp_path))

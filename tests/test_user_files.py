@@ -94,9 +94,9 @@ def config_of(case, world, target):
         known["teacher"] = None
     if case == "soft labels":
         known["variant"] = "soft_labels"
-    fields = {key: value for key, value in known.items() if key in config_class.__dataclass_fields__}
+    fields = {key: value for key, value in known.items() if key in config_class().as_dict()}
     fields[flag] = target / "figures.json" if flag == "output_file" else target
-    return script, config_class(**fields)
+    return script, config_class.make(**fields)
 
 
 def run(case, world, target):
@@ -186,16 +186,15 @@ def test_inputs_are_no_outputs(world, tmp_path):
 
 def test_a_result_with_other_settings_is_kept_unless_asked(world, tmp_path):
     script, config = config_of("quantized", world, tmp_path / "out")
-    config.overwrite = False
+    config = config.updated(overwrite=False)
     script.main(config)
     first = contents(tmp_path)
     script.main(config)  # the same again
-    config.blocksize = 128
+    config = config.updated(blocksize=128)
     with pytest.raises(UserError, match="--output_dir .* other settings or inputs.*--overwrite"):
         script.main(config)
     assert contents(tmp_path)["out/model.safetensors"] == first["out/model.safetensors"]
-    config.overwrite = True
-    script.main(config)
+    script.main(config.updated(overwrite=True))
     assert contents(tmp_path)["out/model.safetensors"] != first["out/model.safetensors"]
 
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from compression.batching import model_inputs
 from compression.distillation import hidden_state_loss, layer_map, soft_label_loss
-from compression.quantization import Format, add_fake_quantization, remove_fake_quantization
+from compression.fake_quantization import add_fake_quantization, remove_fake_quantization
+from compression.quantization import Format
 from compression.training import Recipe, Training
 
 

@@ -12,28 +12,28 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from compression.allocation import Pool, keep_or_drop_layers
+from compression.allocation import Pool, all_but_least, keep_or_drop_layers
 from compression.decoder import decoder_of
+from compression.hooks import hooked
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
-from compression.llm.scoring import Method, score_structures
+from compression.llm.scoring import SCORES, ScoreName, score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
-from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of, spread
 from compression.surgery import shrink_decoder, stock_group_counts
 
 Kept = dict[str, list[Tensor]]
-# Methods whose scores compare across layers as they are.
-COMPARABLE = ("fisher", "obs", "taylor", "taylor_2nd", "magnitude")
 
 
 @dataclass(frozen=True)
 class Scoring:
     """How structures are scored, and on which scale the layers compete."""
 
-    importance_method: Method
+    importance_method: ScoreName
     temperature: float
     tau: float | None
     normalize: Literal["auto", "none", "layer"]
@@ -43,7 +43,7 @@ class Scoring:
         """`normalize`; where it is auto, what suits the method."""
         if self.normalize != "auto":
             return self.normalize
-        return "none" if self.importance_method in COMPARABLE else "layer"
+        return "none" if SCORES[self.importance_method].comparable else "layer"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class GlobalPruning:
     Args:
         model: used up; `prune` returns the smaller one.
         removal: what `removal_perplexities` gave for the dense model; needed where temperature is above 0.
-        remember: given a name and a function that makes named tensors, gives these or what an earlier run made.
+        cached: given a name and a function that makes named tensors, gives these or what an earlier run made.
 
     Raises:
         UserError: the ratio cannot be reached with the protected layers left alone.
@@ -80,10 +80,10 @@ class GlobalPruning:
         budget: Budget,
         text: CalibrationText,
         removal: dict[str, Any] | None = None,
-        remember: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
+        cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
     ):
         self.model, self.scoring, self.budget = model, scoring, budget
-        self.text, self.removal, self.remember = text, removal, remember
+        self.text, self.removal, self.cached = text, removal, cached
         decoder_of(model)
         layers = layers_of(model)
         # Of each layer and structure that is left: its place in the dense model.
@@ -105,11 +105,11 @@ class GlobalPruning:
         """Remove structures until the budget is met."""
         steps = self.budget.iterative_steps
         for step in range(1, steps + 1):
-            scores = self._remembered(f"scores_of_step_{step}_of_{steps}", self._score)
+            scores = self._cached_by_kind(f"scores_of_step_{step}_of_{steps}", self._score)
             densities = self._densities(scores)
             ratio = self.budget.pruning_ratio * step / steps
             choose = partial(self._best_choice, densities, step, ratio)
-            kept = self._remembered(f"kept_in_step_{step}_of_{steps}", choose)
+            kept = self._cached_by_kind(f"kept_in_step_{step}_of_{steps}", choose)
             self._note(scores, densities)
             log.info("Step %d of %d: %s", step, steps, _summary(kept))
             if self.budget.compensation == "lstsq":
@@ -128,14 +128,14 @@ class GlobalPruning:
             self.text.gradient_checkpointing,
         )  # fmt: skip
 
-    def _remembered(self, name: str, make: Callable[[], Kept]) -> Kept:
+    def _cached_by_kind(self, name: str, make: Callable[[], Kept]) -> Kept:
         """What `make` gives, or gave in an earlier run; its tensors are kept by names such as groups.3."""
 
         def named() -> dict[str, Tensor]:
             made = make()
             return {f"{kind}.{index}": value for kind in DECODER_KINDS for index, value in enumerate(made[kind])}
 
-        tensors = self.remember(name, named)
+        tensors = self.cached(name, named)
         return {kind: [tensors[f"{kind}.{index}"] for index in range(len(self.origin))] for kind in DECODER_KINDS}
 
     def _best_choice(self, densities: Kept, step: int, ratio: float) -> Kept:
@@ -146,12 +146,12 @@ class GlobalPruning:
             choices = {f"attention factor {factor:g}": self._allocate(densities, ratio, factor) for factor in factors}
         if len(choices) == 1:
             return next(iter(choices.values()))
-        found = {}
+        perplexities = {}
         for name, kept in choices.items():
             with masked(self.model, kept):
-                found[name] = perplexity(self.model, self.text.held_out, self.text.batch_size)
-            log.info("Step %d, %s: perplexity %.2f on held-out text", step, name, found[name])
-        return choices[min(found, key=found.__getitem__)]
+                perplexities[name] = perplexity(self.model, self.text.held_out, self.text.batch_size)
+            log.info("Step %d, %s: perplexity %.2f on held-out text", step, name, perplexities[name])
+        return choices[min(perplexities, key=perplexities.__getitem__)]
 
     def _densities(self, scores: Kept) -> Kept:
         """Scores per parameter, corrected and on the scale on which layers compete."""
@@ -187,7 +187,7 @@ class GlobalPruning:
         left = sum(pool.parameters * len(pool.scores) for pools in layers for pool in pools)
         target = max(0.0, 1 - (1 - ratio) * self.total / left)
         kept = keep_or_drop_layers(layers, target, self.budget.epsilon)
-        return {kind: [masks[place] for masks in kept] for place, kind in enumerate(DECODER_KINDS)}
+        return {kind: [stay[place] for stay in kept] for place, kind in enumerate(DECODER_KINDS)}
 
     def _same_sizes(self, densities: Kept, ratio: float) -> dict[str, Kept]:
         """What stays if every layer keeps as many groups and channels: one choice for each number of groups."""
@@ -197,7 +197,9 @@ class GlobalPruning:
             channels = int(left / self.parameters[CHANNELS][0]) // self.budget.round_to * self.budget.round_to
             if self.budget.round_to <= channels <= len(densities[CHANNELS][0]):
                 counts = {GROUPS: groups, CHANNELS: channels}
-                kept = {kind: [_best(density, counts[kind]) for density in densities[kind]] for kind in DECODER_KINDS}
+                kept = {
+                    kind: [_largest(density, counts[kind]) for density in densities[kind]] for kind in DECODER_KINDS
+                }
                 choices[f"{groups} groups and {channels} channels"] = kept
         if not choices:
             raise UserError(f"--pruning_ratio {ratio}: no uniform sizes meet it; choose a lower one, or no --uniform")
@@ -221,10 +223,10 @@ class GlobalPruning:
         stay = []
         for index, layer in enumerate(self.origin):
             for kind in DECODER_KINDS:
-                mask = kept[kind][index]
-                for place in self.places[kind][index][~mask].tolist():
+                places, stays = self.places[kind][index], kept[kind][index]
+                for place in places[~stays].tolist():
                     self.table[layer, kind, place]["removed_in_step"] = step
-                self.places[kind][index] = self.places[kind][index][mask]
+                self.places[kind][index] = places[stays]
             if biased[index] or any(len(self.places[kind][index]) for kind in DECODER_KINDS):
                 stay.append(index)
         self.origin = [self.origin[index] for index in stay]
@@ -239,25 +241,22 @@ def _summary(kept: Kept) -> str:
     return ", ".join(counts) + " stay"
 
 
-def _best(scores: Tensor, count: int) -> Tensor:
-    mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[scores.argsort(descending=True, stable=True)[:count]] = True
-    return mask
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Which structures stay when so many of largest score do, of equal ones the first: bool [structures]."""
+    return all_but_least(scores.flip(0), len(scores) - count).flip(0)
 
 
 @contextmanager
 def masked(model: PreTrainedModel, kept: Kept) -> Iterator[None]:
     """The outputs of what is not kept count as zero: the smaller model's logits before it is made."""
-    handles = []
+    with hooked(_mask_hooks(model, kept)):
+        yield
+
+
+def _mask_hooks(model: PreTrainedModel, kept: Kept) -> Iterator[RemovableHandle]:
     for index, parts in enumerate(layers_of(model)):
         for kind in DECODER_KINDS:
             if parts.count(kind) and not kept[kind][index].all():
                 outer = parts.split(kind)[1]
-                columns = kept[kind][index].repeat_interleave(outer.in_features // parts.count(kind))
-                columns = columns.to(outer.weight.device, outer.weight.dtype)
-                handles.append(outer.register_forward_pre_hook(lambda _, given, columns=columns: given[0] * columns))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+                columns = spread(kept[kind][index], outer.in_features).to(outer.weight.device, outer.weight.dtype)
+                yield outer.register_forward_pre_hook(lambda _, given, columns=columns: given[0] * columns)

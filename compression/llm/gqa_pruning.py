@@ -14,17 +14,17 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from compression.allocation import largest_ratio, split_budget, spread_rates
+from compression.allocation import all_but_least, largest_ratio, split_budget, spread_rates
 from compression.decoder import decoder_of
 from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
-from compression.llm.scoring import Method, score_layer
+from compression.llm.scoring import ScoreName, score_layer
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError, log
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of
 from compression.surgery import shrink_layer, stock_group_counts, to_pruned
 
-Remember = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+Cached = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 # The three steps for one layer, each usable alone.
@@ -34,7 +34,7 @@ def compute_gqa_group_importance(
     model: PreTrainedModel,
     layer: int,
     text: Tensor | LayerStream,
-    method: Method = "taylor",
+    method: ScoreName = "taylor",
     batch_size: int = 1,
     gradient_checkpointing: bool = False,
 ) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ def compute_gqa_group_importance(
     Args:
         layer: its index.
         text: token ids [count, length]; or `LayerStream`, standing before this layer, which has batches already.
-        method: see `calibration.score_structures`.
+        method: one of `scoring.SCORES`.
 
     Returns:
         groups: [groups], channels: [channels], both fp32.
@@ -76,9 +76,7 @@ def select_gqa_groups_to_prune(importance: Tensor, count: int) -> Tensor:
     """
     if not 0 <= count < max(len(importance), 1):
         raise ValueError(f"{count} of {len(importance)} groups cannot go: at least one has to stay")
-    pruned = torch.zeros(len(importance), dtype=torch.bool)
-    pruned[importance.cpu().argsort(stable=True)[:count]] = True
-    return pruned
+    return ~all_but_least(importance.cpu(), count)
 
 
 def prune_attention_by_gqa_groups(model: PreTrainedModel, layer: int, pruned: Tensor) -> None:
@@ -94,7 +92,7 @@ def prune_attention_by_gqa_groups(model: PreTrainedModel, layer: int, pruned: Te
     Raises:
         ValueError: the layer has another number of groups, or none would stay.
     """
-    _prune(model, layer, GROUPS, pruned)
+    _keep(model, layer, GROUPS, ~pruned)
 
 
 def prune_mlp_channels(model: PreTrainedModel, layer: int, pruned: Tensor) -> None:
@@ -106,17 +104,17 @@ def prune_mlp_channels(model: PreTrainedModel, layer: int, pruned: Tensor) -> No
     Raises:
         ValueError: the layer has another number of channels, or none would stay.
     """
-    _prune(model, layer, CHANNELS, pruned)
+    _keep(model, layer, CHANNELS, ~pruned)
 
 
-def _prune(model: PreTrainedModel, layer: int, kind: str, pruned: Tensor) -> None:
+def _keep(model: PreTrainedModel, layer: int, kind: str, kept: Tensor) -> None:
     parts = layers_of(model)[layer]
-    if len(pruned) != parts.count(kind):
-        raise ValueError(f"layer {layer} has {parts.count(kind)} {kind}, not {len(pruned)}")
-    if len(pruned) and pruned.all():
+    if len(kept) != parts.count(kind):
+        raise ValueError(f"layer {layer} has {parts.count(kind)} {kind}, not {len(kept)}")
+    if len(kept) and not kept.any():
         raise ValueError(f"layer {layer}: at least one of its {kind} has to stay")
-    if pruned.any():
-        shrink_layer(parts, {kind: ~pruned})
+    if not kept.all():
+        shrink_layer(parts, {kind: kept})
 
 
 # Rates of the layers.
@@ -138,7 +136,7 @@ class Rates:
 class Cuts:
     """What a layer loses for its rate, in which steps, and whether what stays is repaired."""
 
-    importance_method: Method
+    importance_method: ScoreName
     attention_ratio: float
     round_to: int
     iterative_steps: int
@@ -170,7 +168,7 @@ def layer_rates(
 
     Args:
         ratio: share of the parameters of the layers that --layers names.
-        removal: see `calibration.removal_perplexities`; needed for inverse rates.
+        removal: see `removal.removal_perplexities`; needed for inverse rates.
         seed: of random rates.
 
     Raises:
@@ -260,7 +258,7 @@ class LayerwisePruning:
     Args:
         model: used up; `prune` returns the smaller one.
         rates: of each layer, the share of its parameters to remove.
-        remember: given a name and a function that makes named tensors, gives these or what an earlier run made.
+        cached: given a name and a function that makes named tensors, gives these or what an earlier run made.
     """
 
     def __init__(
@@ -269,9 +267,9 @@ class LayerwisePruning:
         rates: list[float],
         cuts: Cuts,
         text: CalibrationText,
-        remember: Remember = lambda _, make: make(),
+        cached: Cached = lambda _, make: make(),
     ):
-        self.model, self.rates, self.cuts, self.text, self.remember = model, rates, cuts, text, remember
+        self.model, self.rates, self.cuts, self.text, self.cached = model, rates, cuts, text, cached
         decoder_of(model)
         self.stock_groups = stock_group_counts(model) if cuts.uniform else []
         self.before = [(parts.groups, parts.channels, parts.parameters) for parts in layers_of(model)]
@@ -331,7 +329,7 @@ class LayerwisePruning:
         counts = self._counts(layers_of(self.model)[index], index, budget, step / self.cuts.iterative_steps)
         if not any(counts.values()):
             return
-        scores = self.remember(
+        scores = self.cached(
             f"scores_of_step{step}_layer_{index}",
             lambda: compute_gqa_group_importance(
                 self.model, index, streams[0], self.cuts.importance_method,
@@ -340,7 +338,7 @@ class LayerwisePruning:
         )  # fmt: skip
         pruned = {kind: select_gqa_groups_to_prune(scores[kind], count) for kind, count in counts.items()}
         if self.cuts.compensation == "lstsq":
-            repair_layer(self.model, index, {kind: ~mask for kind, mask in pruned.items()}, streams[1])
+            repair_layer(self.model, index, {kind: ~gone for kind, gone in pruned.items()}, streams[1])
         prune_attention_by_gqa_groups(self.model, index, pruned[GROUPS])
         prune_mlp_channels(self.model, index, pruned[CHANNELS])
 
@@ -375,18 +373,18 @@ def search_ratio(perplexity_at: Callable[[float], float], target: float, low: fl
     Raises:
         UserError: no ratio that was tried stays under the target.
     """
-    found = {}
+    perplexities = {}
 
     def passes(ratio: float) -> bool:
-        found[ratio] = perplexity_at(ratio)
-        log.info("Ratio %.4f: perplexity %.2f on held-out text, target %.2f", ratio, found[ratio], target)
-        return found[ratio] < target
+        perplexities[ratio] = perplexity_at(ratio)
+        log.info("Ratio %.4f: perplexity %.2f on held-out text, target %.2f", ratio, perplexities[ratio], target)
+        return perplexities[ratio] < target
 
     best = largest_ratio(passes, low, high, steps)
     if best is None:
-        least = min(found)
+        ratio, value = min(perplexities.items())
         raise UserError(
-            f"--target_perplexity {target:g}: the least ratio tried, {least:.4f}, gives {found[least]:.2f} on held-out "
-            "text; allow more, or try smaller ratios with more --search_steps"
+            f"--target_perplexity {target:g}: the least ratio tried, {ratio:.4f}, gives {value:.2f} on held-out text; "
+            "allow more, or try smaller ratios with more --search_steps"
         )
     return best

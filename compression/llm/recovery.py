@@ -248,7 +248,7 @@ def load_teacher(folder: Path, student: PreTrainedModel, recovery: Recovery) -> 
         UserError: its vocabulary is another one.
     """
     teacher, _ = load_language_model(folder, student.device, pick_dtype(recovery.dtype, "Teacher"))
-    sizes = [model.recovery.vocab_size for model in (teacher, student)]
+    sizes = [model.config.vocab_size for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(f"--teacher {folder}: it has {sizes[0]} tokens, allowed are the student's {sizes[1]}")
     return teacher.requires_grad_(False)

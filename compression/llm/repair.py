@@ -59,9 +59,9 @@ def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], st
     """
     layer, parts = decoder_of(model).layers[index], layers_of(model)[index]
     for kind in DECODER_KINDS:
-        mask, outer = kept[kind], parts.split(kind)[1] if parts.count(kind) else None
-        if outer is not None and not mask.all():
-            columns = spread(mask, outer.in_features).to(outer.weight.device)
+        stays, outer = kept[kind], parts.split(kind)[1] if parts.count(kind) else None
+        if outer is not None and not stays.all():
+            columns = spread(stays, outer.in_features).to(outer.weight.device)
             inputs = ((state, options[index]) for _, state, options in stream)
             gram = _gram(layer, outer, inputs, attention=kind == GROUPS)
             solved = _solve(outer.weight, gram, columns)

@@ -148,7 +148,8 @@ class RunConfig(Protocol):
 
     def result_fields(self) -> dict[str, Any]: ...
 
-    def former_names(self) -> dict[str, str]: ...
+    @classmethod
+    def modernized(cls, noted: dict[str, Any]) -> dict[str, Any]: ...
 
 
 def recovery_after(config: RunConfig) -> Recovery:
@@ -230,7 +231,7 @@ class Run:
         settings = config.result_fields()
         if (config.run.folder / "finetuned").exists():
             settings |= config.finetuning.as_dict()
-        same = is_made_from(config.run.folder, settings, self.inputs, RUN_FILE, config.former_names())
+        same = is_made_from(config.run.folder, settings, self.inputs, RUN_FILE, config.modernized)
         self.output.check_same(same, config.run.overwrite)
 
     def load(self) -> PreTrainedModel:

@@ -1,51 +1,287 @@
-"""What a language model does on calibration text: importance of its structures, and what removing a part would cost.
+"""How important a language model's structures are on calibration text.
 
-Gradients are folded into the scores as they appear and freed, one matrix at a time, so a backward pass needs the
-memory of weights and activations but not of a second model full of gradients.
+Each score is a class here under `@register`, and that is all of it: the flag's allowed values, its help, the list for
+the documentation, the benchmark's methods and the tests are made from `SCORES`. Gradients are folded into the scores as
+they appear and freed, one matrix at a time, so a backward pass needs the memory of weights and activations but not of a
+second model full of gradients.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression import importance
+from compression.config import choice_of
 from compression.decoder import decoder_of
+from compression.hooks import hooked
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import check_losses, suspect, token_losses
 from compression.runtime import UserError
 from compression.structures import DECODER_KINDS, LayerParts, layers_of
 
-Method = Literal["fisher", "obs", "taylor", "taylor_2nd", "wanda", "magnitude"]
 Scores = dict[str, list[Tensor]]
 # Token ids [windows, length] and last hidden states [windows, length, hidden] of each batch, computed when it is asked
 # for.
 Passes = Iterator[tuple[Tensor, Tensor]]
 
 
+class Matrix(NamedTuple):
+    """A matrix of some layer, and the scores [structures] that it counts for."""
+
+    scores: Tensor
+    by_rows: bool
+    """Whether structures are its rows or its columns."""
+    linear: nn.Linear
+
+    def add(self, values: Tensor) -> None:
+        """Add a value for each weight to the scores of the structures that the weights belong to."""
+        add_up = importance.sum_rows if self.by_rows else importance.sum_columns
+        self.scores.add_(add_up(values, len(self.scores)).to(self.scores.device))
+
+
+class Score(ABC):
+    """One way of scoring, on its way over a text: `hooks` fold what they see into `scores`, `finish` ends it.
+
+    Args:
+        layers: those whose structures are scored, all of the model's or some.
+    """
+
+    name: ClassVar[str]
+    """As the flag's value."""
+    help: ClassVar[str]
+    """What a structure's score is, in one line."""
+    comparable: ClassVar[bool] = True
+    """Whether scores compare across layers as they are."""
+    needs_text: ClassVar[bool] = True
+    loss: ClassVar[Literal["mean", "sum"] | None] = None
+    """A batch's loss that the gradients are of: mean or sum over its tokens; None: no backward pass, so that the
+    forward pass may end behind the layers that are scored."""
+    through_activations: ClassVar[bool] = False
+    """Whether the backward pass has to reach activations, which it does not where no weight takes a gradient."""
+
+    def __init__(self, model: PreTrainedModel, layers: list[LayerParts]):
+        self.scores: Scores = {
+            kind: [torch.zeros(parts.count(kind), device=model.device) for parts in layers] for kind in DECODER_KINDS
+        }
+        self.matrices = list(_matrices(layers, self.scores))
+
+    @property
+    def output_projections(self) -> list[Matrix]:
+        return [matrix for matrix in self.matrices if not matrix.by_rows]
+
+    def trained(self) -> list[Tensor]:
+        """The weights whose gradients are needed."""
+        return []
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Register what looks at the passes."""
+        return iter(())
+
+    @abstractmethod
+    def finish(self, batches: int, tokens: int) -> None:
+        """Make the scores what they are once so many batches and tokens are through."""
+
+
+SCORES: dict[str, type[Score]] = {}
+
+
+def register(score: type[Score]) -> type[Score]:
+    """Make a score known by its name."""
+    SCORES[score.name] = score
+    return score
+
+
+@register
+class Fisher(Score):
+    """A gate scales the structure's output, so its derivative is the sum over that output of value * gradient."""
+
+    name = "fisher"
+    help = (
+        "Fisher information per token: mean over tokens of (dL/dm)^2, m a gate on its output at that token, L the "
+        "text's total loss (after Kwon et al. 2022, who take it per example)"
+    )
+    loss = "sum"
+    through_activations = True
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        for matrix in self.output_projections:
+            yield matrix.linear.register_forward_pre_hook(partial(self._watch, matrix.scores))
+
+    def _watch(self, scores: Tensor, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        inputs[0].register_hook(partial(self._fold, scores, inputs[0].detach()))
+
+    @staticmethod
+    def _fold(scores: Tensor, values: Tensor, gradient: Tensor) -> None:
+        products = (values.float() * gradient.float()).reshape(-1, len(scores), values.shape[-1] // len(scores))
+        scores += products.sum(-1).square_().sum(0).to(scores.device)
+
+    def finish(self, batches: int, tokens: int) -> None:
+        for matrix in self.output_projections:
+            matrix.scores.div_(tokens)
+
+
+@register
+class ObsCost(Score):
+    """See `importance.removal_costs`. Holds two matrices per output projection: inputs squared, hidden size squared."""
+
+    name = "obs"
+    help = (
+        "what its removal adds to the loss when the output projection is fitted anew and all cheaper structures of its "
+        "layer and kind are gone (optimal brain surgeon); meant to go with least-squares repair"
+    )
+    loss = "sum"
+    through_activations = True
+
+    def __init__(self, model: PreTrainedModel, layers: list[LayerParts]):
+        super().__init__(model, layers)
+        # Sums over tokens of x x^T and g g^T, x what goes into a projection and g the loss's derivative by its output.
+        self.curvature = {
+            matrix.linear: tuple(
+                torch.zeros(size, size, device=matrix.linear.weight.device)
+                for size in (matrix.linear.in_features, matrix.linear.out_features)
+            )
+            for matrix in self.output_projections
+        }
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        for linear in self.curvature:
+            yield linear.register_forward_hook(self._watch)
+
+    def _watch(self, linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        output.register_hook(partial(self._fold, linear, inputs[0].detach()))
+
+    def _fold(self, linear: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
+        rows, slopes = inputs.flatten(0, -2), gradient.flatten(0, -2).float()
+        inner, outer = self.curvature[linear]
+        inner += rows.T @ rows
+        outer.addmm_(slopes.T, slopes)
+
+    def finish(self, batches: int, tokens: int) -> None:
+        for scores, _, linear in tqdm(self.output_projections, desc="removal costs", leave=False, disable=None):
+            inputs, gradients = (total / tokens for total in self.curvature.pop(linear))
+            try:
+                costs = importance.removal_costs(linear.weight, inputs, gradients, len(scores))
+            except torch.linalg.LinAlgError:  # what is not finite has no eigenvalues
+                costs = torch.full_like(scores, torch.nan)
+            scores += costs.to(scores.device)
+
+
+@register
+class Taylor(Score):
+    name = "taylor"
+    help = (
+        "first-order Taylor: sum over its weights of |w * dL/dw|, L the mean loss of a batch, mean over batches "
+        "(LLM-Pruner, Ma et al. 2023)"
+    )
+    loss = "mean"
+
+    def trained(self) -> list[Tensor]:
+        return [matrix.linear.weight for matrix in self.matrices]
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        for matrix in self.matrices:
+            yield matrix.linear.weight.register_post_accumulate_grad_hook(partial(self._fold, matrix))
+
+    def _fold(self, matrix: Matrix, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        if gradient is not None:
+            matrix.add(self.of_weights(importance.taylor_products(weight.detach(), gradient)))
+
+    def of_weights(self, products: Tensor) -> Tensor:
+        """Importance of weights, from their |w * dL/dw|."""
+        return products
+
+    def finish(self, batches: int, tokens: int) -> None:
+        for scores in (score for kind in DECODER_KINDS for score in self.scores[kind]):
+            scores /= batches
+
+
+@register
+class SecondOrderTaylor(Taylor):
+    name = "taylor_2nd"
+    help = "as taylor with the diagonal second-order term: |w * dL/dw| + 1/2 * (w * dL/dw)^2"
+
+    def of_weights(self, products: Tensor) -> Tensor:
+        return products + 0.5 * products.square()
+
+
+@register
+class Wanda(Score):
+    name = "wanda"
+    help = "sum over its weights of |w| * norm of their input over the text, no gradients (Sun et al. 2023)"
+    comparable = False
+
+    def __init__(self, model: PreTrainedModel, layers: list[LayerParts]):
+        super().__init__(model, layers)
+        # Sums over tokens of squared inputs.
+        self.squares: dict[nn.Module, Tensor] = {
+            linear: torch.zeros(linear.in_features, device=linear.weight.device) for _, _, linear in self.matrices
+        }
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        for linear in self.squares:
+            yield linear.register_forward_pre_hook(self._watch)
+
+    def _watch(self, linear: nn.Module, inputs: tuple[Tensor]) -> None:
+        self.squares[linear] += inputs[0].float().square().flatten(0, -2).sum(0)
+
+    def finish(self, batches: int, tokens: int) -> None:
+        for matrix in self.matrices:
+            matrix.add(matrix.linear.weight.float().abs() * self.squares[matrix.linear].sqrt())
+
+
+@register
+class Magnitude(Score):
+    name = "magnitude"
+    help = "sum over its weights of |w|, no text"
+    needs_text = False
+
+    def finish(self, batches: int, tokens: int) -> None:
+        for matrix in self.matrices:
+            matrix.add(matrix.linear.weight.float().abs())
+
+
+def scores_markdown() -> str:
+    """The scores as a table for the documentation."""
+    rows = ["| score | of a structure | needs | compares across layers |", "|---|---|---|---|"]
+    for name, score in SCORES.items():
+        needs = ["text"] * score.needs_text + ["gradients"] * (score.loss is not None)
+        comparable = "as it is" if score.comparable else "relative to its layer's mean"
+        help = score.help.replace("|", r"\|")
+        rows.append(f"| `{name}` | {help} | {', '.join(needs) or 'weights'} | {comparable} |")
+    return "\n".join(rows)
+
+
+# Type of a field that chooses a score; carries the flag's allowed values and its help.
+if TYPE_CHECKING:
+    ScoreName: TypeAlias = str
+else:
+    ScoreName = choice_of(SCORES, "Score of a structure")
+
+
+# Scoring.
+
+
 def score_structures(
-    model: PreTrainedModel, windows: Tensor, method: Method, batch_size: int = 1, gradient_checkpointing: bool = False
+    model: PreTrainedModel,
+    windows: Tensor,
+    method: ScoreName,
+    batch_size: int = 1,
+    gradient_checkpointing: bool = False,
 ) -> Scores:
     """Importance of every structure of a language model.
 
-    - obs: what a structure's removal adds to the loss when the output projection is fitted anew and all cheaper ones
-      of its layer and kind are gone (`importance.removal_costs`). It compares across layers as it is, and is meant to
-      go with least-squares repair. Holds two matrices per output projection: inputs squared, hidden size squared.
-    - taylor: sum over the structure's weights of |w * dL/dw|, L the mean loss of a batch, averaged over batches
-      (first order; LLM-Pruner, Ma et al. 2023).
-    - taylor_2nd: with the diagonal second-order term, |w * dL/dw| + 1/2 * w^2 * (dL/dw)^2.
-    - wanda: sum over the weights of |w| * norm of their input over the text (Sun et al. 2023). No gradients.
-    - fisher: mean over tokens of (dL/dm)^2, m a gate on the structure's output, L the text's total loss
-      (Kwon et al. 2022); no gradients of weights. It compares across layers as it is.
-    - magnitude: sum of |w|. No text.
-
     Args:
         windows: token ids [count, length].
+        method: one of `SCORES`.
         batch_size: windows per forward pass.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
 
@@ -61,7 +297,7 @@ def score_structures(
 
 
 def score_layer(
-    model: PreTrainedModel, index: int, entering: LayerStream, method: Method, gradient_checkpointing: bool = False
+    model: PreTrainedModel, index: int, stream: LayerStream, method: ScoreName, gradient_checkpointing: bool = False
 ) -> dict[str, Tensor]:
     """As `score_structures`, of one layer alone, on text that stands before that layer.
 
@@ -69,7 +305,7 @@ def score_layer(
     from the loss down to this layer and no further.
 
     Args:
-        index: of the layer that `entering` stands before.
+        index: of the layer that the text stands before.
 
     Returns:
         For groups and for channels the fp32 scores [structures] on the model's device.
@@ -77,18 +313,18 @@ def score_layer(
     Raises:
         UserError: a loss or score is not finite, and where that began.
     """
-    # Activations need no loss, so for them the pass ends behind the layer.
-    last = index + 1 if method == "wanda" else None
-    passes = _passes_from(model, slice(index, last), entering, needs_gradient=method in ("obs", "fisher"))
+    score = SCORES[method]
+    last = index + 1 if score.loss is None else None
+    passes = _passes_from(model, slice(index, last), stream, needs_gradient=score.through_activations)
     scores = _score(model, {index: layers_of(model)[index]}, passes, method, gradient_checkpointing)
-    return {kind: score for kind, (score,) in scores.items()}
+    return {kind: layers[0] for kind, layers in scores.items()}
 
 
 def _score(
     model: PreTrainedModel,
     numbered: dict[int, LayerParts],
     passes: Passes,
-    method: Method,
+    method: ScoreName,
     gradient_checkpointing: bool,
 ) -> Scores:
     """Scores of these layers' structures; `passes` is not begun where no text is needed.
@@ -96,27 +332,37 @@ def _score(
     Args:
         numbered: the layers by their index.
     """
-    layers = list(numbered.values())
-    scores = {kind: [torch.zeros(parts.count(kind), device=model.device) for parts in layers] for kind in DECODER_KINDS}
-    if method == "magnitude":
-        _add_weighted(scores, layers, None)
-    elif method == "wanda":
-        _score_by_activations(layers, passes, scores)
-    elif method == "obs":
-        _score_by_curvature(model, layers, passes, gradient_checkpointing, scores)
-    else:
-        observe = _observe_gates if method == "fisher" else partial(_observe_weights, second_order=method != "taylor")
-        with observe(model, layers, scores), _checkpointing(model, gradient_checkpointing):
-            batches, tokens = _backward(model, passes, mean=method != "fisher")
-        for kind in DECODER_KINDS:
-            for score in scores[kind]:
-                score /= tokens if method == "fisher" else batches
+    score = SCORES[method](model, list(numbered.values()))
+    batches, tokens = _run(model, score, passes, gradient_checkpointing) if score.needs_text else (0, 0)
+    with torch.no_grad():
+        score.finish(batches, tokens)
     for kind in DECODER_KINDS:
-        for index, score in zip(numbered, scores[kind], strict=True):
-            if not score.isfinite().all():
+        for index, values in zip(numbered, score.scores[kind], strict=True):
+            if not values.isfinite().all():
                 where = f"scores of the {kind} of layer {index}"
                 raise UserError(f"--importance_method {method}: {where} are not finite; {suspect(model)}")
-    return scores
+    return score.scores
+
+
+def _run(model: PreTrainedModel, score: Score, passes: Passes, gradient_checkpointing: bool) -> tuple[int, int]:
+    """Let a score see the text; the number of batches and of tokens."""
+    if score.loss is None:
+        with torch.no_grad(), hooked(score.hooks()):
+            sizes = [ids.numel() for ids, _ in passes]
+        return len(sizes), sum(sizes)
+    batches = tokens = windows = 0
+    with (
+        _only_trainable(model, score.trained()),
+        hooked(_with_start(model, score)),
+        _checkpointing(model, gradient_checkpointing),
+    ):
+        for ids, hidden in passes:
+            losses = token_losses(decoder_of(model).logits, hidden, ids)
+            check_losses(model, losses, windows, "calibration")
+            windows += len(ids)
+            (losses.mean() if score.loss == "mean" else losses.sum()).backward()
+            batches, tokens = batches + 1, tokens + ids.numel()
+    return batches, tokens
 
 
 def _whole_passes(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Passes:
@@ -125,29 +371,24 @@ def _whole_passes(model: PreTrainedModel, windows: Tensor, batch_size: int) -> P
         yield ids, decoder_of(model).final_states(ids)
 
 
-def _passes_from(model: PreTrainedModel, layers: slice, entering: LayerStream, needs_gradient: bool) -> Passes:
+def _passes_from(model: PreTrainedModel, layers: slice, stream: LayerStream, needs_gradient: bool) -> Passes:
     decoder = decoder_of(model)
-    for ids, state, options in entering:
+    for ids, state, options in stream:
         state = state.detach().requires_grad_(needs_gradient)
         for layer, option in zip(decoder.layers[layers], options[layers], strict=True):
             state = layer(state, **option)
         yield ids, decoder.norm(state)
 
 
-def _backward(model: PreTrainedModel, passes: Passes, mean: bool) -> tuple[int, int]:
-    """Backward passes of all batches; the number of batches and of tokens."""
-    batches = tokens = windows = 0
-    for ids, hidden in passes:
-        losses = token_losses(decoder_of(model).logits, hidden, ids)
-        check_losses(model, losses, windows, "calibration")
-        windows += len(ids)
-        (losses.mean() if mean else losses.sum()).backward()
-        batches, tokens = batches + 1, tokens + ids.numel()
-    return batches, tokens
+def _with_start(model: PreTrainedModel, score: Score) -> Iterator[RemovableHandle]:
+    """A score's hooks; where needed, also one at which the backward pass may end: the first layer's input."""
+    if score.through_activations:
+        yield decoder_of(model).embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_())
+    yield from score.hooks()
 
 
 @contextmanager
-def _only_trainable(model: nn.Module, trainable: list[nn.Parameter]) -> Iterator[None]:
+def _only_trainable(model: nn.Module, trainable: list[Tensor]) -> Iterator[None]:
     """Gradients for these parameters and no others."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = set(trainable)
@@ -175,153 +416,11 @@ def _checkpointing(model: PreTrainedModel, enable: bool) -> Iterator[None]:
         model.gradient_checkpointing_disable()
 
 
-@contextmanager
-def _observe_weights(
-    model: PreTrainedModel, layers: list[LayerParts], scores: Scores, second_order: bool
-) -> Iterator[None]:
-    """Fold |weight * gradient| of every matrix into the scores as soon as its gradient is there."""
-
-    def fold(score: Tensor, by_rows: bool, weight: nn.Parameter) -> None:
-        product = (weight.detach().float() * weight.grad.float()).abs_()
-        if second_order:
-            product += 0.5 * product.square()
-        weight.grad = None
-        add = importance.sum_rows if by_rows else importance.sum_columns
-        score += add(product, len(score)).to(score.device)
-
-    hooks = []
-    for score, by_rows, linear in _matrices(layers, scores):
-        hooks.append((linear.weight, partial(fold, score, by_rows)))
-    with _only_trainable(model, [weight for weight, _ in hooks]):
-        handles = [weight.register_post_accumulate_grad_hook(hook) for weight, hook in hooks]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@contextmanager
-def _backward_through(model: PreTrainedModel) -> Iterator[None]:
-    """A backward pass reaches every layer's activations though no weight takes a gradient."""
-
-    def start(_, __, output: Tensor) -> Tensor:
-        return output.requires_grad_()
-
-    with _only_trainable(model, []):
-        handle = decoder_of(model).embeddings.register_forward_hook(start)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-@contextmanager
-def _observe_gates(model: PreTrainedModel, layers: list[LayerParts], scores: Scores) -> Iterator[None]:
-    """Fold the squared derivative of the loss by each structure's gate, token by token, into the scores.
-
-    A gate scales the structure's output, so its derivative is the sum over that output of value * gradient.
-    """
-
-    def fold(score: Tensor, values: Tensor, gradient: Tensor) -> None:
-        products = (values.float() * gradient.float()).reshape(-1, len(score), values.shape[-1] // len(score))
-        score += products.sum(-1).square_().sum(0).to(score.device)
-
-    def watch(score: Tensor, _, inputs: tuple[Tensor]) -> None:
-        inputs[0].register_hook(partial(fold, score, inputs[0].detach()))
-
-    with _backward_through(model):
-        handles = []
-        for score, by_rows, linear in _matrices(layers, scores):
-            if not by_rows:
-                handles.append(linear.register_forward_pre_hook(partial(watch, score)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@contextmanager
-def _observe_curvature(model: PreTrainedModel, curvature: dict[nn.Linear, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Add up x x^T and g g^T over tokens, x what goes into a Linear layer and g the loss's derivative by its output."""
-
-    def fold(linear: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
-        rows, slopes = inputs.flatten(0, -2), gradient.flatten(0, -2).float()
-        inner, outer = curvature[linear]
-        inner += rows.T @ rows
-        outer.addmm_(slopes.T, slopes)
-
-    def watch(linear: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:
-        output.register_hook(partial(fold, linear, inputs[0].detach()))
-
-    with _backward_through(model):
-        handles = [linear.register_forward_hook(watch) for linear in curvature]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _score_by_curvature(
-    model: PreTrainedModel, layers: list[LayerParts], passes: Passes, gradient_checkpointing: bool, scores: Scores
-) -> None:
-    outer = [(score, linear) for score, by_rows, linear in _matrices(layers, scores) if not by_rows]
-    curvature = {
-        linear: tuple(
-            torch.zeros(size, size, device=linear.weight.device) for size in (linear.in_features, linear.out_features)
-        )
-        for _, linear in outer
-    }
-    with _observe_curvature(model, curvature), _checkpointing(model, gradient_checkpointing):
-        _, tokens = _backward(model, passes, mean=False)
-    for score, linear in tqdm(outer, desc="removal costs", leave=False, disable=None):
-        inputs, gradients = (total / tokens for total in curvature.pop(linear))
-        try:
-            costs = importance.removal_costs(linear.weight.detach(), inputs, gradients, len(score))
-        except torch.linalg.LinAlgError:  # what is not finite has no eigenvalues
-            costs = torch.full_like(score, torch.nan)
-        score += costs.to(score.device)
-
-
-@torch.no_grad()
-def _score_by_activations(layers: list[LayerParts], passes: Passes, scores: Scores) -> None:
-    """Wanda: input norms of every matrix over the text, then |weight| times them."""
-    squares: dict[nn.Linear, Tensor] = {}
-
-    def watch(linear: nn.Linear, inputs: tuple[Tensor]) -> None:
-        total = inputs[0].float().square().flatten(0, -2).sum(0)
-        squares[linear] = squares.get(linear, 0) + total
-
-    handles = [linear.register_forward_pre_hook(watch) for parts in layers for linear in parts.linears()]
-    try:
-        for _ in passes:
-            pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    _add_weighted(scores, layers, {linear: total.sqrt() for linear, total in squares.items()})
-
-
-@torch.no_grad()
-def _add_weighted(scores: Scores, layers: list[LayerParts], norms: dict[nn.Linear, Tensor] | None) -> None:
-    for score, by_rows, linear in _matrices(layers, scores):
-        weighted = linear.weight.float().abs()
-        if norms is not None:
-            weighted = weighted * norms[linear]
-        add = importance.sum_rows if by_rows else importance.sum_columns
-        score += add(weighted, len(score)).to(score.device)
-
-
-def _matrices(layers: list[LayerParts], scores: Scores) -> Iterator[tuple[Tensor, bool, nn.Linear]]:
-    """(the scores it counts for, whether structures are its rows or its columns, the matrix), all that there are."""
+def _matrices(layers: list[LayerParts], scores: Scores) -> Iterator[Matrix]:
+    """All matrices of some layers, with the scores they count for."""
     for kind in DECODER_KINDS:
         for parts, score in zip(layers, scores[kind], strict=True):
             if len(score):
                 inner, outer = parts.split(kind)
-                yield from ((score, True, linear) for linear in inner)
-                yield score, False, outer
-
-
-# What removing a whole part costs.
+                yield from (Matrix(score, True, linear) for linear in inner)
+                yield Matrix(score, False, outer)

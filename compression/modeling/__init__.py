@@ -22,7 +22,7 @@ from compression.modeling.pruned_encoder import PackedEmbedding, fix_4bit_layers
 __all__ = ["CLASSES", "PackedEmbedding", "add_modeling_code", "fix_4bit_layers", "pruned_classes"]
 
 # Configuration -> the model's classes, by the Auto class that finds them.
-CLASSES = {
+CLASSES: dict[type[PretrainedConfig], dict[type, type[PreTrainedModel]]] = {
     pruned_encoder.PrunedBertConfig: {
         AutoModel: pruned_encoder.PrunedBertModel,
         AutoModelForSequenceClassification: pruned_encoder.PrunedBertForSequenceClassification,
@@ -61,6 +61,6 @@ def add_modeling_code(model: PreTrainedModel, folder: Path) -> None:
     config = model.config
     if type(config) in CLASSES:
         file = Path(inspect.getfile(type(model)))
-        classes = {AutoConfig: type(config)} | CLASSES[type(config)]
+        classes: dict[type, type] = {AutoConfig: type(config), **CLASSES[type(config)]}
         config.auto_map = {auto.__name__: f"{file.stem}.{found.__name__}" for auto, found in classes.items()}
         shutil.copy(file, folder)

@@ -1,0 +1,188 @@
+"""Ways to run the project's scripts: in this process, or in one of its own that skips the imports.
+
+`run_script` takes no time but the script's own. `start_script` is for what needs a process: kills, signals, several
+processes at once. It forks a server that has imported the libraries, and nothing of the project.
+"""
+
+import itertools
+import logging
+import multiprocessing
+import os
+import pkgutil
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("bert", "distilbert", "llama", "mistral", "qwen2", "qwen3")
+LIBRARIES = ["torch", "accelerate", "bitsandbytes", "peft", "sklearn.metrics", "matplotlib.pyplot", "tyro"]
+LIBRARIES += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
+SECONDS = 120.0
+
+
+@dataclass
+class Result:
+    """How a script ended: its exit status (the negative number of a signal that ended it) and what it said."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    def check(self, expect: int = 0) -> "Result":
+        assert self.status == expect, self.stdout + self.stderr
+        return self
+
+
+def run_script(script: str, *flags: Any, expect: int = 0) -> Result:
+    """Run a script of the project in this process, from the repository's folder; what it sets up is undone."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+
+    out, err, status = StringIO(), StringIO(), 0
+    log, arguments = logging.getLogger("compression"), [str(ROOT / script), *map(str, flags)]
+    with ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
+        stack.callback(GradientState._reset_state)
+        for name in ("handlers", "level", "propagate"):
+            stack.enter_context(patch.object(log, name, getattr(log, name)))
+        stack.enter_context(patch.object(logging, "raiseExceptions", True))
+        stack.enter_context(patch.object(sys, "argv", arguments))
+        stack.enter_context(patch.dict(os.environ))
+        for context in (
+            warnings.catch_warnings(),
+            torch.enable_grad(),
+            chdir(ROOT),
+            redirect_stdout(out),
+            redirect_stderr(err),
+        ):
+            stack.enter_context(context)
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    return Result(status, out.getvalue(), err.getvalue()).check(expect)
+
+
+# Processes.
+
+
+@dataclass
+class Running:
+    """A script in a process of its own."""
+
+    process: multiprocessing.Process
+    folder: tempfile.TemporaryDirectory
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        """Wait for a condition that comes true while the script runs."""
+        wait_until(lambda: condition() or self.process.exitcode is not None)
+        assert self.process.exitcode is None, f"it ended before: {self.wait()}"
+
+    def end(self, number: int) -> Result:
+        """Send a signal and wait for the end."""
+        os.kill(self.pid, number)
+        return self.wait()
+
+    def wait(self) -> Result:
+        self.process.join(SECONDS)
+        assert self.process.exitcode is not None, f"process {self.pid} did not end"
+        said = (Path(self.folder.name, name).read_text() for name in ("out", "err"))
+        return Result(self.process.exitcode, *said)
+
+
+def start_script(script: str, *flags: Any, kill_at: tuple[str, int] | None = None, **environment: Any) -> Running:
+    """Start a script of the project in the repository's folder.
+
+    Args:
+        kill_at: dotted name of a function, and at which call of it the process kills itself.
+        environment: variables to set.
+    """
+    arguments = [str(ROOT / script), *map(str, flags)]
+    return _start(_run_script, ROOT, arguments, kill_at, {name: str(value) for name, value in environment.items()})
+
+
+def run_killed(script: str, *flags: Any, at: str, call: int = 1) -> None:
+    """Run a script that is killed at the n-th call of a function."""
+    start_script(script, *flags, kill_at=(at, call)).wait().check(-signal.SIGKILL)
+
+
+def run_distributed(script: str, *flags: Any, processes: int = 2) -> Result:
+    """Run a script on several processes, with the environment that `torchrun` gives them; what the first one says."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    world = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
+    ranks = [start_script(script, *flags, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(processes)]
+    return [rank.wait().check() for rank in ranks][0]
+
+
+def run_elsewhere(program: str, folder: Path, *arguments: Any) -> Result:
+    """Run a program in a process that starts in a folder and finds nothing of this project."""
+    program += "\nimport sys; assert 'compression' not in sys.modules"
+    return _start(_run_program, folder, [program, *map(str, arguments)]).wait()
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come so far"
+        time.sleep(0.01)
+
+
+def _start(function: Callable[..., None], folder: Path, *arguments: Any) -> Running:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    said = tempfile.TemporaryDirectory()
+    process = context.Process(target=_child, args=(said.name, str(folder), function, arguments), daemon=True)
+    process.start()
+    return Running(process, said)
+
+
+def _child(said: str, folder: str, function: Callable[..., None], arguments: tuple) -> None:
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(said, name), os.O_WRONLY | os.O_CREAT), number)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
+    os.chdir(folder)
+    function(*arguments)
+
+
+def _run_script(arguments: list[str], kill_at: tuple[str, int] | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    sys.argv, sys.path[0:0] = arguments, [str(ROOT)]
+    if kill_at:
+        _kill_at(*kill_at)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _run_program(arguments: list[str]) -> None:
+    sys.argv = arguments
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
+    exec(compile(arguments[0], "program", "exec"), {"__name__": "__main__"})
+
+
+def _kill_at(name: str, last: int) -> None:
+    owner, attribute = pkgutil.resolve_name(name.rpartition(".")[0]), name.rpartition(".")[2]
+    function, calls = getattr(owner, attribute), itertools.count(1)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(owner, attribute, counted)
