@@ -1,5 +1,5 @@
-# Sourced by the shell scripts beside it, from any folder: makes .venv in the repository, installs requirements.txt when
-# it changed, activates .venv. Sets `repository`; `run` runs a command, `plan` and `check_plan` check its flags before.
+# Sourced by the shell scripts beside it, from any folder: makes .venv in the repository, installs requirements.txt in
+# the versions of constraints.txt when either changed, activates .venv. Sets `repository`; `run` runs a command, `plan` and `check_plan` check its flags before.
 
 repository="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 child='' stopped='' planned=()
@@ -47,10 +47,11 @@ if [ ! -f "$repository/.venv/bin/activate" ]; then
     run "$PYTHON" -m venv "$repository/.venv"
 fi
 source "$repository/.venv/bin/activate"
-wanted="$(cat "$repository/requirements.txt"; python --version)"
+wanted="$(cat "$repository/requirements.txt" "$repository/constraints.txt"; python --version)"
 if [ "$(cat "$repository/.venv/installed.txt" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing requirements.txt into .venv (the first time this takes minutes)"
-    run python -m pip install --quiet --disable-pip-version-check -r "$repository/requirements.txt"
+    run python -m pip install --quiet --disable-pip-version-check -r "$repository/requirements.txt" \
+        -c "$repository/constraints.txt"
     echo "$wanted" > "$repository/.venv/installed.txt"
 fi
 

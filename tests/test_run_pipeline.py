@@ -33,8 +33,9 @@ def project(tmp_path):
     (folder / ".venv" / "bin").mkdir(parents=True)
     for script in SCRIPTS:
         shutil.copy(ROOT / script, folder)
-    (folder / "requirements.txt").write_text("torch\n")
-    (folder / ".venv" / "installed.txt").write_text("torch\nPython 3\n")
+    for name in ("requirements.txt", "constraints.txt"):
+        (folder / name).write_text("torch\n")
+    (folder / ".venv" / "installed.txt").write_text("torch\ntorch\nPython 3\n")
     (folder / ".venv" / "bin" / "activate").write_text(f'export PATH="{folder}/.venv/bin:$PATH"\n')
     python = folder / ".venv" / "bin" / "python"
     python.write_text(STAND_IN.format(folder=tmp_path))
@@ -57,6 +58,16 @@ def commands(project, tmp_path):
         return result, [line.replace(f"{project}/", "") for line in lines]
 
     return run
+
+
+@pytest.mark.parametrize("changed", ["requirements.txt", "constraints.txt"])
+def test_a_change_of_either_list_of_packages_is_installed_once(project, tmp_path, changed):
+    (project / changed).write_text("torch==2\n")
+    environment = os.environ | {"PYTHON": str(project / ".venv" / "bin" / "python")}
+    for _ in range(2):
+        subprocess.run(["bash", project / "run_gqa_aware_pruning.sh"], env=environment, check=True)
+    (line,) = (line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("-m pip install "))
+    assert line.endswith(f"-r {project}/requirements.txt -c {project}/constraints.txt")
 
 
 def stages(lines):
