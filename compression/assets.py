@@ -266,7 +266,7 @@ def ensure_sentiment(
 
 
 def _find_or_fetch_sentiment(data_dir: str | None, folder: Path, use_hub: bool) -> SentimentSource:
-    if data_dir is not None and real_path(data_dir, "--data_dir") != real_path(folder):
+    if data_dir is not None and real_path(Path(data_dir), "--data_dir") != real_path(folder):
         found = find_sentiment(Path(data_dir).expanduser())
         if found is None:
             raise UserError(
@@ -279,6 +279,7 @@ def _find_or_fetch_sentiment(data_dir: str | None, folder: Path, use_hub: bool) 
         _refuse_partial_sst2(folder)
         _fetch_sentiment(folder, use_hub)
         found = find_sentiment(folder)
+        assert found is not None, f"nothing that was fetched is in {folder}"
     return found
 
 
@@ -394,9 +395,8 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str], use_hub: bool) 
     if sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
         enable_progress_bars()
     online = hub_answers()
-    options = {"repo_type": repo_type, "allow_patterns": patterns, "local_files_only": not online}
     try:
-        return Path(snapshot_download(name, **options))
+        return Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns, local_files_only=not online))
     except Exception as error:  # of several libraries; whichever it is, the name was not fetched
         reason = _first_line(error) if online else "the hub is not reachable and its cache does not hold it"
         raise NotOnHub(reason) from error
