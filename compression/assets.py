@@ -267,9 +267,8 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str], use_hub: bool) 
     if sys.stderr.isatty() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
         enable_progress_bars()
     online = hub_answers()
-    options = {"repo_type": repo_type, "allow_patterns": patterns, "local_files_only": not online}
     try:
-        return Path(snapshot_download(name, **options))
+        return Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns, local_files_only=not online))
     except Exception as error:  # of several libraries; whichever it is, the name was not fetched
         reason = _first_line(error) if online else "the hub is not reachable and its cache does not hold it"
         raise NotOnHub(reason) from error

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def count_macs(model: PreTrainedModel, sequence_length: int, batch_size: int = 1
 def _count_linears(model: nn.Module, macs: Counter[nn.Module]) -> Iterator[None]:
     """Count Linear layers by what goes through them: FlopCounterMode knows no operator of a quantized layer."""
 
-    def count(linear: nn.Linear, inputs: tuple[Tensor, ...], _) -> None:
+    def count(linear: nn.Linear, inputs: tuple[Tensor, ...], _: Any) -> None:
         macs[linear] += inputs[0].numel() * linear.out_features
 
     linears = (module for module in model.modules() if isinstance(module, nn.Linear))

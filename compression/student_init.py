@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
+from transformers.models.distilbert.modeling_distilbert import Embeddings, TransformerBlock
 
 
 def student_from_teacher(bert: BertModel, layers: Sequence[int]) -> DistilBertModel:
@@ -23,13 +25,14 @@ def student_from_teacher(bert: BertModel, layers: Sequence[int]) -> DistilBertMo
     Raises:
         ValueError: `layers` is empty or names a layer that the BERT does not have.
     """
-    count = len(bert.encoder.layer)
-    if not layers or not all(0 <= index < count for index in layers):
-        raise ValueError(f"layers {list(layers)}: the BERT has layers 0 to {count - 1}")
-    student = DistilBertModel(_student_config(bert.config, len(layers))).to(bert.device, bert.dtype)
+    whole = [*bert.encoder.layer]
+    if not layers or not all(0 <= index < len(whole) for index in layers):
+        raise ValueError(f"layers {list(layers)}: the BERT has layers 0 to {len(whole) - 1}")
+    student = DistilBertModel(_student_config(bert.config, len(layers)))
+    student.to(bert.device, bert.dtype)  # type: ignore[arg-type]  # transformers wraps it in a way that hides its self
     _copy_embeddings(bert.embeddings, student.embeddings)
-    for index, block in zip(layers, student.transformer.layer, strict=True):
-        for source, target in _matching_modules(bert.encoder.layer[index], block):
+    for index, block in zip(layers, [*student.transformer.layer], strict=True):
+        for source, target in _matching_modules(whole[index], block):
             target.load_state_dict(source.state_dict())
     return student.eval()
 
@@ -51,7 +54,7 @@ def _student_config(config: BertConfig, n_layers: int) -> DistilBertConfig:
 
 
 @torch.no_grad()
-def _copy_embeddings(source: nn.Module, target: nn.Module) -> None:
+def _copy_embeddings(source: BertEmbeddings, target: Embeddings) -> None:
     target.word_embeddings.weight.copy_(source.word_embeddings.weight)
     # DistilBERT has no token types. BERT adds row 0 of them to every position of a one-segment input, so that
     # row moves into the position embeddings.
@@ -59,7 +62,7 @@ def _copy_embeddings(source: nn.Module, target: nn.Module) -> None:
     target.LayerNorm.load_state_dict(source.LayerNorm.state_dict())
 
 
-def _matching_modules(layer: nn.Module, block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def _matching_modules(layer: BertLayer, block: TransformerBlock) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Pairs (module of a BERT layer, module of a DistilBERT block) that compute the same."""
     yield layer.attention.self.query, block.attention.q_lin
     yield layer.attention.self.key, block.attention.k_lin

@@ -6,12 +6,13 @@ speed, temperature or load meets all of them alike. Numbers of two separate runs
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 WARM_UP_CALLS = 3
 
@@ -56,7 +57,7 @@ def _synchronize(device: torch.device) -> None:
 
 @torch.inference_mode()
 def measure_latency(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, PreTrainedModel],
     device: torch.device,
     sequence_length: int,
     latency_repeats: int,
@@ -98,7 +99,7 @@ def measure_latency(
 
 @torch.inference_mode()
 def measure_generation(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, PreTrainedModel],
     device: torch.device,
     prompt_length: int,
     new_tokens: int,
@@ -117,10 +118,10 @@ def measure_generation(
     ids = torch.randint(vocabulary, (1, prompt_length), generator=torch.Generator().manual_seed(seed)).to(device)
     caches = {name: model(ids, use_cache=True, logits_to_keep=1).past_key_values for name, model in models.items()}
 
-    def prefill(model: nn.Module) -> None:
+    def prefill(model: PreTrainedModel) -> None:
         model(ids, use_cache=True, logits_to_keep=1)
 
-    def decode(model: nn.Module, cache: Any) -> None:
+    def decode(model: PreTrainedModel, cache: Any) -> None:
         for place in range(new_tokens):
             model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
         cache.crop(-new_tokens)
@@ -140,9 +141,9 @@ def measure_generation(
     }
 
 
-def _forwards(models: Mapping[str, nn.Module], ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
+def _forwards(models: Mapping[str, PreTrainedModel], ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
     mask = torch.ones_like(ids)
-    return {name: lambda model=model: model(input_ids=ids, attention_mask=mask) for name, model in models.items()}
+    return {name: partial(model, input_ids=ids, attention_mask=mask) for name, model in models.items()}
 
 
 def _spread(values: np.ndarray, unit: str) -> dict[str, float]:

@@ -94,7 +94,12 @@ class Running:
         wait_until(lambda: condition() or self.process.exitcode is not None)
         assert self.process.exitcode is None, f"it ended before: {self.wait()}"
 
-    def end(self, number: int) -> Result:
+    @property
+    def said(self) -> str:
+        """What it has written to stdout so far."""
+        return Path(self.folder.name, "out").read_text()
+
+    def end(self, number: int = signal.SIGKILL) -> Result:
         """Send a signal and wait for the end."""
         os.kill(self.pid, number)
         return self.wait()
@@ -102,8 +107,7 @@ class Running:
     def wait(self) -> Result:
         self.process.join(SECONDS)
         assert self.process.exitcode is not None, f"process {self.pid} did not end"
-        said = (Path(self.folder.name, name).read_text() for name in ("out", "err"))
-        return Result(self.process.exitcode, *said)
+        return Result(self.process.exitcode, self.said, Path(self.folder.name, "err").read_text())
 
 
 def start_script(script: str, *flags: Any, kill_at: tuple[str, int] | None = None, **environment: Any) -> Running:
@@ -113,8 +117,8 @@ def start_script(script: str, *flags: Any, kill_at: tuple[str, int] | None = Non
         kill_at: dotted name of a function, and at which call of it the process kills itself.
         environment: variables to set.
     """
-    arguments = [str(ROOT / script), *map(str, flags)]
-    return _start(_run_script, ROOT, arguments, kill_at, {name: str(value) for name, value in environment.items()})
+    variables = {name: str(value) for name, value in environment.items()}
+    return _start(ROOT, [str(ROOT / script), *flags], environment=variables, kill_at=kill_at)
 
 
 def run_killed(script: str, *flags: Any, at: str, call: int = 1) -> None:
@@ -131,10 +135,15 @@ def run_distributed(script: str, *flags: Any, processes: int = 2) -> Result:
     return [rank.wait().check() for rank in ranks][0]
 
 
+def start_program(program: str, *arguments: Any) -> Running:
+    """Start a program that uses the project's package."""
+    return _start(ROOT, ["-c", *arguments], program)
+
+
 def run_elsewhere(program: str, folder: Path, *arguments: Any) -> Result:
     """Run a program in a process that starts in a folder and finds nothing of this project."""
     program += "\nimport sys; assert 'compression' not in sys.modules"
-    return _start(_run_program, folder, [program, *map(str, arguments)]).wait()
+    return _start(folder, ["-c", *arguments], program, project=False).wait()
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -144,36 +153,36 @@ def wait_until(condition: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
-def _start(function: Callable[..., None], folder: Path, *arguments: Any) -> Running:
+def _start(folder: Path, arguments: list[Any], program: str | None = None, **options: Any) -> Running:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     said = tempfile.TemporaryDirectory()
-    process = context.Process(target=_child, args=(said.name, str(folder), function, arguments), daemon=True)
+    for name in ("out", "err"):
+        Path(said.name, name).touch()
+    given = (Path(said.name), folder, [str(argument) for argument in arguments], program)
+    process = context.Process(target=_child, args=given, kwargs=options, daemon=True)
     process.start()
     return Running(process, said)
 
 
-def _child(said: str, folder: str, function: Callable[..., None], arguments: tuple) -> None:
+def _child(
+    said: Path, folder: Path, arguments: list[str], program: str | None, project: bool = True,
+    environment: dict[str, str] | None = None, kill_at: tuple[str, int] | None = None,
+) -> None:  # fmt: skip
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(Path(said, name), os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(said / name, os.O_WRONLY), number)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     os.chdir(folder)
-    function(*arguments)
-
-
-def _run_script(arguments: list[str], kill_at: tuple[str, int] | None, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    sys.argv, sys.path[0:0] = arguments, [str(ROOT)]
+    os.environ.update(environment or {})
+    others = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
+    sys.argv, sys.path[:] = arguments, [str(ROOT)] * project + others
     if kill_at:
         _kill_at(*kill_at)
-    runpy.run_path(arguments[0], run_name="__main__")
-
-
-def _run_program(arguments: list[str]) -> None:
-    sys.argv = arguments
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
-    exec(compile(arguments[0], "program", "exec"), {"__name__": "__main__"})
+    if program:
+        exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def _kill_at(name: str, last: int) -> None:

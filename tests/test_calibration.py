@@ -222,3 +222,13 @@ def test_a_pruned_model_can_be_scored_again(windows):
         assert [len(score) for score in scores[CHANNELS]] == [48, 8, 0, 48]
         assert all((score > 0).all() for kind in DECODER_KINDS for score in scores[kind])
     assert len(removal_perplexities(model, windows)["layer"]) == 4
+
+
+def test_checkpointing_draws_no_dropout(windows):
+    model = tiny_decoder(attention_dropout=0.5)
+    plain = score_structures(model, windows, "fisher")
+    recomputed = score_structures(model, windows, "fisher", gradient_checkpointing=True)
+    for kind in DECODER_KINDS:
+        for one, other in zip(plain[kind], recomputed[kind], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-8)
+    assert not any(module.training for module in model.modules())

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import threading
 from pathlib import Path
 
 import pytest
+from scripts import start_program
 
 from compression import files
 from compression.files import (
@@ -21,7 +21,7 @@ from compression.files import (
     settle,
     write_json,
 )
-from compression.runtime import ROOT, UserError
+from compression.runtime import UserError
 
 HOLD = """
 import sys, time
@@ -37,7 +37,7 @@ from pathlib import Path
 from compression import files
 if sys.argv[2] == "two renames":
     files._exchange = lambda *_: False
-for number in range(60):
+for number in range(30):
     with files.new_folder(Path(sys.argv[1])) as folder:
         (folder / "a").write_text(str(number))
         (folder / "b").write_text(str(number))
@@ -51,12 +51,10 @@ def names(folder):
 @pytest.fixture
 def held(tmp_path):
     """Another process holds the lock of `target`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path / "target"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
+    process = start_program(HOLD, tmp_path / "target")
+    process.wait_until(lambda: process.said == "held\n")
     yield process
-    process.kill()
+    process.process.kill()
     process.wait()
 
 
@@ -125,9 +123,9 @@ def test_readers_see_the_old_or_the_new_folder_while_another_process_replaces_it
         (folder / "a").write_text("-1")
         (folder / "b").write_text("-1")
     for how in ("exchange", "two renames"):
-        writer = subprocess.Popen([sys.executable, "-c", REPLACE, target, how], cwd=ROOT)
+        writer = start_program(REPLACE, target, how)
         reads = 0
-        while writer.poll() is None:
+        while writer.process.exitcode is None:
             settle(target)
             try:
                 folder = os.open(target, os.O_RDONLY)  # one folder, whatever its name is by now
@@ -142,35 +140,57 @@ def test_readers_see_the_old_or_the_new_folder_while_another_process_replaces_it
                 os.close(folder)
             assert values[0] == values[1]
             reads += 1
-        assert writer.returncode == 0 and reads
-        assert (target / "a").read_text() == "59" and names(tmp_path) == ["target"]
+        writer.wait().check()
+        assert reads
+        assert (target / "a").read_text() == "29" and names(tmp_path) == ["target"]
 
 
-def test_a_killed_replacement_is_undone(tmp_path):
-    old = tmp_path / f".target.{'0' * 16}.old"
-    old.mkdir()
-    (old / "kept").touch()
-    settle(tmp_path / "target")
-    assert names(tmp_path) == ["target"] and names(tmp_path / "target") == ["kept"]
+# Replaces a folder where the system cannot exchange two names, and is killed between the two renames.
+BETWEEN = """
+import os, signal, sys
+from pathlib import Path
+from compression import files
+
+def rename(source, target, rename=os.rename):
+    rename(source, target)
+    if target.name.endswith(".old"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+files._exchange, os.rename = lambda *_: False, rename
+with files.new_folder(Path(sys.argv[1])) as folder:
+    (folder / "new").touch()
+"""
+
+
+def test_a_replacement_that_is_killed_between_its_renames_is_undone(tmp_path):
+    target = tmp_path / "target"
+    for _ in range(2):
+        with new_folder(target) as folder:
+            (folder / "old").touch()
+        start_program(BETWEEN, target).wait().check(-signal.SIGKILL)
+        assert not target.exists() and [path.suffix for path in tmp_path.glob(".target.*.old")] == [".old"]
+        settle(target)  # as every reader does first
+        assert names(target) == ["old"]
+    with new_folder(target) as folder:
+        (folder / "next").touch()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["target"] and names(target) == ["next"]
 
 
 def test_the_lock_names_who_holds_it(tmp_path, held):
     with pytest.raises(UserError) as caught, locked(tmp_path / "target", wait=0):
         pass
     assert f"process {held.pid} on host " in str(caught.value) and str(tmp_path / "target") in str(caught.value)
-    held.kill()
-    held.wait()
+    held.end()
     with locked(tmp_path / "target", wait=0):
         assert json.loads((tmp_path / ".target.compression.lock").read_text())["process"] == os.getpid()
     assert names(tmp_path) == []
 
 
-def test_a_lock_is_waited_for(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "target"], cwd=ROOT, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    threading.Timer(0.3, process.kill).start()
+def test_a_lock_is_waited_for(tmp_path, held):
+    threading.Timer(0.3, held.process.kill).start()
     write_json(tmp_path / "target", 1)
-    process.wait()
+    assert held.wait().status == -signal.SIGKILL, "it was not waited for"
     assert read_json(tmp_path / "target") == 1
 
 

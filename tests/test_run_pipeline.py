@@ -4,12 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-from pathlib import Path
 
 import pytest
+from scripts import ROOT, wait_until
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("run_pipeline.sh", "run_gqa_aware_pruning.sh", "finetune_gqa_aware_pruned.sh", "setup_env.sh")
 # Stands in for python: logs what it is to run, fails or waits where it is told to, and says which signal ended it.
 STAND_IN = """#!/bin/bash
@@ -17,8 +15,12 @@ case "$1" in -c) exit 0 ;; --version) echo Python 3; exit 0 ;; esac
 [ "$1" = -P ] && shift
 [ -f {folder}/folder ] && pwd >> {folder}/folder
 echo "$@" >> {folder}/log
-for name in INT TERM; do trap "echo $name >> {folder}/signals; kill -KILL \\$waits; exit 99" $name; done
-if [ -f {folder}/waits ] && grep -q "$(cat {folder}/waits)" <<< "$1"; then sleep 60 & waits=$!; wait $waits; fi
+if [ -f {folder}/waits ] && grep -q "$(cat {folder}/waits)" <<< "$1"; then
+    sleep 60 & waits=$!
+    for name in INT TERM; do trap "echo $name >> {folder}/signals; kill -KILL $waits; exit 99" $name; done
+    touch {folder}/waiting
+    wait $waits
+fi
 [ -f {folder}/fails ] && grep -q "$(cat {folder}/fails)" <<< "$1" && exit 3
 exit 0
 """
@@ -31,9 +33,9 @@ def project(tmp_path):
     (folder / ".venv" / "bin").mkdir(parents=True)
     for script in SCRIPTS:
         shutil.copy(ROOT / script, folder)
-    (folder / "requirements.txt").write_text("torch\n")
-    (folder / "constraints.txt").write_text("torch==1\n")
-    (folder / ".venv" / "installed.txt").write_text("torch\ntorch==1\nPython 3\n")
+    for name in ("requirements.txt", "constraints.txt"):
+        (folder / name).write_text("torch\n")
+    (folder / ".venv" / "installed.txt").write_text("torch\ntorch\nPython 3\n")
     (folder / ".venv" / "bin" / "activate").write_text(f'export PATH="{folder}/.venv/bin:$PATH"\n')
     python = folder / ".venv" / "bin" / "python"
     python.write_text(STAND_IN.format(folder=tmp_path))
@@ -56,6 +58,16 @@ def commands(project, tmp_path):
         return result, [line.replace(f"{project}/", "") for line in lines]
 
     return run
+
+
+@pytest.mark.parametrize("changed", ["requirements.txt", "constraints.txt"])
+def test_a_change_of_either_list_of_packages_is_installed_once(project, tmp_path, changed):
+    (project / changed).write_text("torch==2\n")
+    environment = os.environ | {"PYTHON": str(project / ".venv" / "bin" / "python")}
+    for _ in range(2):
+        subprocess.run(["bash", project / "run_gqa_aware_pruning.sh"], env=environment, check=True)
+    (line,) = (line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("-m pip install "))
+    assert line.endswith(f"-r {project}/requirements.txt -c {project}/constraints.txt")
 
 
 def stages(lines):
@@ -197,8 +209,7 @@ def test_a_signal_ends_the_command_and_the_script(project, tmp_path, script, wai
     (tmp_path / "waits").write_text(waiting)
     environment = os.environ | {"PYTHON": str(project / ".venv" / "bin" / "python")}
     process = subprocess.Popen(["bash", project / script], env=environment, stdout=subprocess.DEVNULL)
-    wait_for(lambda: waiting in last_line(tmp_path / "log"))
-    time.sleep(0.2)  # until the stand-in waits
+    wait_until((tmp_path / "waiting").exists)
     process.send_signal(number)
     returned = process.wait(timeout=20)
     assert (tmp_path / "signals").read_text().split() == [number.name[3:]], "once"
@@ -212,18 +223,10 @@ def test_ctrl_c_of_the_terminal_reaches_the_command_once(project, tmp_path):
     (tmp_path / "waits").write_text("1_finetune")
     environment = os.environ | {"PYTHON": str(project / ".venv" / "bin" / "python")}
     process = subprocess.Popen(["bash", project / "run_pipeline.sh"], env=environment, start_new_session=True)
-    wait_for(lambda: "1_finetune" in last_line(tmp_path / "log"))
-    time.sleep(0.2)
+    wait_until((tmp_path / "waiting").exists)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=20) == 130
     assert (tmp_path / "signals").read_text().split() == ["INT"]
-
-
-def wait_for(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "it did not come so far"
-        time.sleep(0.02)
 
 
 def last_line(path):

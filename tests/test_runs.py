@@ -1,20 +1,18 @@
 """Runs as processes: two at once, killed ones, signals, and what they leave."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import tiny_bert, tiny_distilbert
+from scripts import ROOT, run_script, start_program, start_script
 from test_global_pruning import run as prune
-from test_global_pruning import run_command
+from test_global_pruning import words_of
 
 from compression.checkpoint import describe_stage, read_stage, save_checkpoint
-from compression.runtime import ROOT
 
 LETTERS = "abcdefghijklmnopqrst"
 
@@ -32,12 +30,7 @@ def models(tmp_path, tokenizer):
 
 def command(script, models, *flags):
     known = ["--data_dir", models, "--models_dir", models, "--max_length", 32]
-    return [sys.executable, ROOT / script, *map(str, (*known, *flags))]
-
-
-def finish(process):
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
+    return [script, *known, *flags]
 
 
 def fine_tuning(models, *flags):
@@ -45,21 +38,14 @@ def fine_tuning(models, *flags):
     return command("1_finetune_teacher.py", models, *start_from, *flags)
 
 
-def start(words):
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-
-
 def test_of_two_identical_runs_one_refuses_and_names_the_other(models):
     words = fine_tuning(models, "--num_epochs", 2000)
-    first = start(words)
-    while not list(models.glob(".teacher_*.resume/step_*")):
-        assert first.poll() is None
-        time.sleep(0.02)
-    status, _, err = finish(start(words))
-    assert status == 2 and len(err.strip().splitlines()) == 1
+    first = start_script(*words)
+    first.wait_until(lambda: list(models.glob(".teacher_*.resume/step_*")))
+    err = run_script(*words, expect=2).stderr
+    assert len(err.strip().splitlines()) == 1
     assert f"process {first.pid} on host " in err and "1_finetune_teacher.py" in err
-    first.terminate()
-    assert finish(first)[0] == 128 + signal.SIGTERM
+    first.end(signal.SIGTERM).check(128 + signal.SIGTERM)
     assert not list(models.glob(".*.lock")), "who was asked to end lets go of what it held"
 
 
@@ -67,21 +53,18 @@ def test_of_two_identical_runs_one_refuses_and_names_the_other(models):
 def test_a_run_that_is_asked_to_end_does_so_in_one_line_and_leaves_what_to_resume_from(models, number):
     words = fine_tuning(models, "--num_epochs", 500)
     before = read_stage(models / "teacher_model")
-    process = start(words)
-    while not list(models.glob(".teacher_*.resume/step_*")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(number)
-    status, out, err = finish(process)
-    assert status == 128 + number and "run again with --resume" in out and "Traceback" not in err
+    process = start_script(*words)
+    process.wait_until(lambda: list(models.glob(".teacher_*.resume/step_*")))
+    result = process.end(number).check(128 + number)
+    assert "run again with --resume" in result.stdout and "Traceback" not in result.stderr
     assert read_stage(models / "teacher_model") == before
     left = {path.name.rpartition(".")[2] for path in models.glob(".*") if not path.name.startswith(".teacher_logits")}
     assert left == {"resume"}
 
 
-@pytest.mark.parametrize("script", ["1_finetune_teacher.py", "gqa_aware_pruning.py"])
-def test_an_interrupt_while_libraries_are_imported_is_one_line(script):
-    process = start([sys.executable, "-v", ROOT / script, "--help"])
+def test_an_interrupt_while_libraries_are_imported_is_one_line():
+    command = [sys.executable, "-v", ROOT / "1_finetune_teacher.py", "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:  # every import is said
         if "/torch/" in line:
             break
@@ -98,7 +81,7 @@ def test_what_killed_runs_left_is_cleaned_by_the_next_run_and_on_request(models)
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(bytes(1000))
     words = fine_tuning(models, "--num_epochs", 1)
-    assert finish(start(words))[0] == 0
+    run_script(*words)
     assert not leftover.exists()
 
     for name in (".pruned_0123.resume", ".teacher_logits_0123"):
@@ -106,30 +89,28 @@ def test_what_killed_runs_left_is_cleaned_by_the_next_run_and_on_request(models)
     (models / ".mine").mkdir()
     results = models / "results"
     shutil.copytree(models / "teacher_model", results / ".gqa_0123.resume")
-    status, out, _ = finish(start([
-        sys.executable, ROOT / "download_model.py", "--clean", "--models_dir", models, "--results_dir", results,
-    ]))  # fmt: skip
-    assert status == 0 and f"{models}: 2 leftovers of killed runs removed" in out
+    result = run_script("download_model.py", "--clean", "--models_dir", models, "--results_dir", results)
+    assert f"{models}: 2 leftovers of killed runs removed" in result.stdout
     assert sorted(path.name for path in models.glob(".*")) == [".mine"] and not list(results.iterdir())
 
 
 def test_flags_are_checked_without_work(models):
     before = sorted(models.rglob("*"))
     for flags, expected in ((["--dry_run"], 0), (["--dry_run", "--num_epochs", "0"], 2)):
-        status, out, _ = finish(start(command("8_pruning_with_finetuning.py", models, *flags)))
-        assert status == expected and out == ""
+        result = run_script(*command("8_pruning_with_finetuning.py", models, *flags), expect=expected)
+        assert result.stdout == ""
     assert sorted(models.rglob("*")) == before
 
 
 def test_a_truncated_teacher_is_neither_skipped_nor_built_on(models):
     words = fine_tuning(models, "--num_epochs", 1)
-    assert finish(start(words))[0] == 0
+    run_script(*words)
     path = models / "teacher_model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     distillation = command("2_distill_student.py", models, "--student", models / "student_model", "--overwrite")
     for again in (words, distillation):
-        status, _, err = finish(start([*again, "--skip_existing"]))
-        assert status == 2 and f"{path}: is damaged" in err and len(err.strip().splitlines()) == 1
+        err = run_script(*again, "--skip_existing", expect=2).stderr
+        assert f"{path}: is damaged" in err and len(err.strip().splitlines()) == 1
 
 
 KILLED = """
@@ -161,11 +142,10 @@ def test_model_analysis_and_evaluation_are_of_one_run(base, tmp_path):
 
     prune(base, tmp_path, "--output_name", "one", "--pruning_ratio", "0.3")
     flags = ["--output_name", "one", "--pruning_ratio", "0.5", "--overwrite", "--finetune", "--finetune_samples", "4"]
-    words = run_command(base, tmp_path, *flags, "--resume")
+    words = words_of(base, tmp_path, *flags, "--resume")
     first = state()
     for last, changed in ((1, False), (2, True)):
-        result = subprocess.run([words[0], "-c", KILLED, str(last), *words[2:]], cwd=ROOT, capture_output=True)
-        assert result.returncode == -signal.SIGKILL
+        start_program(KILLED, last, *words[1:]).wait().check(-signal.SIGKILL)
         model, evaluation, finetuned = state()
         assert model == evaluation and (model != first[0]) == changed and not finetuned
         assert (tmp_path / "one" / "finetuned").exists() == finetuned
@@ -177,23 +157,34 @@ def test_model_analysis_and_evaluation_are_of_one_run(base, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="needs a process namespace of its own")
-def test_process_number_one_goes_on_after_it_was_killed(models):
-    """As in a container, where every run has the same process number."""
-    container = ["unshare", "-rpf", "--mount-proc"]
-    if subprocess.run([*container, "true"], capture_output=True).returncode:
-        pytest.skip("no namespaces here")
-    killed = f"""
-import os, signal
+# Writes a folder as process number one, and dies halfway where it is told to.
+NUMBER_ONE = """
+import ctypes, os, sys
 from pathlib import Path
 from compression.files import new_folder
+
+target, end, user, group = Path(sys.argv[1]), sys.argv[2], os.getuid(), os.getgid()
+if ctypes.CDLL(None).unshare(0x30000000):  # a namespace of its own for users and processes
+    sys.exit(77)
+Path("/proc/self/setgroups").write_text("deny")
+Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 assert os.getpid() == 1
-with new_folder(Path({str(models / "target")!r})) as folder:
+with new_folder(target) as folder:
     (folder / "half").touch()
-    os._exit(9)
+    if end == "killed":
+        os._exit(9)
+os._exit(0)
 """
-    assert subprocess.run([*container, sys.executable, "-c", killed], cwd=ROOT).returncode == 9
-    assert len(list(models.glob(".target.*.tmp"))) == 1
-    again = killed.replace("os._exit(9)", "pass")
-    assert subprocess.run([*container, sys.executable, "-c", again], cwd=ROOT).returncode == 0
-    assert (models / "target" / "half").exists()
+
+
+def test_process_number_one_goes_on_after_it_was_killed(tmp_path):
+    """As in a container, where every run has the same process number."""
+    if (killed := start_program(NUMBER_ONE, tmp_path / "target", "killed").wait()).status == 77:
+        pytest.skip("no namespaces here")
+    killed.check(9)
+    assert len(list(tmp_path.glob(".target.*.tmp"))) == 1
+    start_program(NUMBER_ONE, tmp_path / "target", "whole").wait().check()
+    assert (tmp_path / "target" / "half").exists()

@@ -408,11 +408,14 @@ def _checkpointing(model: PreTrainedModel, enable: bool) -> Iterator[None]:
         yield
         return
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # transformers recomputes in training mode only
+    layers = decoder_of(model).layers
+    for layer in layers:  # transformers recomputes layers in training mode only; what is in them draws no dropout
+        layer.training = True
     try:
         yield
     finally:
-        model.eval()
+        for layer in layers:
+            layer.training = False
         model.gradient_checkpointing_disable()
 
 
