@@ -12,6 +12,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_type_hints
 
@@ -142,7 +143,7 @@ def pick(kind: Callable[..., Group], config: Settings, **more: Any) -> Group:
     Args:
         more: values that the configuration does not have under these names.
     """
-    return kind(**{entry.name: getattr(config, entry.name) for entry in fields(kind) if entry.name not in more} | more)
+    return kind(**{name: getattr(config, name) for name in signature(kind).parameters if name not in more} | more)
 
 
 def _described(settings: Settings) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:

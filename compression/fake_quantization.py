@@ -6,6 +6,8 @@ straight through to the fp32 weights. `quantization.pack` then stores a model th
 The straight-through gradient: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,11 +21,11 @@ class _StraightThrough(torch.autograd.Function):
     """Computes with `values`, gives the gradient to `weight`."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, values: Tensor) -> Tensor:
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 

@@ -139,7 +139,8 @@ class EightBit:
         settings = dict(has_fp16_weights=False, threshold=threshold, device="meta")
         layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, **settings)
         weight = bnb.nn.Int8Params(linear.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
-        layer.weight, layer.bias = weight.to(linear.weight.device), linear.bias
+        layer.weight = weight.to(linear.weight.device)  # type: ignore[misc]
+        layer.bias = linear.bias
         return layer
 
     def quantization_config(
@@ -190,7 +191,7 @@ def _nearest(scaled: Tensor, quant_type: str, out: Tensor) -> None:
 
 def dequantized_weight(layer: bnb.nn.Linear4bit) -> Tensor:
     """The values [out, in] that a packed 4-bit layer computes with."""
-    state = copy.copy(layer.weight.quant_state)
+    state = copy.copy(layer.weight.quant_state)  # type: ignore[attr-defined]
     state.shape = torch.Size([1, state.shape.numel()])  # see `fix_4bit_layers`
     return dequantize_4bit(layer.weight.data, state).view(layer.out_features, layer.in_features)
 

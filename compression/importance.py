@@ -4,6 +4,8 @@ Scores of a layer's structures are additive over weights, so dividing them by th
 makes kinds of different size comparable.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def taylor_products(weight: Tensor, gradient: Tensor) -> Tensor:
 def taylor(weights: list[Tensor], gradients: list[Tensor], count: int) -> Tensor:
     """Sum of |weight * gradient| over the rows of each structure: first-order Taylor importance, weight by weight."""
     products = zip(weights, gradients, strict=True)
-    return sum(sum_rows(taylor_products(weight, gradient), count) for weight, gradient in products)
+    return reduce(torch.add, (sum_rows(taylor_products(weight, gradient), count) for weight, gradient in products))
 
 
 def taylor_columns(weight: Tensor, gradient: Tensor, count: int) -> Tensor:
@@ -149,7 +151,7 @@ def on_one_scale(scores: list[Tensor], parameters: list[int]) -> list[Tensor]:
         scores: per layer (and kind) a tensor of score per parameter.
         parameters: parameters per structure, for each of those tensors.
     """
-    weighted = sum(score.sum() * count for score, count in zip(scores, parameters, strict=True))
+    weighted = reduce(torch.add, (score.sum() * count for score, count in zip(scores, parameters, strict=True)))
     total = sum(score.numel() * count for score, count in zip(scores, parameters, strict=True))
     mean = (weighted / total).clamp_min(torch.finfo(torch.float32).tiny)
     return [score / mean for score in scores]

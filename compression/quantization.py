@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -100,7 +101,7 @@ def _with_packed_tables(model: PreTrainedModel, tables: TableFormat) -> PreTrain
         weights |= {f"{name}.{key}": value for key, value in stored.items()}
     packed = type(small)(config)
     packed.load_state_dict(weights)
-    return packed.to(device).eval()
+    return packed.to(device).eval()  # type: ignore[arg-type]
 
 
 def nf4_base() -> BitsAndBytesConfig:
@@ -118,7 +119,8 @@ def check_exact(packed: PreTrainedModel, trained: dict[str, Tensor]) -> None:
         RuntimeError: names the first layer that differs.
     """
     for name, values in trained.items():
-        if not torch.equal(dequantized_weight(packed.get_submodule(name)), values):
+        layer = packed.get_submodule(name)
+        if not (isinstance(layer, Linear4bit) and torch.equal(dequantized_weight(layer), values)):
             raise RuntimeError(f"{name}: the packed weight differs from the one that was trained; nothing was saved")
 
 

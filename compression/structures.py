@@ -230,7 +230,7 @@ def spread(kept: Tensor, width: int) -> Tensor:
     return kept.repeat_interleave(width // len(kept))
 
 
-def head_dim(config) -> int:
+def head_dim(config: Any) -> int:
     """Width of one attention head of a decoder."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 

@@ -1,6 +1,7 @@
 """Masks -> physically smaller Linear layers."""
 
 import copy
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -46,17 +47,14 @@ def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedM
         shrink_layer(parts, {kind: kept[kind][index] for kind in ENCODER_KINDS})
     config_class, model_class = pruned_classes(model.config.model_type, AutoModelForSequenceClassification)
     layers = layers_of(small)
-    config = config_class(
-        **_plain_values(model.config),
-        head_size=layers[0].head_size,
-        per_layer_config={
-            index: {"num_attention_heads": parts.heads, "intermediate_size": parts.neurons}
-            for index, parts in enumerate(layers)
-        },
-    )
-    pruned = model_class(config)
+    sizes = {
+        index: {"num_attention_heads": parts.heads, "intermediate_size": parts.neurons}
+        for index, parts in enumerate(layers)
+    }
+    values = _plain_values(model.config) | {"head_size": layers[0].head_size, "per_layer_config": sizes}
+    pruned = model_class(config_class(**values))
     pruned.load_state_dict(small.state_dict())
-    return pruned.to(model.device).eval()
+    return pruned.to(model.device).eval()  # type: ignore[arg-type]
 
 
 def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:
@@ -100,7 +98,8 @@ def to_pruned(model: PreTrainedModel, stay: list[int] | range | None = None) -> 
     stay = range(len(layers_of(model))) if stay is None else stay
     config_class, model_class = pruned_classes(model.config.model_type, AutoModelForCausalLM)
     layers = {index: _layer_values(parts) for index, parts in enumerate(layers_of(model))}
-    return _rebuild(model, config_class(**_decoder_values(model, stay), per_layer_config=layers), model_class)
+    config = config_class(**_decoder_values(model, stay) | {"per_layer_config": layers})
+    return _rebuild(model, config, model_class)
 
 
 def stock_group_counts(model: PreTrainedModel) -> list[int]:
@@ -132,7 +131,8 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
         config = AutoConfig.for_model(model_type, **values)
     except StrictDataclassClassValidationError as error:
         raise UserError(f"the stock {model_type} class refuses the pruned sizes: {error.__cause__}") from None
-    return _rebuild(model, config, AutoModelForCausalLM._model_mapping[type(config)])
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    return _rebuild(model, config, model_class)  # type: ignore[arg-type]
 
 
 def _rebuild(model: PreTrainedModel, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedModel:
@@ -147,7 +147,7 @@ def _rebuild(model: PreTrainedModel, config: PretrainedConfig, model_class: type
     return rebuilt.eval()
 
 
-def _decoder_values(model: PreTrainedModel, stay: list[int] | range) -> dict:
+def _decoder_values(model: PreTrainedModel, stay: list[int] | range) -> dict[str, Any]:
     """The values of a dense config with these of its layers."""
     values = _plain_values(model.config)
     if values.get("layer_types"):
@@ -155,9 +155,9 @@ def _decoder_values(model: PreTrainedModel, stay: list[int] | range) -> dict:
     return values | {"num_hidden_layers": len(stay), "head_dim": head_dim(model.config)}
 
 
-def _layer_values(parts: LayerParts) -> dict:
+def _layer_values(parts: LayerParts) -> dict[str, Any]:
     """What `per_layer_config` says of a layer."""
-    values = {}
+    values: dict[str, Any] = {}
     if parts.groups:
         values |= {"num_attention_heads": parts.query_heads, "num_key_value_heads": parts.groups}
     if parts.channels:
@@ -166,7 +166,7 @@ def _layer_values(parts: LayerParts) -> dict:
     return values | ({"skip": skip} if skip else {})
 
 
-def _plain_values(config: PretrainedConfig) -> dict:
+def _plain_values(config: PretrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
     for name in ("model_type", "architectures", "auto_map", "head_size", "per_layer_config", "transformers_version"):
         values.pop(name, None)

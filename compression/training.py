@@ -68,12 +68,15 @@ class Training(Settings):
 class Recipe:
     """What one stage does in the loop. Steps count optimizer steps from 0 over the whole run, epochs from 1."""
 
-    stop = False
-
     def __init__(self, training: Training, rows: int):
         self.training = training
         self.steps_per_epoch = -(-rows // training.batch_size)
         self.total_steps = self.steps_per_epoch * training.num_epochs
+
+    @property
+    def stop(self) -> bool:
+        """Whether training ends before its last epoch."""
+        return False
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then linear decay to zero."""
@@ -221,7 +224,15 @@ def _line(record: dict[str, Any]) -> str:
 class _Run:
     """The moving parts of one training run, and how they are saved and restored."""
 
-    def __init__(self, accelerator, wrapped, model, optimizer, recipe, work_dir):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        wrapped: nn.Module,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        work_dir: Path,
+    ):
         self.accelerator, self.wrapped, self.model, self.optimizer = accelerator, wrapped, model, optimizer
         self.recipe, self.training, self.work_dir = recipe, recipe.training, Path(work_dir)
         self.step, self.epoch = 0, 1
@@ -273,7 +284,7 @@ class _Run:
         size = -(-self.training.batch_size // (world * self.training.gradient_accumulation_steps))
         return [mine[start : start + size] for start in range(0, len(mine), size)] or [[]]
 
-    def _backward(self, train: TrainingData, part: list[int], total: int, pad_token_id: int) -> None:
+    def _backward(self, train: TrainingData, part: list[int], total: float, pad_token_id: int) -> None:
         """Add a part's gradients, and its loss terms to the sums of the epoch.
 
         The part's loss is a mean by the weights of its own rows. Its share of the batch's total weight turns sums over

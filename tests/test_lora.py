@@ -159,6 +159,7 @@ def change(adapter, **fields):
         ("r", 8, "adapter_config.json asks for rank 8, the weights have 4"),
         ("rank_pattern", {"q_proj": 10**9}, "asks for rank 1000000000"),
         ("rank_pattern", [4], "rank_pattern in adapter_config.json is [4]; allowed is whole numbers from 1 by name"),
+        ("rank_pattern", None, "cannot be read as an adapter ("),
         ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern in adapter_config.json is"),
         ("lora_alpha", float("inf"), "lora_alpha in adapter_config.json is inf; allowed is a number from 0"),
         ("lora_alpha", [16], "lora_alpha in adapter_config.json is [16]"),

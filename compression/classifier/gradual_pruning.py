@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from compression import importance
 from compression.allocation import Pool, keep, reachable_sparsity
 from compression.batching import model_inputs
-from compression.classifier.masks import MaskedLinear, add_masks, remove_masks
+from compression.classifier.masks import MaskedLinear, add_masks, gradient_of, remove_masks
 from compression.config import choice_of
 from compression.distillation import distillation_loss
 from compression.runtime import UserError, log
@@ -52,12 +52,12 @@ class Mode:
 
 
 def _weight_times_gradient(rows: tuple[nn.Linear, ...], outer: nn.Linear, count: int) -> tuple[Tensor, Tensor]:
-    inner = importance.taylor([row.weight for row in rows], [row.weight.grad for row in rows], count)
-    return inner, importance.taylor_columns(outer.weight, outer.weight.grad, count)
+    inner = importance.taylor([row.weight for row in rows], [gradient_of(row) for row in rows], count)
+    return inner, importance.taylor_columns(outer.weight, gradient_of(outer), count)
 
 
 def _squared_mask_gradient(_: tuple[nn.Linear, ...], outer: nn.Linear, count: int) -> tuple[Tensor, Tensor]:
-    gradient = importance.mask_gradient(outer.weight, outer.weight.grad, count)
+    gradient = importance.mask_gradient(outer.weight, gradient_of(outer), count)
     return torch.zeros_like(gradient), gradient.square()
 
 
@@ -146,9 +146,10 @@ class StructureScores:
     @torch.no_grad()
     def accumulate(self, step: int) -> None:
         """Take in the gradients of one step."""
-        if self.mode.measure is None:
+        measure = self.mode.measure
+        if measure is None:
             return
-        halves = [self._measure(kind, index) for kind, index in self.places]
+        halves = [measure(*self._matrices(kind, index)) for kind, index in self.places]
         inner, outer = (torch.cat(half) for half in zip(*halves, strict=True))
         # A step whose gradients overflow (fp16) is skipped by the optimizer and must not count here either.
         finite = (inner.sum() + outer.sum()).isfinite()
@@ -157,10 +158,11 @@ class StructureScores:
         kept = torch.cat([self.masked[kind][index].kept for kind, index in self.places])
         self.in_use.add_(1).mul_(kept)
 
-    def _measure(self, kind: str, index: int) -> tuple[Tensor, Tensor]:
+    def _matrices(self, kind: str, index: int) -> tuple[tuple[nn.Linear, ...], nn.Linear, int]:
+        """The matrices of a layer's structures of a kind: of their rows, of their columns; and how many they are."""
         outer = self.masked[kind][index]
         rows, _ = self.layers[index].split(kind)
-        return self.mode.measure(rows, outer, outer.count)
+        return rows, outer, outer.count
 
     @torch.no_grad()
     def densities(self, kinds: tuple[str, ...]) -> dict[str, list[Tensor]]:
@@ -178,10 +180,9 @@ class StructureScores:
         return [self._norm(kind, index) for kind, index in self.places if kind in kinds]
 
     def _norm(self, kind: str, index: int) -> Tensor:
-        parts, outer = self.layers[index], self.masked[kind][index]
-        rows, _ = parts.split(kind)
-        squares = importance.l2([linear.weight for linear in rows], outer.weight, outer.count)
-        return (squares / parts.structure_parameters(kind)).sqrt()
+        rows, outer, count = self._matrices(kind, index)
+        squares = importance.l2([linear.weight for linear in rows], outer.weight, count)
+        return (squares / self.layers[index].structure_parameters(kind)).sqrt()
 
     def _gradients(self, kinds: tuple[str, ...]) -> list[Tensor]:
         """Gradient score per parameter over the window."""

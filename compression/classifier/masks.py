@@ -5,6 +5,8 @@ forward pass. The weights themselves stay, so a structure can come back, and the
 one, so that a pruned structure's importance can still be measured.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,11 +16,11 @@ from compression.structures import ENCODER_KINDS, output_projections, spread
 
 class _StraightThroughMask(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
         return weight * mask
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
@@ -28,6 +30,8 @@ class MaskedLinear(nn.Linear):
     The columns of pruned structures count as zero.
     It shares the parameters of the layer it replaces; the mask is no part of the state dict.
     """
+
+    mask: Tensor
 
     def __init__(self, linear: nn.Linear, count: int):
         nn.Module.__init__(self)
@@ -50,7 +54,7 @@ class MaskedLinear(nn.Linear):
 
     def freeze_pruned(self) -> None:
         """Zero the gradient of the pruned columns: it is there to be measured, not to train what is not in use."""
-        self.weight.grad.mul_(self.mask)
+        gradient_of(self).mul_(self.mask)
 
     def to_linear(self) -> nn.Linear:
         """A plain Linear layer with the same parameters; pruned columns are zero in it."""
@@ -59,6 +63,12 @@ class MaskedLinear(nn.Linear):
         with torch.no_grad():
             linear.weight.mul_(self.mask)
         return linear
+
+
+def gradient_of(linear: nn.Linear) -> Tensor:
+    """The gradient of a layer's weight, behind the backward pass."""
+    assert linear.weight.grad is not None
+    return linear.weight.grad
 
 
 def add_masks(model: nn.Module) -> dict[str, list[MaskedLinear]]:

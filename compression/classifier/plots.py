@@ -10,6 +10,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
+from matplotlib.transforms import Affine2D
 
 from compression.classifier.models import EVALUATED, EvaluatedModel, looks
 from compression.plots import bar_style, new_figure, open_frame, require_finite
@@ -112,8 +113,8 @@ def _unit_area(shape: str) -> float:
     """Area in square points of a marker drawn with `s=1`: shapes drawn with the same `s` differ in area."""
     marker = MarkerStyle(shape)
     # Enlarged, because curves become polygons with segments of about one unit.
-    outline = marker.get_path().transformed(marker.get_transform().scale(1000))
-    x, y = outline.to_polygons()[0].T
+    outline = marker.get_path().transformed(marker.get_transform() + Affine2D().scale(1000))
+    x, y = np.transpose(outline.to_polygons()[0])
     return 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 1000**2
 
 

@@ -84,9 +84,10 @@ class QuantizationAwareDistillation(Recipe):
 
     @torch.no_grad()
     def _teacher(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        if self.teacher is None:
-            return {"logits": self.teacher_logits[batch["rows"]]}
-        return self.teacher(**model_inputs(self.teacher, batch), output_hidden_states=True)
+        if self.teacher is not None:
+            return self.teacher(**model_inputs(self.teacher, batch), output_hidden_states=True)
+        assert self.teacher_logits is not None, "neither a teacher nor its logits were given"
+        return {"logits": self.teacher_logits[batch["rows"]]}
 
     def after_step(self, step: int) -> None:
         for layer in self.layers.values():

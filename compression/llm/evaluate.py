@@ -113,7 +113,7 @@ def measure(
         batch_size: windows per forward pass.
     """
     layers = layers_of(model)
-    found = {
+    found: dict[str, Any] = {
         "parameters": count_parameters(model) | {"structures": sum(parts.parameters for parts in layers)},
         "layers": [
             {"query_heads": parts.query_heads, "key_value_heads": parts.groups, "intermediate_size": parts.channels}
@@ -138,7 +138,8 @@ def measure_efficiency(
 ) -> dict[str, dict[str, Any]]:
     """MACs, prefill and decode speed of each model, interleaved; peak memory of a prefill where there is a GPU."""
     length = evaluation.eval_length
-    found = measure_generation(models, device, length, NEW_TOKENS, evaluation.efficiency_repeats)
+    repeats = evaluation.efficiency_repeats
+    found: dict[str, dict[str, Any]] = measure_generation(models, device, length, NEW_TOKENS, repeats)
     for name, model in models.items():
         found[name]["macs"] = count_macs(model, length).as_dict()
         if device.type == "cuda":

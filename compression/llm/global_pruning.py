@@ -168,6 +168,7 @@ class GlobalPruning:
         """ln(1 + ppl)^T, ppl the layer's removal perplexity where that is under tau, else the block's own."""
         if not self.scoring.temperature:
             return 1.0
+        assert self.removal is not None, "the correction needs removal perplexities"
         layers = torch.tensor(self.removal["layer"])
         tau = layers.quantile(0.25).item() if self.scoring.tau is None else self.scoring.tau
         block = self.removal["attention" if kind == GROUPS else "mlp"][layer]

@@ -242,6 +242,7 @@ def _preference(settings: Rates, removal: dict[str, Any] | None, pruned: list[in
         return torch.ones(len(pruned))
     if settings.strategy == "random":
         return torch.rand(len(pruned), generator=torch.Generator().manual_seed(seed)).clamp_min(1e-3)
+    assert removal is not None, "inverse rates need removal perplexities"
     # What removing a layer adds to the loss: a perplexity itself differs by orders of magnitude between layers.
     added = torch.tensor([removal["layer"][index] for index in pruned], dtype=torch.double).log()
     added -= torch.tensor(removal["dense"], dtype=torch.double).log()

@@ -40,16 +40,20 @@ def add_lora(model: PreTrainedModel, r: int, alpha: float, dropout: float, proje
         The handle that saves and merges the adapters; the model is used as before.
     """
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(projections), bias="none",
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=list(projections),
+        bias="none",
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     return get_peft_model(model, config)
 
 
 def write_adapter(adapted: PeftModel, folder: Path) -> None:
     """Write the adapters alone into a folder that is there: adapter_config.json and adapter_model.safetensors."""
     check_finite(get_peft_model_state_dict(adapted), "the adapter", "nothing was saved")
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink()  # a form with nothing filled in
 
 
@@ -68,7 +72,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, flag: str) -> PeftModel:
     require_adapter(folder, flag)
     try:
         _check_settings(parse_json(read_text(Path(folder) / CONFIG, flag)))
-        config = PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(str(folder))
         weights = load_tensors(Path(folder) / WEIGHTS)
     except UNREADABLE as error:
         raise _unreadable(flag, folder, error) from None
@@ -78,7 +82,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, flag: str) -> PeftModel:
         if not weights[name].isfinite().all():
             raise _unreadable(flag, folder, f"{name} has values that are not finite")
     ranks = [tensor.shape[0] for name, tensor in weights.items() if "lora_A" in name]
-    if (wanted := max([config.r, *config.rank_pattern.values()])) > max(ranks, default=0):
+    if (wanted := max([config.r, *(config.rank_pattern or {}).values()])) > max(ranks, default=0):
         raise _misfit(flag, folder, f"{CONFIG} asks for rank {wanted}, the weights have {max(ranks, default=0)}")
     config.base_model_name_or_path = model.name_or_path  # PEFT warns of another path, which says nothing of the weights
     try:

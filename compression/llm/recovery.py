@@ -178,11 +178,11 @@ def recover(
     train, data = training_data(recovery, data_dir, tokenizer, model)
     inputs["data"] = {"name": data["name"], "sha256": train.digest()}
     same = is_made_from(output, recovery.result_fields(), inputs)
-    if recovery.training.skip_existing and same:
+    if recovery.training.skip_existing and same and (earlier := read_stage(output)):
         log.info("%s exists and matches configuration and inputs: skipped", shown(output))
-        return read_stage(output)["metrics"]
+        return earlier["metrics"]
     place.check_same(same, overwrite)
-    recipe = LanguageModelling(recovery, len(train), teacher and load_teacher(teacher, model, recovery))
+    recipe = LanguageModelling(recovery, len(train), load_teacher(teacher, model, recovery) if teacher else None)
     held_out = validation_windows(recovery, data_dir, tokenizer)
     tests = evaluation_windows(recovery.evaluation, data_dir, tokenizer, model)
     figures = partial(measure, model, tokenizer, tests, recovery.evaluation, data_dir)
@@ -230,13 +230,15 @@ def find_teacher(recovery: Recovery, pruned: Path) -> Path | None:
     """
     if not recovery.kd_weight:
         return None
-    parent = (read_stage(pruned) or {}).get("parent")
-    if recovery.teacher is None and not isinstance(parent, str):
-        raise UserError(
-            f"--kd_weight {recovery.kd_weight}: needs a teacher, and {pruned} does not say what it was made from "
-            "(stage.json); name the dense model: --teacher"
-        )
-    teacher = recovery.teacher or ROOT / parent
+    teacher = recovery.teacher
+    if teacher is None:
+        parent = (read_stage(pruned) or {}).get("parent")
+        if not isinstance(parent, str):
+            raise UserError(
+                f"--kd_weight {recovery.kd_weight}: needs a teacher, and {pruned} does not say what it was made from "
+                "(stage.json); name the dense model: --teacher"
+            )
+        teacher = ROOT / parent
     require_language_model(teacher, "--teacher", "python download_model.py --only llm")
     return teacher
 

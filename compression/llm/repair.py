@@ -83,7 +83,7 @@ def _gram(
     """
     gram = torch.zeros(outer.in_features, outer.in_features, device=outer.weight.device)
 
-    def add(_, given: tuple[Tensor]) -> None:
+    def add(_: nn.Module, given: tuple[Tensor]) -> None:
         rows = given[0].flatten(0, -2)
         gram.add_(rows.T @ rows)
         if attention:

@@ -22,7 +22,7 @@ from compression.text_files import read_text
 
 Part = Literal["train", "validation", "test"]
 # Files of each part under --data_dir, the first that is there: WikiText-2's raw form before its tokenised one.
-FILES = {
+FILES: dict[str, dict[str, tuple[str, ...]]] = {
     "wikitext2": {
         "train": ("wiki.train.raw", "wiki.train.tokens"),
         "validation": ("wiki.valid.raw", "wiki.valid.tokens"),
@@ -32,7 +32,7 @@ FILES = {
     "c4": {"train": ("c4.train.txt",), "validation": ("c4.validation.txt",), "test": ("c4.test.txt",)},
 }
 # Repository on the hub, its file of each part, the column of text, and how many rows are read of it (None: all).
-HUB = {
+HUB: dict[str, tuple[str, dict[str, str], str, int | None]] = {
     "wikitext2": (
         "Salesforce/wikitext",
         {part: f"wikitext-2-raw-v1/{part}-00000-of-00001.parquet" for part in ("train", "validation", "test")},

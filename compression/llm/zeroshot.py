@@ -34,8 +34,8 @@ def check_tasks(tasks: list[str], data_dir: str | None, limit: int | None = None
     Args:
         limit: so many questions of each task are used; the files of the folder are read as far as that.
     """
-    for task in tasks if data_dir is not None else ():
-        if not _local_data(task, data_dir).is_file():
+    for task in tasks:
+        if data_dir is not None and not _local_data(task, data_dir).is_file():
             raise UserError(
                 f"--data_dir {data_dir}: has no zeroshot/{task}/validation.jsonl; leave it out to ask the hub"
             )

@@ -6,6 +6,7 @@ Each file is self-contained (torch and transformers only) and travels inside the
 import inspect
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     AutoConfig,
@@ -22,7 +23,7 @@ from compression.modeling.pruned_encoder import PackedEmbedding, fix_4bit_layers
 __all__ = ["CLASSES", "PackedEmbedding", "add_modeling_code", "fix_4bit_layers", "pruned_classes"]
 
 # Configuration -> the model's classes, by the Auto class that finds them.
-CLASSES: dict[type[PretrainedConfig], dict[type, type[PreTrainedModel]]] = {
+CLASSES: dict[type[PretrainedConfig], dict[type[Any], type[PreTrainedModel]]] = {
     pruned_encoder.PrunedBertConfig: {
         AutoModel: pruned_encoder.PrunedBertModel,
         AutoModelForSequenceClassification: pruned_encoder.PrunedBertForSequenceClassification,

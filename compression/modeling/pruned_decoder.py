@@ -6,6 +6,8 @@ Heads keep the dense model's size, `head_dim`. Of a skipped part nothing is ther
 where the dense model has one; the norm before it is gone too.
 """
 
+from typing import Any
+
 import transformers
 from torch import nn
 
@@ -108,7 +110,7 @@ def pruned_layers(config, layer_class):
 class PrunedModel:
     """What the stock models' constructors do, with layers that differ."""
 
-    def __init__(self, config):
+    def __init__(self: Any, config):
         PreTrainedModel.__init__(self, config)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -123,7 +125,7 @@ class PrunedModel:
 class PrunedForCausalLM:
     """What the stock language models' constructors do."""
 
-    def __init__(self, config):
+    def __init__(self: Any, config):
         PreTrainedModel.__init__(self, config)
         self.model = self.model_class(config)
         self.vocab_size = config.vocab_size
@@ -135,7 +137,7 @@ class PrunedLlamaConfig(LlamaConfig):
     model_type = "pruned_llama"
 
     def validate(self):
-        PreTrainedConfig.validate(self)
+        PreTrainedConfig.validate(self)  # type: ignore[attr-defined]
 
     def validate_architecture(self):
         """Without the check that the number of heads divides the hidden size: `head_dim` says how wide they are."""

@@ -44,6 +44,10 @@ from transformers.models.distilbert.modeling_distilbert import (
 class PackedEmbedding(nn.Module):
     """An embedding table stored in 16 bits per value, or in 8 or 4 with one scale for each block of a row."""
 
+    codes: torch.Tensor
+    scales: torch.Tensor
+    numbers: torch.Tensor
+
     def __init__(self, num_embeddings, embedding_dim, bits):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.bits = num_embeddings, embedding_dim, bits
