@@ -14,7 +14,7 @@ class Pool:
     Args:
         scores: [structures], score per parameter.
         parameters: parameters of one structure.
-        minimum: at least so many stay; with 0 all of them may go.
+        minimum: least number that stays; with 0 all of them may go.
         multiple: the number that stays is a multiple of this, unless nothing is removed.
     """
 

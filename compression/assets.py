@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from compression.embedded import make_embedded_llm, make_embedded_student, make_embedded_teacher
-from compression.files import read_object, real_path, settle
+from compression.files import read_object, real_path, restore_replaced
 from compression.integrity import SOURCE_FILE
 from compression.runtime import UserError, log, processes, shown
 from compression.sources import (
@@ -140,7 +140,7 @@ def _given_folder(role: Role, name: str) -> Path | None:
 
 def _is_there(role: Role, name: str, folder: Path) -> bool:
     """Whether `folder` already holds what the user asks for; one log line where that is not plain."""
-    settle(folder)
+    restore_replaced(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
     source, missing = read_source(folder), missing_file(folder)
@@ -196,7 +196,7 @@ def _copy_model(given: Path, folder: Path) -> None:
     given = real_path(given)
     if given == real_path(folder, "--models_dir"):
         return
-    settle(folder)
+    restore_replaced(folder)
     source, names = read_source(folder), _matching_files(given, MODEL_FILES)
     if source is None and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{shown(folder)} was put there by hand; delete it to get {given} instead")

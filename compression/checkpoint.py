@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from compression.files import new_folder, read_object, read_unchanged, remove_folder, settle, write_json
+from compression.files import new_folder, read_object, read_unchanged, remove_folder, restore_replaced, write_json
 from compression.flops import part_of
 from compression.integrity import STAGE_FILE, STATE_FILE, digest_of, read_record, seal, sha256_of, verify
 from compression.modeling import add_modeling_code, fix_4bit_layers
@@ -123,7 +123,7 @@ def identify(folder: Path) -> dict[str, str]:
     Raises:
         UserError: the folder holds no weights, or a file of it is damaged.
     """
-    settle(Path(folder))
+    restore_replaced(Path(folder))
     digests = read_unchanged(folder, lambda: _digests(Path(folder)))
     return {"path": relative_path(Path(folder).resolve()), "sha256": digest_of(digests, 16)}
 
@@ -159,7 +159,7 @@ def is_made_from(
     Raises:
         UserError: it exists and is damaged.
     """
-    settle(Path(folder))
+    restore_replaced(Path(folder))
     stage = read_record(folder, record)
     if stage is None or contents(stage.get("inputs")) != contents(inputs):
         return False
@@ -179,13 +179,13 @@ def read_stage(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged, or no JSON object.
     """
-    settle(Path(folder))
+    restore_replaced(Path(folder))
     return read_record(folder)
 
 
 def require(folder: Path, flag: str, command: str) -> None:
     """Raise UserError unless a checkpoint is there; the text names the flag and the command that makes one."""
-    settle(Path(folder))
+    restore_replaced(Path(folder))
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{flag} {folder}: no checkpoint there; make it with: {command}")
 
@@ -324,7 +324,7 @@ _ANOTHER = "make or fetch that folder again"
 def _check_folder(folder: Path) -> dict[str, Any]:
     """The config of a checkpoint whose files are all there and as they were written."""
     folder = Path(folder)
-    settle(folder)
+    restore_replaced(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no checkpoint there (no config.json); name a folder that a stage has written")
     if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):

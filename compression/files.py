@@ -30,12 +30,12 @@ from filelock import FileLock, Timeout
 from compression.runtime import UserError, log
 
 WAIT_SECONDS = 30.0
-"""So long a short write waits for another process that writes the same path."""
+"""Longest wait of a short write for another process that writes the same path."""
 READINGS = 3
-"""So often a folder is read again that is replaced meanwhile, before its writers have to wait."""
+"""Readings of a folder that is replaced meanwhile, before its writers have to wait."""
 LONGEST_NAME = 200
 """Bytes of a name; hidden names made from it are longer and must stay under the usual limit of 255."""
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.(tmp|old)")
 LOCK = ".compression.lock"
 
@@ -301,7 +301,7 @@ def sync(path: Path) -> None:
         os.close(file)
 
 
-def settle(target: Path) -> None:
+def restore_replaced(target: Path) -> None:
     """Where a replacement of `target` was killed between its two renames, put the old folder back."""
     target = Path(target)
     if target.exists() or not (kept := sorted(target.parent.glob(f".{escape(target.name)}.*.old"))):
@@ -311,7 +311,7 @@ def settle(target: Path) -> None:
             os.rename(kept[-1], target)
 
 
-def read_unchanged(folder: Path, read: Callable[[], Found]) -> Found:
+def read_unchanged(folder: Path, read: Callable[[], Value]) -> Value:
     """What `read` gives of a folder that no other process replaced meanwhile.
 
     Where one did, it reads again, and in the end while it holds the folder's lock.
@@ -385,7 +385,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
                 stack.enter_context(locked(target, wait=0))
             except (UserError, OSError):
                 continue
-            settle(target)
+            restore_replaced(target)
             if name and path.exists():
                 log.info("Removing %s, which a killed run left", path)
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

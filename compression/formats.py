@@ -20,11 +20,11 @@ from compression.runtime import UserError
 
 # bitsandbytes takes no block's largest magnitude as smaller than this (it divides by it).
 SMALLEST_ABSMAX = 1e-38
-# So many scales share one scale of their own where scales are quantized too.
+# Scales that share one scale of their own, where scales are quantized too.
 NESTED_BLOCKSIZE = 256
-# [-1, 1] is cut into so many intervals, of which none holds more than one threshold between neighbouring values.
+# Intervals that [-1, 1] is cut into; none holds more than one threshold between neighbouring values.
 INTERVALS = 32
-# Rows of an embedding table share a scale in blocks of so many values, or of the largest divisor of that.
+# Values of an embedding table's row that share a scale; of narrower rows the largest divisor of this.
 EMBEDDING_BLOCK = 64
 
 

@@ -108,7 +108,7 @@ def measure_generation(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Prefill and decode speed of language models at batch 1.
 
-    Prefill: one forward pass over a random prompt, logits of its last token alone. Decode: so many tokens one after
+    Prefill: one forward pass over a random prompt, logits of its last token alone. Decode: `new_tokens` tokens one after
     the other with the key-value cache of that prompt.
 
     Returns:

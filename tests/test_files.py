@@ -18,7 +18,7 @@ from compression.files import (
     read_json,
     real_path,
     remove_leftovers,
-    settle,
+    restore_replaced,
     write_json,
 )
 from compression.runtime import UserError
@@ -126,7 +126,7 @@ def test_readers_see_the_old_or_the_new_folder_while_another_process_replaces_it
         writer = start_program(REPLACE, target, how)
         reads = 0
         while writer.process.exitcode is None:
-            settle(target)
+            restore_replaced(target)
             try:
                 folder = os.open(target, os.O_RDONLY)  # one folder, whatever its name is by now
             except FileNotFoundError:
@@ -169,7 +169,7 @@ def test_a_replacement_that_is_killed_between_its_renames_is_undone(tmp_path):
             (folder / "old").touch()
         start_program(BETWEEN, target).wait().check(-signal.SIGKILL)
         assert not target.exists() and [path.suffix for path in tmp_path.glob(".target.*.old")] == [".old"]
-        settle(target)  # as every reader does first
+        restore_replaced(target)  # as every reader does first
         assert names(target) == ["old"]
     with new_folder(target) as folder:
         (folder / "next").touch()

@@ -145,7 +145,7 @@ class Cuts:
 
 
 def selected_layers(layers: str, depth: int | None) -> range:
-    """The layers that --layers names, of a model with so many layers.
+    """The layers that --layers names, of a model of this depth.
 
     Raises:
         UserError: it is not a layer or a range of layers, or goes beyond the model's.

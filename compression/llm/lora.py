@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from compression.checkpoint import check_finite, load_tensors
-from compression.files import settle
+from compression.files import restore_replaced
 from compression.integrity import verify
 from compression.runtime import UserError
 from compression.text_files import parse_json, read_text
@@ -106,7 +106,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, flag: str) -> PeftModel:
 
 def require_adapter(folder: Path, flag: str) -> None:
     """Raise UserError unless an adapter is there, its files as they were written."""
-    settle(Path(folder))
+    restore_replaced(Path(folder))
     for name in (CONFIG, WEIGHTS):
         if not (Path(folder) / name).is_file():
             raise UserError(f"{flag} {folder}: no adapter there (no {name}); make it with: python post_training.py")

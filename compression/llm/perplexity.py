@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from compression.decoder import decoder_of
 from compression.runtime import UserError
 
-# Logits of so many tokens are held at a time. In fp32 a vocabulary of 49,152 takes 25 MB for them: larger blocks are
+# Tokens whose logits are held at a time. In fp32 a vocabulary of 49,152 takes 25 MB for them: larger blocks are
 # slower on the CPU, for the allocator gives blocks above 32 MB back to the system and asks for them anew each time.
 LOGIT_ROWS = 128
 
@@ -52,7 +52,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) -> 
 
 
 def exp_of_mean(model: PreTrainedModel, total: float, tokens: int, what: str) -> float:
-    """Perplexity, from the sum of the losses of so many tokens.
+    """Perplexity, from the sum of the losses of a number of tokens.
 
     Args:
         what: what the losses are those of, as an error says it.

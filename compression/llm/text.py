@@ -143,7 +143,7 @@ def _join(rows: list[str]) -> str:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, limit: int | None = None) -> Tensor:
-    """Token ids of the whole text, [tokens], with no special tokens; with a limit only about so many are made."""
+    """Token ids of the whole text, [tokens], with no special tokens; with a limit only about that number."""
     text = corpus.text if limit is None else corpus.text[: 12 * limit]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids[:limit])

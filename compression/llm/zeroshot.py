@@ -32,7 +32,7 @@ def check_tasks(tasks: list[str], data_dir: str | None, limit: int | None = None
     """Raise UserError for an unknown task, or one whose data cannot be had or read; fetches data from the hub.
 
     Args:
-        limit: so many questions of each task are used; the files of the folder are read as far as that.
+        limit: number of questions of each task that are used; the files of the folder are read as far as that.
     """
     for task in tasks:
         if data_dir is not None and not _local_data(task, data_dir).is_file():
@@ -147,7 +147,7 @@ def zero_shot(
     Args:
         tasks: names of lm-evaluation-harness such as piqa, hellaswag, winogrande, arc_easy.
         data_dir: folder with `zeroshot/TASK/validation.jsonl`; None asks the hub.
-        limit: the first so many questions of each task only.
+        limit: number of questions of each task, from the first.
 
     Returns:
         By task: n, acc and its standard error, and acc_norm (answers compared by log-likelihood per byte) where the
