@@ -49,7 +49,8 @@ def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor
     Args:
         model: may be wrapped for several processes.
     """
-    takes = inspect.signature(type(getattr(model, "module", model)).forward).parameters
+    whole: nn.Module = getattr(model, "module", model)
+    takes = inspect.signature(whole.forward).parameters
     return {name: tensor for name, tensor in batch.items() if name in takes and name != "labels"}
 
 

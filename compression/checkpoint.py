@@ -5,7 +5,7 @@ checksums are. Weights are safetensors, everything else is JSON: no pickles. Not
 mis-shaped or not finite passes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.outputs import Output, some
 from compression.runtime import UserError, fingerprint, processes, relative_path
 from compression.structures import DECODERS
+
+# A model, its tokenizer, and which weights did not fit.
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
 
 
 def save_checkpoint(
@@ -197,7 +200,7 @@ def require_language_model(folder: Path, flag: str, command: str = "python run_g
         raise UserError(f"{flag} {folder}: is quantized already; name the model it was made from")
 
 
-def require_type(folder: Path, flag: str, command: str, families: Iterable[str], refusal: str) -> dict[str, Any]:
+def require_type(folder: Path, flag: str, command: str, families: Collection[str], refusal: str) -> dict[str, Any]:
     """The config of a checkpoint that is there and of one of these model types.
 
     Args:
@@ -209,10 +212,10 @@ def require_type(folder: Path, flag: str, command: str, families: Iterable[str],
     """
     require(folder, flag, command)
     config = read_object(Path(folder) / "config.json")
-    found = config.get("model_type")
-    if found not in families:
+    model_type = config.get("model_type")
+    if model_type not in families:
         raise UserError(
-            f"{flag} {folder}: model type {found!r} {refusal} {', '.join(sorted(families))}; name another folder"
+            f"{flag} {folder}: model type {model_type!r} {refusal} {', '.join(sorted(families))}; name another folder"
         )
     return config
 
@@ -264,7 +267,7 @@ def load_classifier(
     """
     options = {} if num_labels is None else {"num_labels": num_labels}
 
-    def load():
+    def load() -> Loaded:
         placed = {}
         if "quantization_config" in _check_folder(folder):  # 8-bit models cannot be moved once they are loaded
             placed["device_map"] = {"": torch.device(device)}
@@ -276,7 +279,9 @@ def load_classifier(
     else:
         _check_weights(folder, report, _ANOTHER, about=lambda name: part_of(name) != "head")
     quantized = hasattr(model.config, "quantization_config")
-    return (model if quantized else model.to(device)).eval(), tokenizer
+    if not quantized:
+        model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
 
 
 def load_language_model(
@@ -294,7 +299,7 @@ def load_language_model(
         UserError: see `load_classifier`.
     """
 
-    def load():
+    def load() -> Loaded:
         _check_folder(folder)
         return _load(
             AutoModelForCausalLM, folder, dtype=dtype, device_map={"": torch.device(device)},
@@ -333,8 +338,7 @@ def _check_folder(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json")
 
 
-def _load(auto_class, folder: Path, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
-    """A model, its tokenizer, and which weights did not fit."""
+def _load(auto_class: Any, folder: Path, **options: Any) -> Loaded:
     try:
         model, report = auto_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options

@@ -108,8 +108,8 @@ def measure_generation(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Prefill and decode speed of language models at batch 1.
 
-    Prefill: one forward pass over a random prompt, logits of its last token alone. Decode: `new_tokens` tokens one after
-    the other with the key-value cache of that prompt.
+    Prefill: one forward pass over a random prompt, logits of its last token alone. Decode: `new_tokens` tokens, one
+    after the other, with the key-value cache of that prompt.
 
     Returns:
         By name: {"prefill": median, p10, p90 in tokens per second; "decode": the same}, with lengths and repeats.

@@ -7,6 +7,7 @@ wait and find it there.
 
 import bz2
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,7 +69,7 @@ def ensure_data(
 
 
 def _find_or_fetch(data_dir: str | None, task: Task, folder: Path, use_hub: bool) -> DataSource:
-    if data_dir is not None and real_path(data_dir, "--data_dir") != real_path(folder):
+    if data_dir is not None and real_path(Path(data_dir), "--data_dir") != real_path(folder):
         found = find_data(Path(data_dir).expanduser(), task)
         if found is None:
             raise UserError(
@@ -156,7 +157,7 @@ def _fetch_from_hub(folder: Path, task: Task, use_hub: bool) -> None:
 class Split:
     """Sentences, or pairs of them, with their labels from 0."""
 
-    sentences: list[str] | list[tuple[str, str]]
+    sentences: Sequence[str | tuple[str, ...]]
     labels: list[int]
 
     def __len__(self) -> int:

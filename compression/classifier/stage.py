@@ -182,6 +182,8 @@ class Stage:
 
     def teacher_logits(self) -> Tensor:
         """The teacher's logits [rows, classes] on the training sentences of this stage, computed once and kept."""
+        if self.teacher is None:
+            raise ValueError(f"the stage {self.name} has no teacher")
         train = self.data.train.sample(self.config.data.train_fraction, self.config.training.seed)
         model, tokenizer = load_classifier(self.teacher, pick_device())
         encoded = encode(tokenizer, train, self.config.data.max_length)
