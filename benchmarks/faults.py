@@ -49,6 +49,8 @@ class FaultsConfig:
     """At most so many cases of each section, drawn at random; 0: all."""
     only: str = ""
     """A regular expression: only cases with such a name."""
+    results_dir: Path = REPOSITORY / "results"
+    """Where faults.json goes."""
     keep: bool = False
     """Keep the work folder, with a folder for each case that did not hold and what it said in NUMBER.notes."""
 
@@ -129,7 +131,7 @@ def main(config: FaultsConfig) -> None:
     for section, result in (results | {"all": total}).items():
         tried, held, skipped, broken, seconds = (result[name] for name in names)
         print(f"{section:12s} {tried:6d} {held:6d} {skipped:8d} {broken:7d} {seconds:8.0f}")
-    path = REPOSITORY / "results" / "faults.json"
+    path = config.results_dir / "faults.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps({"total": total, "sections": results}, indent=2) + "\n")
     os.replace(temporary, path)

@@ -79,8 +79,6 @@ class MotivationConfig(RunFields):
         for name in self.methods:
             if name not in (GENERIC, *FLOWS):
                 raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join((GENERIC, *FLOWS))}")
-        if GENERIC in self.methods and importlib.util.find_spec("torch_pruning") is None:
-            raise UserError("Torch-Pruning is not installed; install it with: pip install torch-pruning==1.6.1")
 
 
 def generic(model, ratio: float):
@@ -113,6 +111,8 @@ def prune_attention_channels(parts: LayerParts, ratio: float) -> None:
 
 
 def main(config: MotivationConfig) -> None:
+    if GENERIC in config.methods and importlib.util.find_spec("torch_pruning") is None:
+        raise UserError("Torch-Pruning is not installed; install it with: pip install torch-pruning==1.6.1")
     base, device = ensure_llm(config.base_model, config.models_dir / LLM_FOLDER.name), pick_device(config.device_map)
     load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
     model, tokenizer = load()
