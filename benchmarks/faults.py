@@ -49,6 +49,8 @@ class FaultsConfig:
     """At most so many cases of each section, drawn at random; 0: all."""
     only: str = ""
     """A regular expression: only cases with such a name."""
+    results_dir: Path = REPOSITORY / "results"
+    """Where faults.json goes."""
     keep: bool = False
     """Keep the work folder, with a folder for each case that did not hold and what it said in NUMBER.notes."""
 
@@ -130,7 +132,7 @@ def main(config: FaultsConfig) -> None:
     columns = [Column("section", at("section")), *(Column(name, at(name), "{:.0f}") for name in names)]
     rows = [{"section": name} | found for name, found in (results | {"all": total}).items()]
     print(f"\n{text_table(columns, rows)}")
-    path = REPOSITORY / "results" / "faults.json"
+    path = config.results_dir / "faults.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps({"total": total, "sections": results}, indent=2) + "\n")
     os.replace(temporary, path)

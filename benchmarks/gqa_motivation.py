@@ -78,8 +78,6 @@ class MotivationConfig(Config):
         for name in self.methods:
             if name not in (GENERIC, *FLOWS):
                 raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join((GENERIC, *FLOWS))}")
-        if GENERIC in self.methods and importlib.util.find_spec("torch_pruning") is None:
-            raise UserError("Torch-Pruning is not installed; install it with: pip install torch-pruning==1.6.1")
 
 
 def generic(model, ratio: float):
@@ -112,10 +110,10 @@ def prune_attention_channels(parts: LayerParts, ratio: float) -> None:
 
 
 def main(config: MotivationConfig) -> None:
-    base, device = (
-        ensure_llm(config.base_model, config.run.models_dir / LLM_FOLDER.name),
-        pick_device(config.run.device_map),
-    )
+    if GENERIC in config.methods and importlib.util.find_spec("torch_pruning") is None:
+        raise UserError("Torch-Pruning is not installed; install it with: pip install torch-pruning==1.6.1")
+    base = ensure_llm(config.run.base_model, config.run.models_dir / LLM_FOLDER.name)
+    device = pick_device(config.run.device_map)
     load = partial(load_language_model, base, device, pick_dtype(config.run.dtype, "Weights"))
     model, tokenizer = load()
     _, text, analysis = calibration_text(config.calibration, config.data_dir, config.run.seed, tokenizer, model)

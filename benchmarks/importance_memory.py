@@ -38,6 +38,8 @@ class MemoryConfig(Config):
     """Model to score: a folder, or a name on the hub."""
     length: int = 1024
     """Tokens per window; two windows are scored, one at a time."""
+    ways: tuple[str, ...] = ()
+    """Which ways, by the names that are logged; none: all."""
     dtype: str = "auto"
     """Of the weights: auto, float32 or bfloat16."""
 
@@ -97,7 +99,7 @@ def measure(name: str, config: MemoryConfig, base: Path, answers) -> None:
 def main(config: MemoryConfig) -> None:
     base = ensure_llm(config.base_model, LLM_FOLDER)
     processes, found = multiprocessing.get_context("spawn"), {}
-    for name in ways():
+    for name in config.ways or ways():
         answers = processes.SimpleQueue()
         process = processes.Process(target=measure, args=(name, config, base, answers))
         process.start()

@@ -25,6 +25,8 @@ MODES = ("l2", "kd_grad", "l2+kd_grad", "fisher")
 
 @dataclass
 class ModesConfig(Config):
+    modes: tuple[str, ...] = MODES
+    """Which modes."""
     seeds: int = 3
     """Runs of each mode."""
     head_final_sparsity: float = 0.5
@@ -62,7 +64,7 @@ def run(config: ModesConfig, mode: str, seed: int, work: Path) -> dict[str, floa
 def main(config: ModesConfig) -> None:
     require(config.models_dir / "student_model", "--models_dir", "python 2_distill_student.py")
     results: dict[str, dict] = {}
-    for mode in MODES:
+    for mode in config.modes:
         runs = [run(config, mode, seed, RESULTS / "importance_modes") for seed in range(config.seeds)]
         accuracies = [metrics["accuracy"] for metrics in runs]
         spread = stdev(accuracies) if len(accuracies) > 1 else None

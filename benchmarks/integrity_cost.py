@@ -22,6 +22,7 @@ from compression import checkpoint, files, integrity, outputs
 from compression.config import Config, run_script
 from compression.files import write_json
 from compression.runtime import RESULTS, ROOT, fingerprint, log
+from compression.sources import STUDENT, TEACHER
 from compression.tables import Column, text_table
 
 
@@ -35,6 +36,10 @@ class CostConfig(Config):
     """Where models and reports go; emptied first and afterwards."""
     data_dir: str | None = None
     """Folder with SST-2, as for the stages."""
+    teacher: str = TEACHER
+    """Encoder that the teacher starts from, as for download_model.py."""
+    student: str = STUDENT
+    """Encoder that the student starts from."""
 
 
 class Timer:
@@ -68,7 +73,7 @@ def stages(config: CostConfig) -> list[list[str]]:
     train = [*fast, *(["--train_fraction", str(config.train_fraction)] if config.train_fraction else [])]
     student = str(config.work_dir / "models" / "student_model")
     return [
-        ["download_model.py", *models, *data],
+        ["download_model.py", "--teacher", config.teacher, "--student", config.student, *models, *data],
         ["1_finetune_teacher.py", *models, *data, *train],
         ["2_distill_student.py", *models, *data, *train],
         ["2_distill_student.py", "--variant", "soft_labels", *models, *data, *train],

@@ -98,10 +98,6 @@ class MethodsConfig(Config):
         for name in self.methods:
             if name not in ALL_METHODS:
                 raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join(ALL_METHODS)}")
-        if TORCH_PRUNING in self.methods and importlib.util.find_spec("torch_pruning") is None:
-            raise UserError(
-                "Torch-Pruning is not installed; install it with: pip install --no-deps torch-pruning==1.6.1"
-            )
         for ratio in self.ratios:
             if not 0 < ratio < 1:
                 raise UserError(f"--ratios {ratio}: allowed is above 0 and below 1")
@@ -183,6 +179,8 @@ def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText
 
 
 def main(config: MethodsConfig) -> None:
+    if TORCH_PRUNING in config.methods and importlib.util.find_spec("torch_pruning") is None:
+        raise UserError("Torch-Pruning is not installed; install it with: pip install --no-deps torch-pruning==1.6.1")
     base, device = ensure_llm(config.base_model, LLM_FOLDER), pick_device()
     load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
     model, tokenizer = load()

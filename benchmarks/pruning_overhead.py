@@ -36,6 +36,8 @@ STAGE = runpy.run_path(str(ROOT / "8_pruning_with_finetuning.py"))
 class OverheadConfig(Config):
     student_path: Path = Path("models/student_model")
     """The student to time besides the random model."""
+    models: tuple[str, ...] = ("student", "distilbert_base_size")
+    """Which of the two."""
     batch_size: int = 32
     """Sentences per step."""
     sequence_length: int = 16
@@ -100,16 +102,16 @@ def seconds(call, device: torch.device) -> float:
 
 def compare(name: str, make_model, config: OverheadConfig, device: torch.device) -> dict:
     """Median seconds of a step with pruning off and on, and of the naive scores alone; ratios per round."""
+    plain, pruning = Trainer(make_model(), config, False), Trainer(make_model(), config, True)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, config.sequence_length)
     batch = {
-        "input_ids": torch.randint(1, 5000, shape, generator=generator),
+        "input_ids": torch.randint(1, plain.model.config.vocab_size, shape, generator=generator),
         "attention_mask": torch.ones(shape, dtype=torch.long),
         "labels": torch.randint(0, 2, shape[:1], generator=generator),
         "rows": torch.arange(config.batch_size),
     }
     batch = {key: tensor.to(device) for key, tensor in batch.items()}
-    plain, pruning = Trainer(make_model(), config, False), Trainer(make_model(), config, True)
     for trainer in (plain, pruning) * 3:
         trainer.take(batch)
     off, on = [], []
@@ -147,10 +149,8 @@ def main(config: OverheadConfig) -> None:
         torch.manual_seed(config.seed)
         return DistilBertForSequenceClassification(DistilBertConfig()).to(device)
 
-    results = {
-        "student": compare("student", student, config, device),
-        "distilbert_base_size": compare("DistilBERT-base size", distilbert_base, config, device),
-    }
+    known = {"student": student, "distilbert_base_size": distilbert_base}
+    results = {name: compare(name, known[name], config, device) for name in config.models}
     path = RESULTS / "pruning_overhead.json"
     write_json(path, {"config": config.as_dict(), "environment": fingerprint(), "results": results})
     log.info("-> %s", path)

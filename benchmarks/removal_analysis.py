@@ -57,9 +57,9 @@ def without(model, part: str, index: int):
         model.model.layers = nn.ModuleList([other for other in layers if other is not layer])
         model.config.num_hidden_layers -= 1
     elif part == "attention":
-        layer.self_attn = NoAttention(layer.self_attn)
+        layer.self_attn = NoAttention(attention)
     else:
-        layer.mlp = NoMLP(layer.mlp)
+        layer.mlp = NoMLP(mlp)
     try:
         yield
     finally:

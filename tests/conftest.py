@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+from typing import Any
 
 # Two test processes on two cores must not fight over them, and bitwise repeatability needs a fixed thread count.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,22 +47,19 @@ KEPT = {
 }
 
 
-def tiny_bert(seed: int = 0) -> BertForSequenceClassification:
-    torch.manual_seed(seed)
-    config = BertConfig(
-        hidden_size=HIDDEN, num_attention_heads=HEADS, intermediate_size=NEURONS, num_hidden_layers=LAYERS,
-        vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=2, initializer_range=0.2,
-    )  # fmt: skip
-    return BertForSequenceClassification(config).eval()
+SIZES = dict(vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=2, initializer_range=0.2)
+BERT = dict(hidden_size=HIDDEN, num_attention_heads=HEADS, intermediate_size=NEURONS, num_hidden_layers=LAYERS)
+DISTILBERT = dict(dim=HIDDEN, n_heads=HEADS, hidden_dim=NEURONS, n_layers=LAYERS)
 
 
-def tiny_distilbert(seed: int = 0) -> DistilBertForSequenceClassification:
+def tiny_bert(seed: int = 0, **fields: Any) -> BertForSequenceClassification:
     torch.manual_seed(seed)
-    config = DistilBertConfig(
-        dim=HIDDEN, n_heads=HEADS, hidden_dim=NEURONS, n_layers=LAYERS, vocab_size=VOCABULARY,
-        max_position_embeddings=64, num_labels=2, initializer_range=0.2,
-    )  # fmt: skip
-    return DistilBertForSequenceClassification(config).eval()
+    return BertForSequenceClassification(BertConfig(**SIZES | BERT | fields)).eval()
+
+
+def tiny_distilbert(seed: int = 0, **fields: Any) -> DistilBertForSequenceClassification:
+    torch.manual_seed(seed)
+    return DistilBertForSequenceClassification(DistilBertConfig(**SIZES | DISTILBERT | fields)).eval()
 
 
 DECODERS = {
@@ -70,6 +68,10 @@ DECODERS = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=8)),
 }
+
+DECODER = dict(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0)
+DECODER |= dict(hidden_size=32, num_attention_heads=8, num_key_value_heads=4)
+DECODER |= dict(intermediate_size=NEURONS, num_hidden_layers=4)
 
 # Qwen2 and Qwen3: layers that attend to a window, shorter than the tests' texts, and layers that attend to all.
 MIXED = dict(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2)
@@ -87,11 +89,7 @@ def tiny_decoder(family: str = "llama", seed: int = 0, **fields):
     """A language model with two query heads for each of four key-value heads."""
     torch.manual_seed(seed)
     config_class, model_class, more = DECODERS[family]
-    sizes = dict(
-        hidden_size=32, num_attention_heads=8, num_key_value_heads=4, intermediate_size=NEURONS, num_hidden_layers=4,
-        vocab_size=VOCABULARY, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
-    )  # fmt: skip
-    model = model_class(config_class(**(sizes | more | fields))).eval()
+    model = model_class(config_class(**DECODER | more | fields)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # as a trained model's, not zero
             torch.nn.init.normal_(parameter, std=0.2)

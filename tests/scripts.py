@@ -50,7 +50,8 @@ def run_script(script: str, *flags: Any, expect: int = 0) -> Result:
     from accelerate.state import AcceleratorState, GradientState
 
     out, err, status = StringIO(), StringIO(), 0
-    log, arguments = logging.getLogger("compression"), [str(ROOT / script), *map(str, flags)]
+    path = ROOT / script
+    log, arguments = logging.getLogger("compression"), [str(path), *map(str, flags)]
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
@@ -59,6 +60,7 @@ def run_script(script: str, *flags: Any, expect: int = 0) -> Result:
             stack.enter_context(patch.object(log, name, getattr(log, name)))
         stack.enter_context(patch.object(logging, "raiseExceptions", True))
         stack.enter_context(patch.object(sys, "argv", arguments))
+        stack.enter_context(patch.object(sys, "path", [str(path.parent), *sys.path]))
         stack.enter_context(patch.dict(os.environ))
         for context in (
             warnings.catch_warnings(),
@@ -176,7 +178,8 @@ def _child(
     os.chdir(folder)
     os.environ.update(environment or {})
     others = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "tests")]
-    sys.argv, sys.path[:] = arguments, [str(ROOT)] * project + others
+    start = [str(Path(arguments[0]).parent)] if program is None else []
+    sys.argv, sys.path[:] = arguments, start + [str(ROOT)] * project + others
     if kill_at:
         _kill_at(*kill_at)
     if program:

@@ -1,0 +1,151 @@
+"""Every benchmark runs on tiny random models and says what it is there to say."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import KEPT, WORDS, letters, save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
+from scripts import ROOT, run_script, start_script
+
+from compression.checkpoint import describe_stage, save_checkpoint
+from compression.surgery import shrink
+
+TRAIN = "--data_dir {world} --models_dir {world}/models --train_fraction 1"
+LLM = "--base_model {world}/llm --data_dir {world} --dtype float32 --eval_samples 2"
+CALIBRATION = "--num_samples 2 --repair_samples 4 --held_out_samples 1"
+REPAIRED, DEFAULT, WHOLE = "GQA-aware, Taylor, repaired", "H-GSP, default", "whole layers, by removal perplexity"
+# Benchmark -> its flags, values of a flag that have spaces in them, and what must hold of its JSON file.
+CASES = {
+    "gqa_motivation": (
+        f"{LLM} {CALIBRATION} --results_dir {{out}} --sequence_length 16 --analysis_samples 1 --analysis_length 16 "
+        "--eval_length 16 --finetune_samples 4",
+        ["--methods", REPAIRED],
+        lambda found: 0.15 < found["perplexity"][REPAIRED]["removed"] < 0.25,
+    ),
+    "importance_memory": (
+        "--base_model {world}/llm --length 16 --dtype float32",
+        ["--ways", "fisher", "Taylor, all gradients kept"],
+        lambda found: len(found["ways"]) == 2,
+    ),
+    "importance_modes": (
+        f"{TRAIN} --modes fisher --seeds 1",
+        [],
+        lambda found: found["results"]["fisher"]["mean"] == found["results"]["fisher"]["accuracies"][0],
+    ),
+    "integrity_cost": (
+        "--data_dir {world} --teacher {world}/bert --student {world}/distilbert --work_dir {out}/work",
+        [],
+        lambda found: len(found["stages"]) == 10 and all(seconds > 0 for seconds in found["seconds"].values()),
+    ),
+    "kill_and_resume": (
+        f"{TRAIN} --kills 1",
+        [],
+        lambda found: found["kills"][0]["same"] == dict(metrics=True, history=True, weights=True),
+    ),
+    "llm_pruning_methods": (
+        f"{LLM} {CALIBRATION} --ratios 0.3 --length 16",
+        ["--methods", DEFAULT, WHOLE],
+        lambda found: all(0.3 <= found["methods"][name]["0.3"]["removed"] < 0.35 for name in (DEFAULT, WHOLE)),
+    ),
+    "load_elsewhere": (
+        "--checkpoint {world}/models/pruned --data_dir {world}",
+        [],
+        lambda found: found["inside_against_outside"] < 1e-6,
+    ),
+    "pruning_overhead": (
+        "--student_path {world}/models/student_model --models student --rounds 2 --batch_size 2",
+        [],
+        lambda found: found["results"]["student"]["structures"] == {"heads": 12, "neurons": 144},
+    ),
+    "qat_step": (
+        "--model_path {world}/models/pruned --rounds 2",
+        [],
+        lambda found: len(found["steps"]) == 4 and found["steps"]["plain"]["ratio_to_plain"] == 1,
+    ),
+    "removal_analysis": (
+        "--base_model {world}/llm --data_dir {world} --length 16 --rounds 1",
+        [],
+        lambda found: found["largest_relative_difference"] < 1e-5,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer):
+    """Tiny models and texts where benchmarks look for the real ones."""
+    world = tmp_path_factory.mktemp("world")
+    for name in ("train.tsv", "dev.tsv"):
+        rows = [f"{WORDS[index % 26]} a b{' c' * (index % 9)}\t{index % 2}" for index in range(60)]
+        (world / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    for name in ("wikitext2/wiki.train.raw", "wikitext2/wiki.valid.raw", "wikitext2/wiki.test.raw", "ptb/ptb.test.txt"):
+        (world / name).parent.mkdir(exist_ok=True)
+        (world / name).write_text(letters(1500))
+    save_decoder(world / "llm", tiny_decoder(max_position_embeddings=512, num_hidden_layers=6, attention_bias=False))
+    pruned = shrink(tiny_distilbert(), KEPT)
+    metrics = {"logit_difference": 0.0}
+    for name, model in (("teacher_model", tiny_bert()), ("student_model", tiny_distilbert()), ("pruned", pruned)):
+        stage = describe_stage(name.removesuffix("_model"), {}, {}, metrics, {"name": "x"})
+        save_checkpoint(world / "models" / name, model, tokenizer, stage)
+    for name, make in (("bert", tiny_bert), ("distilbert", tiny_distilbert)):
+        model = make(max_position_embeddings=128)
+        model.base_model.save_pretrained(world / name)
+        tokenizer.save_pretrained(world / name)
+    return world
+
+
+class Started:
+    """Stands in for subprocess.Popen of a script of the project."""
+
+    def __init__(self, command):
+        self.running = start_script(*command[1:])
+
+    def send_signal(self, number):
+        os.kill(self.running.pid, number)
+
+    def wait(self, timeout=None):
+        self.running.process.join(timeout)
+        if self.running.process.exitcode is None:
+            raise subprocess.TimeoutExpired("", timeout)
+
+
+@pytest.fixture
+def quick_processes(monkeypatch):
+    """Scripts that benchmarks start as commands run in this process, or in one that skips the imports."""
+    run, start, forks = subprocess.run, subprocess.Popen, multiprocessing.get_context("forkserver")
+
+    def is_script(command):
+        return command[0] == sys.executable and command[1].endswith(".py")
+
+    def run_here(command, **options):
+        return run_script(*command[1:]) if is_script(command) else run(command, **options)
+
+    def start_quickly(command, **options):
+        return Started(command) if is_script(command) else start(command, **options)
+
+    monkeypatch.setattr("subprocess.run", run_here)
+    monkeypatch.setattr("subprocess.Popen", start_quickly)
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: forks)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_benchmark_runs_and_writes_what_it_measures(name, world, tmp_path, monkeypatch, quick_processes):
+    monkeypatch.setattr("compression.runtime.RESULTS", tmp_path)
+    flags, more, holds = CASES[name]
+    run_script(f"benchmarks/{name}.py", *flags.format(world=world, out=tmp_path).split(), *more)
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert holds(found), found
+
+
+def test_attack_holds_in_one_case(tmp_path):
+    flags = ["--sections", "damage", "--limit", 1, "--jobs", 1, "--results_dir", tmp_path]
+    start_script("benchmarks/faults.py", *flags).wait().check()
+    total = json.loads((tmp_path / "faults.json").read_text())["total"]
+    assert (total["tried"], total["held"], total["broken"]) == (1, 1, 0)
+
+
+def test_no_benchmark_is_left_out():
+    assert {path.stem for path in Path(ROOT, "benchmarks").glob("*.py")} == {*CASES, "faults"}
