@@ -85,12 +85,12 @@ def main(config: QATKDConfig) -> None:
     with stage.running():
         # From here on the forward pass computes with 4-bit weights; before training that is what stage 9 would save.
         model, task = stage.load_model()
-        metrics = {"accuracy_fp32": task.evaluate(model)["accuracy"], "bytes_before": bytes_by_part(model)}
+        metric = stage.task.primary
+        metrics = {f"{metric}_fp32": task.evaluate(model)[metric], "bytes_before": bytes_by_part(model)}
         recipe = make_recipe(stage, model, task, config)
-        metrics["accuracy_ptq"] = task.evaluate(model)["accuracy"]
-        log.info(
-            "Accuracy %.4f in fp32, %.4f in 4 bits before training", metrics["accuracy_fp32"], metrics["accuracy_ptq"]
-        )
+        metrics[f"{metric}_ptq"] = task.evaluate(model)[metric]
+        fp32, ptq = metrics[f"{metric}_fp32"], metrics[f"{metric}_ptq"]
+        log.info("%s %.4f in fp32, %.4f in 4 bits before training", metric.capitalize(), fp32, ptq)
         history = stage.train(model, task, recipe)
 
         # The same fp32 weights are packed once; every layer must have the values it was trained with.

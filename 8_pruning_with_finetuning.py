@@ -123,12 +123,15 @@ class GradualPruningWithFinetuningConfig(Config):
             )
 
 
-def make_recipe(model: Any, teacher_logits: Any, config: GradualPruningWithFinetuningConfig) -> GradualPruning:
-    """Phases Warmup, Pruning, Finetuning: the masks go in with the recipe."""
+def make_recipe(
+    model: Any, teacher_logits: Any, config: GradualPruningWithFinetuningConfig, metric: str = "accuracy"
+) -> GradualPruning:
+    """Phases Warmup, Pruning, Finetuning: the masks go in with the recipe; `metric` chooses the best epoch."""
     schedule, distillation = pick(PruningSchedule, config), pick(DistillationSchedule, config)
     importance, targets = pick(Importance, config), pick(Targets, config)
     stopping = EarlyStopping(config.patience, config.min_delta)
-    return GradualPruning(model, teacher_logits, config.training, schedule, distillation, importance, targets, stopping)
+    settings = schedule, distillation, importance, targets, stopping
+    return GradualPruning(model, teacher_logits, config.training, *settings, f"selection_{metric}")
 
 
 def main(config: GradualPruningWithFinetuningConfig) -> None:
@@ -142,8 +145,9 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
 
     with stage.running():
         model, task = stage.load_model()
-        before = task.evaluate(model)
-        recipe = make_recipe(model, stage.teacher_logits(), config)
+        metric = stage.task.primary
+        before = task.evaluate(model)[metric]
+        recipe = make_recipe(model, stage.teacher_logits(), config, metric)
         history = stage.train(model, task, recipe)
 
         # From masks to smaller layers, which must compute the same.
@@ -155,8 +159,8 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
             raise UserError(f"smaller and masked model differ by {difference:.2e} in logits; nothing was saved")
         log.info("Masked and smaller model agree to %.1e in logits", difference)
 
-        log.info("Accuracy before pruning %.4f", before["accuracy"])
-        metrics = recipe.sparsity() | {"accuracy_before": before["accuracy"], "logit_difference": difference}
+        log.info("%s before pruning %.4f", metric.capitalize(), before)
+        metrics = recipe.sparsity() | {f"{metric}_before": before, "logit_difference": difference}
         stage.save(small, task, history, **metrics)
 
 

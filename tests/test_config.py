@@ -178,7 +178,7 @@ def test_every_flag_stands_once_and_is_documented(script, capsys):
         parse(config_class, ["--help"])
     help_text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     for name in names:
-        found = re.search(rf"--{name}(?:,| [A-Z{{\[])(.{{0,400}}?)\((?:default|required)", help_text)
+        found = re.search(rf"--{name}(?:,| [A-Z{{\[])(.{{0,2000}}?)\((?:default|required)", help_text)
         assert found and len(re.findall(r"[a-z]{2,}", found[1])) >= 2, f"--{name} is not documented"
 
 

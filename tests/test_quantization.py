@@ -20,7 +20,7 @@ from compression.quantization import (
     Blocksize,
     Format,
     QuantType,
-    StorageFields,
+    Storage,
     bytes_by_part,
     check_exact,
     embedding_tables,
@@ -319,6 +319,6 @@ def test_training_with_8_bit_weights_is_refused():
 
 
 def test_flags_name_the_formats():
-    fields = StorageFields(quant_type="fp4", blocksize=128, double_quant=True, embedding_bits=16)
-    assert fields.storage() == Format(FourBit("fp4", 128, True), TABLE_FORMATS[16])
-    assert fields.storage(bits=8) == Format(EightBit(), TABLE_FORMATS[16])
+    fields = Storage(quant_type="fp4", blocksize=128, double_quant=True, embedding_bits=16)
+    assert fields.format() == Format(FourBit("fp4", 128, True), TABLE_FORMATS[16])
+    assert fields.format(bits=8) == Format(EightBit(), TABLE_FORMATS[16])

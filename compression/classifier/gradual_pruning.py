@@ -214,6 +214,7 @@ class GradualPruning(Recipe):
         importance: Importance,
         targets: Targets,
         early_stopping: EarlyStopping,
+        criterion: str = "selection_accuracy",
     ):
         super().__init__(training, len(teacher_logits))
         self.model, self.schedule, self.distillation, self.targets = model, schedule, distillation, targets
@@ -222,7 +223,7 @@ class GradualPruning(Recipe):
         self.layers = layers_of(model)
         self.scores = StructureScores(self.layers, self.masked, importance)
         self.events = self._events()
-        self.early_stopping = early_stopping
+        self.early_stopping, self.criterion = early_stopping, criterion
         self.best: dict[str, Tensor] = {}
         self._check_reachable()
 
@@ -286,7 +287,7 @@ class GradualPruning(Recipe):
 
     def after_epoch(self, epoch: int, metrics: dict[str, float]) -> dict[str, Any]:
         last = epoch * self.steps_per_epoch - 1
-        if self.phase(epoch) == "Finetuning" and self.early_stopping.update(metrics["selection_accuracy"]):
+        if self.phase(epoch) == "Finetuning" and self.early_stopping.update(metrics[self.criterion]):
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         return {
             "phase": self.phase(epoch),
