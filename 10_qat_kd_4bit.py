@@ -47,7 +47,7 @@ class QATKDConfig(Config):
     training: Flat[Training] = group(Training, num_epochs=2, batch_size=16, learning_rate=1e-5, max_grad_norm=1.0)
 
     presets: ClassVar = {
-        "fast": dict(num_epochs=1, batch_size=32, train_fraction=0.3, max_length=64, beta_hidden=0.0, amp="auto"),
+        "fast": dict(num_epochs=1, batch_size=32, train_fraction=0.3, max_length=64, beta_hidden=0.0, amp="auto")
     }
 
     def check(self) -> None:

@@ -97,9 +97,14 @@ def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: 
     log.info("Timing, the models taking turns")
     models = {name: model for name, (model, _) in loaded.items()}
     timings = measure_latency(
-        models, device, config.latency_sequence_length, config.latency_repeats, config.throughput_repeats,
-        config.throughput_batch_size, config.seed,
-    )  # fmt: skip
+        models,
+        device,
+        config.latency_sequence_length,
+        config.latency_repeats,
+        config.throughput_repeats,
+        config.throughput_batch_size,
+        config.seed,
+    )
     entries = {name: entry | lineages[name] | timings[name] for name, (entry, _) in measured.items()}
     for name, entry in entries.items():
         if BASELINE in entries:

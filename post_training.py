@@ -79,7 +79,7 @@ class PostTrainingConfig(Config):
     evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
 
     presets: ClassVar = {
-        "fast": dict(finetune_samples=64, num_epochs=1, max_length=128, validation_samples=4) | FAST_EVALUATION,
+        "fast": dict(finetune_samples=64, num_epochs=1, max_length=128, validation_samples=4) | FAST_EVALUATION
     }
 
     def check(self) -> None:

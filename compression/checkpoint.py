@@ -302,9 +302,12 @@ def load_language_model(
     def load() -> Loaded:
         _check_folder(folder)
         return _load(
-            AutoModelForCausalLM, folder, dtype=dtype, device_map={"": torch.device(device)},
+            AutoModelForCausalLM,
+            folder,
+            dtype=dtype,
+            device_map={"": torch.device(device)},
             quantization_config=quantization,
-        )  # fmt: skip
+        )
 
     model, tokenizer, report = read_unchanged(folder, load)
     _check_weights(folder, report, _ANOTHER)

@@ -18,15 +18,7 @@ from compression.decoder import Decoder, decoder_of
 from compression.modeling import pruned_classes
 from compression.modeling.pruned_decoder import remove_attention, remove_mlp
 from compression.runtime import UserError
-from compression.structures import (
-    DECODER_KINDS,
-    ENCODER_KINDS,
-    GROUPS,
-    LayerParts,
-    head_dim,
-    layers_of,
-    spread,
-)
+from compression.structures import DECODER_KINDS, ENCODER_KINDS, GROUPS, LayerParts, head_dim, layers_of, spread
 
 
 def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:

@@ -144,9 +144,13 @@ def fit(
     )
     log.info(
         "Training: %d rows, %d epochs of %d steps on %d process(es), %s, mixed precision %s",
-        len(train), training.num_epochs, recipe.steps_per_epoch, accelerator.num_processes,
-        accelerator.device, accelerator.mixed_precision,
-    )  # fmt: skip
+        len(train),
+        training.num_epochs,
+        recipe.steps_per_epoch,
+        accelerator.num_processes,
+        accelerator.device,
+        accelerator.mixed_precision,
+    )
     if training.track != "none":
         accelerator.init_trackers("compression", config={k: str(v) for k, v in (record or training.as_dict()).items()})
     if training.gradient_checkpointing:
@@ -206,10 +210,7 @@ def _tracker(name: str) -> str | None:
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": training.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # The fused kernel takes a fifth of the time of the default one on a CPU, where the embeddings dominate it.
     return torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
 
@@ -247,9 +248,13 @@ class _Run:
         order = length_grouped_order(train.lengths, training.batch_size, training.seed, self.epoch)
         done = self.step - (self.epoch - 1) * len(order)
         progress = tqdm(
-            order[done:], initial=done, total=len(order), desc=f"epoch {self.epoch}", leave=False,
+            order[done:],
+            initial=done,
+            total=len(order),
+            desc=f"epoch {self.epoch}",
+            leave=False,
             disable=None if self.accelerator.is_main_process else True,
-        )  # fmt: skip
+        )
         for rows in progress:
             self._step(train, rows, pad_token_id)
             if self.step % training.save_steps == 0 and self.step < self.epoch * len(order):
@@ -326,9 +331,13 @@ class _Run:
                 save_tensors(folder / "recipe.safetensors", self.recipe.tensors())
                 scaler = self.accelerator.scaler
                 state = {
-                    "step": self.step, "epoch": self.epoch, "history": self.history, "sums": sums,
-                    "recipe": self.recipe.state(), "scaler": scaler.state_dict() if scaler else None,
-                }  # fmt: skip
+                    "step": self.step,
+                    "epoch": self.epoch,
+                    "history": self.history,
+                    "sums": sums,
+                    "recipe": self.recipe.state(),
+                    "scaler": scaler.state_dict() if scaler else None,
+                }
                 seal(folder, state, STATE_FILE)
             for folder in older:
                 if folder != target:

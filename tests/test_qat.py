@@ -16,12 +16,7 @@ from compression.classifier.qat import LossWeights, QuantizationAwareDistillatio
 from compression.config import pick
 from compression.distillation import hidden_state_loss, layer_map
 from compression.formats import FourBit, dequantized_weight
-from compression.quantization import (
-    Storage,
-    check_exact,
-    encoder_linears,
-    pack,
-)
+from compression.quantization import Storage, check_exact, encoder_linears, pack
 from compression.runtime import UserError
 from compression.surgery import shrink
 from compression.training import fit

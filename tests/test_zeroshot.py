@@ -37,11 +37,7 @@ def test_good_files_pass(tmp_path):
         ("piqa", "[1]", "line 3 holds a list; allowed is an object"),
         ("piqa", PIQA | {"goal": 5}, "line 3: goal is '5', a int; allowed is one type in all lines"),
         ("piqa", PIQA | {"goal": None}, "line 3: the task piqa cannot read it (it lacks goal)"),
-        (
-            "piqa",
-            {"goal": "a", "sol1": "b", "label": 0},
-            "line 3: the task piqa cannot read it (it lacks sol2)",
-        ),
+        ("piqa", {"goal": "a", "sol1": "b", "label": 0}, "line 3: the task piqa cannot read it (it lacks sol2)"),
         (
             "piqa",
             PIQA | {"label": 2},

@@ -348,11 +348,7 @@ class GradualPruning(Recipe):
             sizes = [parts.structure_parameters(kind) for parts in self.layers]
             removed += sum(count * size for count, size in zip(gone, sizes, strict=True))
             total += sum(len(mask) * size for mask, size in zip(masks, sizes, strict=True))
-        return {
-            "head_sparsity": shares[HEADS],
-            "neuron_sparsity": shares[NEURONS],
-            "total_sparsity": removed / total,
-        }
+        return {"head_sparsity": shares[HEADS], "neuron_sparsity": shares[NEURONS], "total_sparsity": removed / total}
 
     def load_best(self) -> None:
         """Go back to the weights of the best epoch with the final masks."""

@@ -63,10 +63,7 @@ SST2 = Task(
     about="sentiment",
     text=("sentence",),
     labels=("negative", "positive"),
-    metrics={
-        "accuracy": Metric("Accuracy", accuracy_score),
-        "f1": Metric("F1", partial(f1_score, zero_division=0.0)),
-    },
+    metrics={"accuracy": Metric("Accuracy", accuracy_score), "f1": Metric("F1", partial(f1_score, zero_division=0.0))},
     primary="accuracy",
     tsv=("sentence", "label"),
     tsv_header="sentence\tlabel",

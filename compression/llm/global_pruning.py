@@ -124,9 +124,12 @@ class GlobalPruning:
 
     def _score(self) -> Kept:
         return score_structures(
-            self.model, self.text.scores, self.scoring.importance_method, self.text.batch_size,
+            self.model,
+            self.text.scores,
+            self.scoring.importance_method,
+            self.text.batch_size,
             self.text.gradient_checkpointing,
-        )  # fmt: skip
+        )
 
     def _cached_by_kind(self, name: str, make: Callable[[], Kept]) -> Kept:
         """What `make` gives, or gave in an earlier run; its tensors are kept by names such as groups.3."""
@@ -214,9 +217,14 @@ class GlobalPruning:
                 columns = self.places[kind][index], scores[kind][index], densities[kind][index]
                 for place, score, density in zip(*(column.tolist() for column in columns), strict=True):
                     self.table[layer, kind, place] = {
-                        "layer": layer, "kind": kind, "index": place, "parameters": self.parameters[kind][layer],
-                        "score": score, "density": density, "removed_in_step": None,
-                    }  # fmt: skip
+                        "layer": layer,
+                        "kind": kind,
+                        "index": place,
+                        "parameters": self.parameters[kind][layer],
+                        "score": score,
+                        "density": density,
+                        "removed_in_step": None,
+                    }
 
     def _follow(self, kept: Kept, step: int) -> None:
         """Keep track of what is left, and of what went when."""

@@ -288,12 +288,19 @@ class LayerwisePruning:
         for index, (parts, (groups, channels, parameters)) in enumerate(
             zip(layers_of(self.model), self.before, strict=True)
         ):
-            rows.append({
-                "layer": index, "rate": self.rates[index], "removed": 1 - parts.parameters / max(parameters, 1),
-                "groups_before": groups, "groups_after": parts.groups,
-                "channels_before": channels, "channels_after": parts.channels,
-                "parameters_before": parameters, "parameters_after": parts.parameters,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "layer": index,
+                    "rate": self.rates[index],
+                    "removed": 1 - parts.parameters / max(parameters, 1),
+                    "groups_before": groups,
+                    "groups_after": parts.groups,
+                    "channels_before": channels,
+                    "channels_after": parts.channels,
+                    "parameters_before": parameters,
+                    "parameters_after": parts.parameters,
+                }
+            )
         return rows
 
     def removed(self, layers: str) -> float:
@@ -333,10 +340,13 @@ class LayerwisePruning:
         scores = self.cached(
             f"scores_of_step{step}_layer_{index}",
             lambda: compute_gqa_group_importance(
-                self.model, index, streams[0], self.cuts.importance_method,
+                self.model,
+                index,
+                streams[0],
+                self.cuts.importance_method,
                 gradient_checkpointing=self.text.gradient_checkpointing,
             ),
-        )  # fmt: skip
+        )
         pruned = {kind: select_gqa_groups_to_prune(scores[kind], count) for kind, count in counts.items()}
         if self.cuts.compensation == "lstsq":
             repair_layer(self.model, index, {kind: ~gone for kind, gone in pruned.items()}, streams[1])
@@ -350,9 +360,14 @@ class LayerwisePruning:
         if self.cuts.uniform:
             by_rate = groups - min(self.stock_groups, key=lambda count: abs(count - groups + by_rate))
         groups_gone, channels_gone = split_budget(
-            budget, parts.groups, parts.structure_parameters(GROUPS), parts.channels,
-            parts.structure_parameters(CHANNELS), by_rate - (groups - parts.groups), self.cuts.round_to,
-        )  # fmt: skip
+            budget,
+            parts.groups,
+            parts.structure_parameters(GROUPS),
+            parts.channels,
+            parts.structure_parameters(CHANNELS),
+            by_rate - (groups - parts.groups),
+            self.cuts.round_to,
+        )
         if self.cuts.uniform and parts.groups - groups_gone not in self.stock_groups:
             raise UserError(
                 f"--uniform: the ratio leaves {parts.groups - groups_gone} key-value heads per layer, the stock class "

@@ -75,8 +75,15 @@ def plot_rates(rows: list[dict[str, Any]]) -> Figure:
     known = [row for row in rows if row["removal_perplexity"] is not None]
     if known:
         other = axes.twinx()
-        other.plot([row["layer"] for row in known], [row["removal_perplexity"] for row in known], color=line,
-                   marker="s", markersize=4, linewidth=1, label="perplexity without the layer")  # fmt: skip
+        other.plot(
+            [row["layer"] for row in known],
+            [row["removal_perplexity"] for row in known],
+            color=line,
+            marker="s",
+            markersize=4,
+            linewidth=1,
+            label="perplexity without the layer",
+        )
         other.set_yscale("log")
         other.set_ylabel("Perplexity without the layer")
         other.spines["top"].set_visible(False)

@@ -39,17 +39,7 @@ from compression.llm.rows import Sequences, is_instruction_file, of_instructions
 from compression.llm.text import FILES, load_corpus, sample_windows, tokenize
 from compression.outputs import STATES_END, Output, owned
 from compression.quantization import nf4_base
-from compression.runtime import (
-    ROOT,
-    Dtype,
-    UserError,
-    log,
-    pick_device,
-    pick_dtype,
-    processes,
-    seed_everything,
-    shown,
-)
+from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.training import Recipe, Training, clean_up, fit
 
 EVALUATIONS = ("ppl", "zeroshot")
@@ -199,9 +189,14 @@ def recover(
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info("Trained: %.2f million weights of %.2f", trained / 1e6, before["parameters"]["total"] / 1e6)
         history = fit(
-            model, recipe, train, lambda model: {"validation_perplexity": perplexity(model.eval(), held_out)},
-            work_dir, padding_token(tokenizer), recovery.as_dict(),
-        )  # fmt: skip
+            model,
+            recipe,
+            train,
+            lambda model: {"validation_perplexity": perplexity(model.eval(), held_out)},
+            work_dir,
+            padding_token(tokenizer),
+            recovery.as_dict(),
+        )
 
         model.eval()
         metrics = {"before": before, "after": figures(), "trained": trained}

@@ -15,10 +15,7 @@ from compression.structures import CHANNELS, GROUPS, output_bias
 
 @torch.no_grad()
 def removal_perplexities(
-    model: PreTrainedModel,
-    windows: Tensor,
-    batch_size: int = 1,
-    parts: tuple[str, ...] = ("layer", "attention", "mlp"),
+    model: PreTrainedModel, windows: Tensor, batch_size: int = 1, parts: tuple[str, ...] = ("layer", "attention", "mlp")
 ) -> dict[str, float | list[float]]:
     """Perplexity with one layer, one attention or one MLP removed, for all of them.
 

@@ -168,8 +168,12 @@ def zero_shot(
         try:
             found = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=specs, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False,
-            )  # fmt: skip
+                tasks=specs,
+                task_manager=manager,
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             files = ", ".join(str(_local_data(task, data_dir)) for task in tasks) if data_dir else "the hub's data"
             raise UserError(
