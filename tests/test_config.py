@@ -1,5 +1,7 @@
 """Command lines, presets and refused values."""
 
+import itertools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -7,8 +9,9 @@ from typing import ClassVar
 import pytest
 
 from compression.classifier.gradual_pruning import GradualPruningConfig
+from compression.classifier.qat import QuantizationAwareConfig
 from compression.config import StageConfig, parse
-from compression.runtime import UserError
+from compression.runtime import ROOT, UserError
 from gqa_aware_pruning import GQAAwarePruningConfig
 from post_training import PostTrainingConfig
 from run_global_pruning import GlobalPruningConfig
@@ -49,21 +52,60 @@ def test_dump_is_plain_json():
     assert ExampleConfig().as_dict() == {"num_epochs": 15, "models_dir": "models"}
 
 
-def test_documented_defaults_of_gradual_pruning():
-    config = GradualPruningConfig()
-    assert (config.batch_size, config.learning_rate, config.num_epochs, config.max_length) == (32, 5e-5, 15, 128)
-    assert (config.temperature_start, config.temperature_end) == (10.0, 2.0)
-    assert (config.alpha_start, config.alpha_end) == (0.9, 0.2)
-    assert (config.pruning_start_epoch, config.pruning_end_epoch) == (2, 8)
-    assert (config.finetuning_learning_rate, config.patience, config.min_delta) == (1e-5, 5, 0.001)
-    assert (config.pruning_frequency, config.pruning_window_steps) == (20, 50)
-    assert (config.importance_mode, config.lambda_mag, config.lambda_grad) == ("l2+kd_grad", 0.5, 0.5)
-    assert config.enable_multi_granularity
-    assert (config.head_final_sparsity, config.ffn_final_sparsity, config.target_sparsity) == (0.30, 0.20, 0.20)
-    conservative, aggressive = config.conservative(), config.aggressive()
-    assert (conservative.lambda_mag, conservative.lambda_grad, conservative.pruning_window_steps) == (0.6, 0.4, 100)
-    assert (conservative.head_final_sparsity, conservative.ffn_final_sparsity) == (0.20, 0.15)
-    assert (aggressive.head_final_sparsity, aggressive.ffn_final_sparsity) == (0.40, 0.35)
+def stated(cell, names):
+    """Names and values of the fields that a cell of the README gives a plain value for."""
+    words = cell.split(", ")
+    if len(words) == 1 < len(names):  # one value, of whichever of them
+        return
+    for name, word in zip(names, words, strict=False):
+        if word in ("on", "off"):
+            yield name, word == "on"
+        elif re.fullmatch(r"[\d.e-]+", word):
+            yield name, float(word)
+        elif re.fullmatch(r"`[\w+]+`", word):
+            yield name, word.strip("`")
+
+
+def value_of(config, name):
+    return getattr(config, name) if hasattr(config, name) else config.as_dict()[name]
+
+
+@pytest.mark.parametrize(
+    ("title", "config_class", "least"),
+    [
+        ("GradualPruningWithFinetuningConfig", GradualPruningConfig, 34),
+        ("QATKDConfig", QuantizationAwareConfig, 14),
+        ("GlobalPruningConfig", GlobalPruningConfig, 15),
+        ("GQAAwarePruningConfig", GQAAwarePruningConfig, 17),
+        ("PostTrainingConfig", PostTrainingConfig, 15),
+    ],
+)
+def test_defaults_are_those_that_the_readme_states(title, config_class, least):
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    (first,) = (place for place, line in enumerate(lines) if line.startswith(f"| field of `{title}` |"))
+    with_fast, found = "`--fast`" in lines[first], 0
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :]):
+        names, default, fast, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        names = re.findall(r"`(\w+)`", names)
+        columns = [(config_class(), default), (config_class.fast(), fast)] if with_fast else [(config_class(), default)]
+        for config, cell in columns:
+            for name, value in stated(cell, names):
+                assert value_of(config, name) in (value, (value,)), (name, cell)
+                found += 1
+    assert found >= least, "the table is read wrong"
+
+
+def test_presets_are_those_that_the_readme_states():
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for name, pattern in (
+        ("conservative", r"`--preset conservative` \(lambdas (?P<lambda_mag>[\d.]+)/(?P<lambda_grad>[\d.]+), heads "
+                         r"(?P<head_final_sparsity>[\d.]+), FFN (?P<ffn_final_sparsity>[\d.]+), window "
+                         r"(?P<pruning_window_steps>\d+)\)"),
+        ("aggressive", r"`--preset aggressive` \(heads (?P<head_final_sparsity>[\d.]+), FFN "
+                       r"(?P<ffn_final_sparsity>[\d.]+)\)"),
+    ):  # fmt: skip
+        config, numbers = GradualPruningConfig.preset(name), re.search(pattern, text).groupdict()
+        assert {field: float(getattr(config, field)) for field in numbers} == {k: float(v) for k, v in numbers.items()}
 
 
 @pytest.mark.parametrize(

@@ -151,13 +151,8 @@ def test_killed_and_resumed_equals_undisturbed(train, tmp_path, kill_at):
         assert torch.equal(values, expected.layers[name].values)
 
 
-def test_settings_are_the_documented_ones():
-    config, fast = QuantizationAwareConfig(), QuantizationAwareConfig.fast()
-    documented = (16, 1e-5, 2, 1.0, 0.3, 0.5, 0.2, 4.0)
-    names = "batch_size learning_rate num_epochs max_grad_norm beta_ce beta_logits beta_hidden temperature".split()
-    assert tuple(getattr(config, name) for name in names) == documented
-    assert (fast.num_epochs, fast.batch_size, fast.train_fraction, fast.max_length) == (1, 32, 0.3, 64)
-    assert fast.beta_hidden == 0
+def test_settings_that_make_no_sense_are_refused():
+    assert QuantizationAwareConfig.fast().beta_hidden == 0, "as documented: hidden states off"
     with pytest.raises(UserError, match="--temperature 0: allowed is 0.1 to 100"):
         QuantizationAwareConfig(temperature=0)
     with pytest.raises(UserError, match="--beta_ce 0 .* one of them must be above 0"):
