@@ -148,11 +148,8 @@ def test_killed_and_resumed_equals_undisturbed(train, tmp_path, kill_at):
         assert torch.equal(values, expected.layers[name].values)
 
 
-def test_settings_are_the_documented_ones():
+def test_settings_that_make_no_sense_are_refused():
     config, fast = QATKDConfig().as_dict(), QATKDConfig.fast().as_dict()
-    documented = (16, 1e-5, 2, 1.0, 0.3, 0.5, 0.2, 4.0)
-    names = "batch_size learning_rate num_epochs max_grad_norm beta_ce beta_logits beta_hidden temperature".split()
-    assert tuple(config[name] for name in names) == documented
     changed = dict(num_epochs=1, batch_size=32, train_fraction=0.3, max_length=64, beta_hidden=0.0, amp="auto")
     assert fast == config | changed
     with pytest.raises(UserError, match="--temperature 0: allowed is 0.1 to 100"):
