@@ -72,7 +72,8 @@ DECODER = Family(
     down="mlp.down_proj",
 )
 ENCODERS = {"bert": BERT, "pruned_bert": BERT, "distilbert": DISTILBERT, "pruned_distilbert": DISTILBERT}
-DECODERS = {f"{prefix}{name}": DECODER for name in ("llama", "mistral", "qwen2", "qwen3") for prefix in ("", "pruned_")}
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
+DECODERS = {f"{prefix}{name}": DECODER for name in _LLAMA_LIKE for prefix in ("", "pruned_")}
 FAMILIES = ENCODERS | DECODERS
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import MIXED, tiny_decoder
+from conftest import DECODERS, MIXED, tiny_decoder
 from transformers import DynamicCache
 
 from compression.structures import CHANNELS, GROUPS
 from compression.surgery import shrink_decoder
 
-FAMILIES = {
+# What the families' layers have besides; a family that is not named here has its defaults.
+FAMILIES = dict.fromkeys(DECODERS, {}) | {
     "llama": dict(mlp_bias=True),
     "mistral": dict(sliding_window=4),
     "qwen2": MIXED,

@@ -270,7 +270,7 @@ def test_round_widths_stay():
 @pytest.mark.parametrize("seed", range(8))
 def test_budget_is_met_to_within_one_block_of_channels(text, seed):
     draw = torch.rand(4, generator=torch.Generator().manual_seed(seed)).tolist()
-    model = tiny_decoder(sorted(DECODERS)[seed % 4])
+    model = tiny_decoder(sorted(DECODERS)[seed % len(DECODERS)])
     round_to = (1, 4)[seed // 4]
     before, block = total(model), round_to * layers_of(model)[0].structure_parameters(CHANNELS)
     config = fields(
