@@ -8,6 +8,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,6 +141,7 @@ class StructureScores:
         device = masked[HEADS][0].weight.device
         steps = settings.pruning_window_steps if self.mode.measure else 0
         self.inner, self.outer = (torch.zeros(steps, sum(self.counts), device=device) for _ in range(2))
+        self.newest = -1
         # Steps since each structure was last out of use.
         self.in_use = torch.full((sum(self.counts),), steps, device=device)
 
@@ -153,7 +155,7 @@ class StructureScores:
         inner, outer = (torch.cat(half) for half in zip(*halves, strict=True))
         # A step whose gradients overflow (fp16) is skipped by the optimizer and must not count here either.
         finite = (inner.sum() + outer.sum()).isfinite()
-        row = step % len(self.inner)
+        self.newest = row = step % len(self.inner)
         self.inner[row], self.outer[row] = torch.where(finite, inner, 0.0), torch.where(finite, outer, 0.0)
         kept = torch.cat([self.masked[kind][index].kept for kind, index in self.places])
         self.in_use.add_(1).mul_(kept)
@@ -186,7 +188,8 @@ class StructureScores:
 
     def _gradients(self, kinds: tuple[str, ...]) -> list[Tensor]:
         """Gradient score per parameter over the window."""
-        measured = (values.split(self.counts) for values in (self.inner.sum(0), self.outer.sum(0), self.in_use))
+        sums = self._over_window(self.inner), self._over_window(self.outer)
+        measured = (values.split(self.counts) for values in (*sums, self.in_use))
         scores = []
         for (kind, index), inner, outer, in_use in zip(self.places, *measured, strict=True):
             # What was out of use at a step of the window is estimated over all of it.
@@ -195,6 +198,10 @@ class StructureScores:
             if kind in kinds:
                 scores.append(score / self.layers[index].structure_parameters(kind))
         return scores
+
+    def _over_window(self, rows: Tensor) -> Tensor:
+        """Sum over the steps of the window, one after the other from the oldest: rounding depends on nothing else."""
+        return reduce(torch.add, rows.roll(-self.newest - 1, 0))
 
     def tensors(self) -> dict[str, Tensor]:
         """The window, to resume from."""
