@@ -168,9 +168,14 @@ def _start(folder: Path, arguments: list[Any], program: str | None = None, **opt
 
 
 def _child(
-    said: Path, folder: Path, arguments: list[str], program: str | None, project: bool = True,
-    environment: dict[str, str] | None = None, kill_at: tuple[str, int] | None = None,
-) -> None:  # fmt: skip
+    said: Path,
+    folder: Path,
+    arguments: list[str],
+    program: str | None,
+    project: bool = True,
+    environment: dict[str, str] | None = None,
+    kill_at: tuple[str, int] | None = None,
+) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(said / name, os.O_WRONLY), number)
     for stream in (sys.stdout, sys.stderr):

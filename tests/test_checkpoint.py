@@ -24,8 +24,9 @@ from compression.classifier.teacher import teacher_logits
 from compression.runtime import UserError
 
 WEIGHT = {
-    "language model": "model.layers.1.mlp.up_proj.weight", "classifier": "bert.encoder.layer.1.output.dense.weight"
-}  # fmt: skip
+    "language model": "model.layers.1.mlp.up_proj.weight",
+    "classifier": "bert.encoder.layer.1.output.dense.weight",
+}
 LOAD = {"language model": load_language_model, "classifier": load_classifier}
 
 

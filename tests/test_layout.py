@@ -8,8 +8,10 @@ import pytest
 from scripts import ROOT
 
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
-MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
-           for path in sorted((ROOT / "compression").rglob("*.py"))}  # fmt: skip
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "compression").rglob("*.py")
+}
 TRACKS = ("compression.classifier", "compression.llm", "compression.export")
 PURE = ("compression.structures", "compression.importance", "compression.schedule", "compression.allocation")
 # Disks, trainers and command lines.

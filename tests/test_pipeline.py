@@ -71,10 +71,9 @@ def starts(sentences, tmp_path_factory):
         vocab_size=len(vocabulary), hidden_size=48, num_attention_heads=6, intermediate_size=64, num_hidden_layers=2
     )
     # Without dropout, whose draws differ between processes, one process and several must agree.
-    distilbert = DistilBertConfig(
-        vocab_size=len(vocabulary), dim=48, n_heads=6, hidden_dim=64, n_layers=2, dropout=0.0, attention_dropout=0.0,
-        seq_classif_dropout=0.0,
-    )  # fmt: skip
+    without = dict(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0)
+    sizes = dict(vocab_size=len(vocabulary), dim=48, n_heads=6, hidden_dim=64, n_layers=2)
+    distilbert = DistilBertConfig(**sizes, **without)
     for name, model in (("bert", BertModel(bert)), ("distilbert", DistilBertModel(distilbert))):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -107,10 +106,8 @@ def test_pruned_checkpoint_is_smaller_and_says_where_it_came_from(models):
     assert stage["config"]["head_final_sparsity"] == 0.30 and stage["data"]["name"] == "SST-2 (GLUE)"
     assert stage["metrics"]["logit_difference"] < 1e-5
     assert [record["phase"] for record in history] == ["Pruning", "Pruning", "Finetuning", "Finetuning"]
-    assert set(history[0]) == {
-        "epoch", "phase", "loss", "soft_label_loss", "cross_entropy", "accuracy", "selection_accuracy",
-        "head_sparsity", "neuron_sparsity", "total_sparsity", "learning_rate", "temperature", "alpha",
-    }  # fmt: skip
+    names = "epoch phase loss soft_label_loss cross_entropy accuracy selection_accuracy learning_rate temperature alpha"
+    assert set(history[0]) == {*names.split(), "head_sparsity", "neuron_sparsity", "total_sparsity"}
     layers = layers_of(load_classifier(pruned)[0])
     assert sum(layer.heads for layer in layers) == 8  # 30 % of 12 heads is 3.6, so 4 went
     assert sum(layer.neurons for layer in layers) == 96  # 20 % of 128 neurons, in blocks of 8, is 32
@@ -119,10 +116,8 @@ def test_pruned_checkpoint_is_smaller_and_says_where_it_came_from(models):
 
 
 def test_report_lists_what_is_there_and_what_is_missing(models, common, tmp_path):
-    result = run_command_line(
-        REPORT, "--fast", *common[3:], "--output_dir", tmp_path, "--latency_repeats", 2,
-        "--throughput_repeats", 2, "--throughput_batch_size", 2, "--latency_sequence_length", 8,
-    )  # fmt: skip
+    repeats = "--latency_repeats 2 --throughput_repeats 2 --throughput_batch_size 2 --latency_sequence_length 8"
+    result = run_command_line(REPORT, "--fast", *common[3:], "--output_dir", tmp_path, *repeats.split())
     report = json.loads((tmp_path / "final_report.json").read_text())
     names = [entry["name"] for entry in report["models"]]
     assert names[:3] == ["Teacher", "Distilled Student (Baseline)", "Pruned Student (KGSP + MSP)"] and len(names) == 4

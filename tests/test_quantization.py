@@ -58,10 +58,8 @@ def weights(shape, quant_type, generator):
 
 
 def by_bitsandbytes(weight, storage):
-    codes, state = quantize_4bit(
-        weight.reshape(1, -1), blocksize=storage.blocksize, compress_statistics=storage.double_quant,
-        quant_type=storage.quant_type,
-    )  # fmt: skip
+    settings = dict(blocksize=storage.blocksize, quant_type=storage.quant_type)
+    codes, state = quantize_4bit(weight.reshape(1, -1), compress_statistics=storage.double_quant, **settings)
     return dequantize_4bit(codes, state).view(weight.shape)
 
 

@@ -71,32 +71,25 @@ OUTPUTS = {
     "merged": ("merge_and_save_lora.py", "output_dir", "."),
     "adapters evaluated": ("evaluate_lora_model.py", "output_file", "figures.json"),
 }
-KINDS = {
-    "teacher": "teacher", "student": "student", "soft labels": "student_softlabel",
-    "quantized, default": "pruned_quantized", "quantized": "pruned_quantized", "global pruning": "global_pruning",
-    "gqa pruning": "gqa_pruning", "recovery": "recovery", "recovery, elsewhere": "recovery", "merged": "merged",
-}  # fmt: skip
+KINDS = {case: case.replace(" ", "_") for case in ("teacher", "student", "global pruning", "gqa pruning", "merged")}
+KINDS |= {"soft labels": "student_softlabel", "recovery": "recovery", "recovery, elsewhere": "recovery"}
+KINDS |= {"quantized, default": "pruned_quantized", "quantized": "pruned_quantized"}
 
 
 def config_of(case, world, target):
     """The script and a configuration of it that writes into `target`."""
     name, flag, _ = OUTPUTS[case]
     script = load_script(name)
-    (config_class,) = (
-        found for key, found in vars(script).items()
-        if isinstance(found, type) and found.__module__ == script.__name__ and key.endswith("Config")
-    )  # fmt: skip
+    own = (found for found in vars(script).values() if isinstance(found, type) and found.__module__ == script.__name__)
+    (config_class,) = (found for found in own if found.__name__.endswith("Config"))
     models, text = world / "models", str(world / "data" / "train.tsv")
-    known = {
-        "data_dir": str(world / "data"), "models_dir": models, "teacher": str(models / "teacher_model"),
-        "student": str(models / "student_model"), "teacher_path": models / "teacher_model",
-        "pruned_model_path": models / "pruned_model", "base_model": str(world / "dense"), "dataset": text,
-        "eval_ppl_datasets": text, "pruned_model": world / "dense", "lora_dir": world / "adapter",
-        "output_name": "mine", "max_length": 16, "flops_sequence_length": 16,
-        "latency_sequence_length": 16, "latency_repeats": 2, "throughput_repeats": 2, "throughput_batch_size": 2,
-        "inference_runs": 2, "load_runs": 2, "sequence_length": 16,
-        "overwrite": True, "embedded": True,
-    }  # fmt: skip
+    teacher, student, dense = models / "teacher_model", models / "student_model", world / "dense"
+    known = dict(data_dir=str(world / "data"), models_dir=models, teacher=str(teacher), student=str(student))
+    known |= dict(teacher_path=teacher, pruned_model_path=models / "pruned_model", base_model=str(dense))
+    known |= dict(pruned_model=dense, lora_dir=world / "adapter", dataset=text, eval_ppl_datasets=text)
+    known |= dict.fromkeys(("max_length", "sequence_length", "flops_sequence_length", "latency_sequence_length"), 16)
+    known |= dict.fromkeys(("latency_repeats", "throughput_repeats", "inference_runs", "load_runs"), 2)
+    known |= dict(throughput_batch_size=2, output_name="mine", overwrite=True, embedded=True)
     if name == "post_training.py":
         known["teacher"] = None
     if case == "soft labels":
@@ -116,11 +109,9 @@ def run(case, world, target):
     return None
 
 
-FILE_NAMES = st.sampled_from(
-    ["thesis.txt", "config.json", "model.safetensors", "sub/notes.md", ".hidden", "final_report.json",
-     "final_report.md", "model_comparison.csv", "figures.json", "models/model.safetensors", "stage.json", "source.json",
-     "run.json", ".git/HEAD", "adapter_model.safetensors"]
-)  # fmt: skip
+NAMES = "thesis.txt sub/notes.md .hidden .git/HEAD config.json model.safetensors models/model.safetensors stage.json "
+NAMES += "source.json run.json adapter_model.safetensors final_report.json final_report.md model_comparison.csv "
+FILE_NAMES = st.sampled_from([*NAMES.split(), "figures.json"])
 VALUES = st.sampled_from([b"", b"mine", b"{}", b"[]", b'{"stage": "teacher"}'])
 USER_FILES = st.dictionaries(FILE_NAMES, VALUES, min_size=1)
 
