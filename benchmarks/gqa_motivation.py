@@ -46,12 +46,16 @@ GENERIC = "generic channels, truncated to whole groups"
 # Name -> the fields in which the flow differs from gqa_aware_pruning.py's defaults.
 FLOWS = {
     "MLP channels by magnitude": dict(
-        importance_method="magnitude", strategy="uniform", attention_ratio=0.0, compensation="none", protect_first=0,
+        importance_method="magnitude",
+        strategy="uniform",
+        attention_ratio=0.0,
+        compensation="none",
+        protect_first=0,
         protect_last=0,
     ),
     "GQA-aware, Taylor, no repair": dict(compensation="none"),
     "GQA-aware, Taylor, repaired": {},
-}  # fmt: skip
+}
 
 
 @dataclass

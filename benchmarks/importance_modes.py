@@ -47,14 +47,31 @@ def run(config: ModesConfig, mode: str, seed: int, work: Path) -> dict[str, floa
     """Metrics of one run of stage 8."""
     shutil.rmtree(work, ignore_errors=True)
     command = [
-        sys.executable, "8_pruning_with_finetuning.py", "--fast", "--importance_mode", mode, "--seed", str(seed),
-        "--head_final_sparsity", str(config.head_final_sparsity), "--ffn_final_sparsity",
-        str(config.ffn_final_sparsity), "--train_fraction", str(config.train_fraction),
-        "--num_epochs", str(config.num_epochs), "--pruning_frequency", "20", "--models_dir", str(work.resolve()),
-        "--student_path", str((config.models_dir / "student_model").resolve()),
-        "--teacher_path", str((config.models_dir / "teacher_model").resolve()),
+        sys.executable,
+        "8_pruning_with_finetuning.py",
+        "--fast",
+        "--importance_mode",
+        mode,
+        "--seed",
+        str(seed),
+        "--head_final_sparsity",
+        str(config.head_final_sparsity),
+        "--ffn_final_sparsity",
+        str(config.ffn_final_sparsity),
+        "--train_fraction",
+        str(config.train_fraction),
+        "--num_epochs",
+        str(config.num_epochs),
+        "--pruning_frequency",
+        "20",
+        "--models_dir",
+        str(work.resolve()),
+        "--student_path",
+        str((config.models_dir / "student_model").resolve()),
+        "--teacher_path",
+        str((config.models_dir / "teacher_model").resolve()),
         *(["--data_dir", config.data_dir] if config.data_dir else []),
-    ]  # fmt: skip
+    ]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     metrics = read_stage(find_newest(work, "pruned"))["metrics"]
     shutil.rmtree(work)

@@ -39,12 +39,22 @@ class KillConfig(Config):
 
 def command(config: KillConfig, models_dir: Path) -> list[str]:
     return [
-        sys.executable, "8_pruning_with_finetuning.py", "--fast", "--resume", "--save_steps", "3",
-        "--train_fraction", str(config.train_fraction), "--models_dir", str(models_dir.resolve()),
-        "--student_path", str((config.models_dir / "student_model").resolve()),
-        "--teacher_path", str((config.models_dir / "teacher_model").resolve()),
+        sys.executable,
+        "8_pruning_with_finetuning.py",
+        "--fast",
+        "--resume",
+        "--save_steps",
+        "3",
+        "--train_fraction",
+        str(config.train_fraction),
+        "--models_dir",
+        str(models_dir.resolve()),
+        "--student_path",
+        str((config.models_dir / "student_model").resolve()),
+        "--teacher_path",
+        str((config.models_dir / "teacher_model").resolve()),
         *(["--data_dir", config.data_dir] if config.data_dir else []),
-    ]  # fmt: skip
+    ]
 
 
 def result_of(models_dir: Path) -> dict:

@@ -145,11 +145,19 @@ def pruned_by_recipe(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
         heads[attention.k_proj] = heads[attention.v_proj] = config.num_key_value_heads
     with patch(f"{type(model).__module__}.apply_rotary_pos_emb", lambda query, key, *_, **__: (query, key)):
         pruner = tp.pruner.BasePruner(
-            model, example_inputs=torch.ones(1, 4, dtype=torch.long, device=model.device),
-            importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"), global_pruning=False,
-            pruning_ratio=ratio, ignored_layers=[model.lm_head], num_heads=heads, prune_num_heads=True,
-            prune_head_dims=False, head_pruning_ratio=ratio, round_to=4, output_transform=lambda output: output.logits,
-        )  # fmt: skip
+            model,
+            example_inputs=torch.ones(1, 4, dtype=torch.long, device=model.device),
+            importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
+            global_pruning=False,
+            pruning_ratio=ratio,
+            ignored_layers=[model.lm_head],
+            num_heads=heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio=ratio,
+            round_to=4,
+            output_transform=lambda output: output.logits,
+        )
         for group in pruner.step(interactive=True):
             group.prune()
     for layer in model.model.layers:
@@ -231,9 +239,11 @@ def main(config: MethodsConfig) -> None:
         else:
             seconds = time.perf_counter() - started
             results[str(ratio)] = {
-                "perplexity": measure(small), "seconds": seconds, "layers": len(layers_of(small)),
+                "perplexity": measure(small),
+                "seconds": seconds,
+                "layers": len(layers_of(small)),
                 "removed": 1 - layer_parameters(small) / total,
-            }  # fmt: skip
+            }
         log.info("%s, %g: %s", name, ratio, results[str(ratio)])
         write_json(path, found)
     log.info("-> %s", path)

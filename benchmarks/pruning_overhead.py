@@ -133,8 +133,11 @@ def compare(name: str, make_model, config: OverheadConfig, device: torch.device)
     }
     log.info(
         "%s: on/off %.3f (median), %.3f (mean); naive loop/off %.2f",
-        name, result["on_over_off"], result["mean_on_over_off"], result["naive_over_off"],
-    )  # fmt: skip
+        name,
+        result["on_over_off"],
+        result["mean_on_over_off"],
+        result["naive_over_off"],
+    )
     return result
 
 

@@ -48,17 +48,31 @@ def test_malformed_line_is_named(tmp_path, line):
 
 ACCURACY = Metric("Accuracy", accuracy_score)
 MRPC = Task(
-    name="MRPC", about="paraphrase", text=("sentence1", "sentence2"), labels=("different", "same"),
-    metrics={"f1": Metric("F1", f1_score), "accuracy": ACCURACY}, primary="f1",
-    tsv=("label", "", "", "sentence1", "sentence2"), tsv_header="Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
-    repository="nyu-mll/glue", subset="mrpc", folder=ROOT / "mrpc_data",
-)  # fmt: skip
+    name="MRPC",
+    about="paraphrase",
+    text=("sentence1", "sentence2"),
+    labels=("different", "same"),
+    metrics={"f1": Metric("F1", f1_score), "accuracy": ACCURACY},
+    primary="f1",
+    tsv=("label", "", "", "sentence1", "sentence2"),
+    tsv_header="Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    repository="nyu-mll/glue",
+    subset="mrpc",
+    folder=ROOT / "mrpc_data",
+)
 COLA = Task(
-    name="CoLA", about="acceptability", text=("sentence",), labels=("wrong", "right"),
-    metrics={"accuracy": ACCURACY, "mcc": Metric("Matthews", matthews_corrcoef)}, primary="mcc",
-    tsv=("", "label", "", "sentence"), tsv_header=None,
-    repository="nyu-mll/glue", subset="cola", folder=ROOT / "cola_data",
-)  # fmt: skip
+    name="CoLA",
+    about="acceptability",
+    text=("sentence",),
+    labels=("wrong", "right"),
+    metrics={"accuracy": ACCURACY, "mcc": Metric("Matthews", matthews_corrcoef)},
+    primary="mcc",
+    tsv=("", "label", "", "sentence"),
+    tsv_header=None,
+    repository="nyu-mll/glue",
+    subset="cola",
+    folder=ROOT / "cola_data",
+)
 LINES = {
     "MRPC": [f"{row % 2}\t1\t2\tfirst {row}\tsecond {row} " for row in range(20)],
     "CoLA": [f"gj04\t{row % 2}\t*\t first {row}" for row in range(20)],
@@ -139,8 +153,10 @@ def test_no_film_is_in_two_parts(tmp_path, monkeypatch):
     source = data_module.DataSource("embedded", path, "Reviews", "embedded")
     monkeypatch.setattr(data_module, "ensure_data", lambda data_dir, task: source)
     loaded = load_data()
-    films = [{sentence.split(" review")[0] for sentence in part.sentences} for part in
-             (loaded.train, loaded.selection, loaded.validation)]  # fmt: skip
+    films = [
+        {sentence.split(" review")[0] for sentence in part.sentences}
+        for part in (loaded.train, loaded.selection, loaded.validation)
+    ]
     assert all(films) and len(films[0]) > 40
     assert not films[0] & films[1] and not films[0] & films[2] and not films[1] & films[2]
     assert sum(len(part) for part in (loaded.train, loaded.selection, loaded.validation)) == 300

@@ -33,9 +33,17 @@ from gqa_aware_pruning import GQAAwarePruningConfig
 from run_global_pruning import GlobalPruningConfig
 
 SIZES = dict(
-    hidden_size=32, num_attention_heads=8, num_key_value_heads=4, intermediate_size=48, num_hidden_layers=2,
-    vocab_size=120, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, head_dim=4,
-)  # fmt: skip
+    hidden_size=32,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    vocab_size=120,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    pad_token_id=0,
+    head_dim=4,
+)
 # Family of another layout -> its configuration, and what is wrong with it.
 OTHERS = {
     "gemma2": (Gemma2Config(**SIZES), "layer 0 has post_feedforward_layernorm, pre_feedforward_layernorm"),

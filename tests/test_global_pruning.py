@@ -54,10 +54,13 @@ def test_budget_is_met_to_within_one_structure(text, family, seed):
     model = tiny_decoder(family)
     total, one = parameters(model), largest(model)
     settings = config(
-        pruning_ratio=0.1 + 0.7 * draw[0], epsilon=draw[1], iterative_steps=1 + int(3 * draw[2]),
+        pruning_ratio=0.1 + 0.7 * draw[0],
+        epsilon=draw[1],
+        iterative_steps=1 + int(3 * draw[2]),
         importance_method=("obs", "fisher", "taylor", "wanda", "taylor_2nd")[seed],
-        compensation=("none", "lstsq")[seed % 2], round_to=(1, 4)[seed % 2],
-    )  # fmt: skip
+        compensation=("none", "lstsq")[seed % 2],
+        round_to=(1, 4)[seed % 2],
+    )
     small = pruning_of(model, settings, text).prune()
     removed = total - parameters(small)
     assert 0 <= removed - settings.pruning_ratio * total < one
@@ -250,10 +253,28 @@ def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
 def words_of(base, output, *flags):
     text = base.parent / "text.txt"
     return [
-        "run_global_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
-        "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
-        "32", "--dtype", "float32", "--round_to", "8", *flags,
-    ]  # fmt: skip
+        "run_global_pruning.py",
+        "--base_model",
+        base,
+        "--results_dir",
+        output,
+        "--dataset",
+        text,
+        "--eval_ppl_datasets",
+        text,
+        "--fast",
+        "--sequence_length",
+        "32",
+        "--analysis_length",
+        "16",
+        "--eval_length",
+        "32",
+        "--dtype",
+        "float32",
+        "--round_to",
+        "8",
+        *flags,
+    ]
 
 
 def run(base, output, *flags, expect=0):
@@ -268,12 +289,24 @@ def test_command_writes_an_ordinary_checkpoint_and_its_analysis(base, tmp_path):
     logs = [name for name in files if name.startswith("logs/")]
     assert len(logs) == 1 and "Gone:" in (folder / logs[0]).read_text()
     assert files == {
-        "models/config.json", "models/generation_config.json", "models/model.safetensors", "models/pruned_decoder.py",
-        "models/stage.json", "models/tokenizer.json", "models/tokenizer_config.json", "models/pruned_model.bin",
-        "analysis/global_group_table.csv", "analysis/groups_to_prune.csv", "analysis/layer_removal_ppl.json",
-        "analysis/block_removal_ppl.json", "analysis/removal_perplexity.png", "analysis/retained.png",
-        "evaluation/evaluation_results.json", "run.json", *logs,
-    }  # fmt: skip
+        "models/config.json",
+        "models/generation_config.json",
+        "models/model.safetensors",
+        "models/pruned_decoder.py",
+        "models/stage.json",
+        "models/tokenizer.json",
+        "models/tokenizer_config.json",
+        "models/pruned_model.bin",
+        "analysis/global_group_table.csv",
+        "analysis/groups_to_prune.csv",
+        "analysis/layer_removal_ppl.json",
+        "analysis/block_removal_ppl.json",
+        "analysis/removal_perplexity.png",
+        "analysis/retained.png",
+        "evaluation/evaluation_results.json",
+        "run.json",
+        *logs,
+    }
     found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder / "models")
     assert sum(p.numel() for p in model.parameters()) == found["pruned"]["parameters"]["total"]
@@ -303,9 +336,21 @@ def test_all_evaluations_on_a_pruned_model(base, tmp_path):
     rows = [{"goal": f"a {WORDS[place]}", "sol1": "b c", "sol2": "d", "label": place % 2} for place in range(6)]
     task.write_text("\n".join(map(json.dumps, rows)))
     run(
-        base, tmp_path, "--output_name", "all", "--run_evaluation", "all", "--data_dir", data,
-        "--eval_zeroshot_tasks", "piqa", "--eval_zeroshot_limit", "5", "--pruning_ratio", "0.4",
-    )  # fmt: skip
+        base,
+        tmp_path,
+        "--output_name",
+        "all",
+        "--run_evaluation",
+        "all",
+        "--data_dir",
+        data,
+        "--eval_zeroshot_tasks",
+        "piqa",
+        "--eval_zeroshot_limit",
+        "5",
+        "--pruning_ratio",
+        "0.4",
+    )
     found = json.loads((tmp_path / "all" / "evaluation" / "evaluation_results.json").read_text())
     model, tokenizer = load_language_model(tmp_path / "all" / "models")
     chosen = []

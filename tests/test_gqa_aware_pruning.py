@@ -53,9 +53,14 @@ def text(ids):
 
 def fields(**values):
     defaults = dict(
-        protect_first=0, protect_last=0, pruning_ratio=0.4, strategy="uniform", round_to=1, attention_ratio=1.0,
+        protect_first=0,
+        protect_last=0,
+        pruning_ratio=0.4,
+        strategy="uniform",
+        round_to=1,
+        attention_ratio=1.0,
         compensation="none",
-    )  # fmt: skip
+    )
     return GQAAwarePruningConfig.make(**defaults | values)
 
 
@@ -274,11 +279,15 @@ def test_budget_is_met_to_within_one_block_of_channels(text, seed):
     round_to = (1, 4)[seed // 4]
     before, block = total(model), round_to * layers_of(model)[0].structure_parameters(CHANNELS)
     config = fields(
-        strategy="random", round_to=round_to, attention_ratio=2 * draw[0], iterative_steps=1 + seed % 3,
+        strategy="random",
+        round_to=round_to,
+        attention_ratio=2 * draw[0],
+        iterative_steps=1 + seed % 3,
         layers=("all", "1-3")[seed % 2],
-        importance_method=("taylor", "fisher", "wanda", "magnitude")[seed // 2], max_rate=0.9,
+        importance_method=("taylor", "fisher", "wanda", "magnitude")[seed // 2],
+        max_rate=0.9,
         compensation=("none", "lstsq")[seed % 2],
-    )  # fmt: skip
+    )
     ratio = 0.1 + 0.7 * draw[1]
     rates = rates_of(config, layers_of(model), ratio, None, seed)
     pruning = layerwise(model, rates, config, text)
@@ -445,11 +454,34 @@ def test_bad_values_are_refused(values, message):
 def words_of(base, output, *flags):
     text = base.parent / "text.txt"
     return [
-        "gqa_aware_pruning.py", "--base_model", base, "--results_dir", output, "--dataset", text,
-        "--eval_ppl_datasets", text, "--fast", "--sequence_length", "32", "--analysis_length", "16", "--eval_length",
-        "32", "--protect_first", "0", "--protect_last", "0", "--dtype", "float32", "--round_to", "1", "--device_map",
-        "cpu", *flags,
-    ]  # fmt: skip
+        "gqa_aware_pruning.py",
+        "--base_model",
+        base,
+        "--results_dir",
+        output,
+        "--dataset",
+        text,
+        "--eval_ppl_datasets",
+        text,
+        "--fast",
+        "--sequence_length",
+        "32",
+        "--analysis_length",
+        "16",
+        "--eval_length",
+        "32",
+        "--protect_first",
+        "0",
+        "--protect_last",
+        "0",
+        "--dtype",
+        "float32",
+        "--round_to",
+        "1",
+        "--device_map",
+        "cpu",
+        *flags,
+    ]
 
 
 def run(base, output, *flags, expect=0):
@@ -464,11 +496,20 @@ def test_command_writes_a_checkpoint_and_what_led_to_it(base, tmp_path):
     logs = [name for name in files if name.startswith("logs/")]
     assert len(logs) == 1 and "are gone" in (folder / logs[0]).read_text()
     assert files == {
-        "models/config.json", "models/generation_config.json", "models/model.safetensors", "models/pruned_decoder.py",
-        "models/stage.json", "models/tokenizer.json", "models/tokenizer_config.json",
-        "analysis/layer_rates.csv", "analysis/layer_rates.json", "analysis/layer_rates.png",
-        "evaluation/evaluation_results.json", "run.json", *logs,
-    }  # fmt: skip
+        "models/config.json",
+        "models/generation_config.json",
+        "models/model.safetensors",
+        "models/pruned_decoder.py",
+        "models/stage.json",
+        "models/tokenizer.json",
+        "models/tokenizer_config.json",
+        "analysis/layer_rates.csv",
+        "analysis/layer_rates.json",
+        "analysis/layer_rates.png",
+        "evaluation/evaluation_results.json",
+        "run.json",
+        *logs,
+    }
     assert not list(tmp_path.glob(".*"))
     found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
     assert found["reduction"]["structures"] == pytest.approx(0.4, abs=0.01)

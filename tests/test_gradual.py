@@ -204,8 +204,12 @@ def test_state_round_trip_gives_the_same_next_decision(recipe_of):
 def test_a_bert_is_pruned_with_the_token_types_of_pairs():
     recipe = stage.make_recipe(tiny_bert(), torch.zeros(ROWS, 2), config())
     ids = torch.randint(1, VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1]),
-             "rows": torch.arange(4)}  # fmt: skip
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.tensor([0, 1, 0, 1]),
+        "rows": torch.arange(4),
+    }
     types = (torch.arange(6) > 2).long().expand(4, 6)
     losses = [recipe.loss(recipe.model, seen, 0)["loss"] for seen in (batch, batch | {"token_type_ids": types})]
     assert losses[0] != losses[1]

@@ -50,10 +50,19 @@ def folder(tmp_path_factory):
 def settings(folder, **changes):
     text = str(folder / "text.txt")
     fields = dict(
-        dataset=text, validation_dataset=text, eval_ppl_datasets=text, max_length=16, eval_length=16, eval_samples=8,
-        finetune_samples=24, validation_samples=4, batch_size=4, learning_rate=5e-3, save_steps=2,
+        dataset=text,
+        validation_dataset=text,
+        eval_ppl_datasets=text,
+        max_length=16,
+        eval_length=16,
+        eval_samples=8,
+        finetune_samples=24,
+        validation_samples=4,
+        batch_size=4,
+        learning_rate=5e-3,
+        save_steps=2,
         dtype="float32",
-    )  # fmt: skip
+    )
     return pick(Recovery, PostTrainingConfig.make(**fields | changes))
 
 
@@ -295,10 +304,17 @@ def test_a_merge_that_changes_the_logits_is_not_written(folder, adapter, tmp_pat
 
 def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
     config = evaluate_lora_model.LoraEvaluationConfig.make(
-        pruned_model=folder / "pruned", lora_dir=adapter, output_file=tmp_path / "found.json", efficiency_repeats=1,
-        run_evaluation="ppl,efficiency", eval_ppl_datasets=str(folder / "text.txt"), eval_length=32, eval_samples=8,
-        dtype="float32", dense_model=folder / "dense",
-    )  # fmt: skip
+        pruned_model=folder / "pruned",
+        lora_dir=adapter,
+        output_file=tmp_path / "found.json",
+        efficiency_repeats=1,
+        run_evaluation="ppl,efficiency",
+        eval_ppl_datasets=str(folder / "text.txt"),
+        eval_length=32,
+        eval_samples=8,
+        dtype="float32",
+        dense_model=folder / "dense",
+    )
     setup_logging()
     evaluate_lora_model.main(config)
     found = json.loads((tmp_path / "found.json").read_text())["models"]
@@ -375,12 +391,40 @@ TRAIN, MERGE, EVALUATE = "post_training.py", "merge_and_save_lora.py", "evaluate
 def test_mistakes_end_in_one_line_and_write_nothing(folder, adapter, bad_inputs, tmp_path, script, flags, message):
     text, output = folder / "text.txt", tmp_path / "output"
     known = {
-        TRAIN: ["--pruned_model", folder / "pruned", "--dataset", text, "--eval_ppl_datasets", text, "--max_length", 16,
-                "--eval_length", 16, "--eval_samples", 2, "--batch_size", 4, "--results_dir", output],
+        TRAIN: [
+            "--pruned_model",
+            folder / "pruned",
+            "--dataset",
+            text,
+            "--eval_ppl_datasets",
+            text,
+            "--max_length",
+            16,
+            "--eval_length",
+            16,
+            "--eval_samples",
+            2,
+            "--batch_size",
+            4,
+            "--results_dir",
+            output,
+        ],
         MERGE: ["--pruned_model", folder / "pruned", "--lora_dir", adapter, "--output_dir", output / "merged"],
-        EVALUATE: ["--pruned_model", folder / "pruned", "--lora_dir", adapter, "--output_file", output / "found.json",
-                   "--run_evaluation", "ppl", "--eval_ppl_datasets", text, "--eval_length", 16],
-    }[script]  # fmt: skip
+        EVALUATE: [
+            "--pruned_model",
+            folder / "pruned",
+            "--lora_dir",
+            adapter,
+            "--output_file",
+            output / "found.json",
+            "--run_evaluation",
+            "ppl",
+            "--eval_ppl_datasets",
+            text,
+            "--eval_length",
+            16,
+        ],
+    }[script]
     before = sorted(folder.rglob("*"))
     stderr = run_script(script, *known, *flags.format(*[folder] * 2).split(), expect=2).stderr
     assert message in stderr and stderr.startswith("error: ") and len(stderr.strip().splitlines()) == 1
@@ -406,9 +450,23 @@ def bad_inputs(folder):
 def test_finished_run_is_skipped_until_something_changes(folder, tmp_path):
     text = folder / "text.txt"
     flags = [
-        "--fast", "--pruned_model", folder / "pruned", "--dataset", text, "--eval_ppl_datasets", text, "--max_length",
-        16, "--eval_length", 16, "--finetune_samples", 4, "--results_dir", tmp_path, "--skip_existing",
-    ]  # fmt: skip
+        "--fast",
+        "--pruned_model",
+        folder / "pruned",
+        "--dataset",
+        text,
+        "--eval_ppl_datasets",
+        text,
+        "--max_length",
+        16,
+        "--eval_length",
+        16,
+        "--finetune_samples",
+        4,
+        "--results_dir",
+        tmp_path,
+        "--skip_existing",
+    ]
     run_script(TRAIN, *flags)
     created = read_stage(tmp_path / "recovered")["created"]
     assert "exists and matches configuration and inputs: skipped" in run_script(TRAIN, *flags).stdout
@@ -423,15 +481,43 @@ def test_two_processes_agree_with_one(folder, tmp_path):
     """With Accelerate's own launcher, as users start them."""
     text = str(folder / "text.txt")
     flags = [
-        TRAIN, "--pruned_model", folder / "pruned", "--dataset", folder / "alpaca.json", "--max_length",
-        100, "--validation_dataset", text, "--eval_ppl_datasets", text, "--eval_length", 16, "--eval_samples", 8,
-        "--batch_size", 8, "--gradient_accumulation_steps", 2, "--learning_rate", "1e-3", "--results_dir", tmp_path,
-        "--dtype", "float32",
-    ]  # fmt: skip
+        TRAIN,
+        "--pruned_model",
+        folder / "pruned",
+        "--dataset",
+        folder / "alpaca.json",
+        "--max_length",
+        100,
+        "--validation_dataset",
+        text,
+        "--eval_ppl_datasets",
+        text,
+        "--eval_length",
+        16,
+        "--eval_samples",
+        8,
+        "--batch_size",
+        8,
+        "--gradient_accumulation_steps",
+        2,
+        "--learning_rate",
+        "1e-3",
+        "--results_dir",
+        tmp_path,
+        "--dtype",
+        "float32",
+    ]
     launcher = [
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
-        "--main_process_port", 0,
-    ]  # fmt: skip
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        2,
+        "--num_machines",
+        1,
+        "--main_process_port",
+        0,
+    ]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", 1]
     run_script(*flags, "--output_name", "one")
     command = [sys.executable, *map(str, [*launcher, *flags, "--output_name", "two"])]

@@ -29,9 +29,15 @@ def wide_teacher():
     """A teacher with more and wider layers than the student has."""
     torch.manual_seed(5)
     config = BertConfig(
-        hidden_size=48, num_attention_heads=4, intermediate_size=64, num_hidden_layers=6, vocab_size=VOCABULARY,
-        max_position_embeddings=64, num_labels=2, initializer_range=0.2,
-    )  # fmt: skip
+        hidden_size=48,
+        num_attention_heads=4,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        num_labels=2,
+        initializer_range=0.2,
+    )
     return BertForSequenceClassification(config).eval()
 
 
@@ -90,9 +96,11 @@ def test_all_losses_count_and_the_projection_is_trained(train, tmp_path, teacher
     assert all(terms <= set(record) for record in history)
     last, weights = history[-1], recipe.weights
     assert last["loss"] == pytest.approx(
-        weights.beta_ce * last["cross_entropy"] + weights.beta_logits * last["soft_label_loss"]
-        + weights.beta_hidden * last["hidden_state_loss"], rel=1e-5,
-    )  # fmt: skip
+        weights.beta_ce * last["cross_entropy"]
+        + weights.beta_logits * last["soft_label_loss"]
+        + weights.beta_hidden * last["hidden_state_loss"],
+        rel=1e-5,
+    )
     assert last["hidden_state_loss"] < history[0]["hidden_state_loss"]
     if wide:
         assert not torch.equal(recipe.model.hidden_projection.weight, before)
@@ -192,9 +200,14 @@ def test_script_writes_the_model_that_was_trained(models, common):
     folder = find_newest(models, "pruned_qkd4bit")
     assert re.fullmatch(r"pruned_qkd4bit_\d{8}_\d{6}", folder.name)
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "stage.json",
-        "training_history.json", "pruned_encoder.py",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "stage.json",
+        "training_history.json",
+        "pruned_encoder.py",
+    }
     stage, history = read_stage(folder), json.loads((folder / "training_history.json").read_text())
     assert stage["parent"] == str(models / "pruned_model") and len(history) == 2
     assert stage["inputs"]["teacher"]["path"] == str(models / "teacher_model")

@@ -34,9 +34,13 @@ def test_newest_pruned_model_is_quantized(models):
     result = run("--models_dir", models, "--double_quant", "--compute_dtype", "float32")
     folder = models / "pruned_quantized_final"
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "stage.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "stage.json",
         "pruned_encoder.py",
-    }  # fmt: skip
+    }
     stage = read_stage(folder)
     assert (stage["stage"], stage["parent"]) == ("pruned_quantized", str(models / "pruned"))
     assert stage["data"] == DATA and stage["config"]["double_quant"]

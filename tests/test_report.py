@@ -38,8 +38,12 @@ def entry(name, accuracy, gflops, megabytes, throughput, data="SST-2 (GLUE)"):
         "name": name,
         "folder": f"models/{name.split()[0].lower()}",
         "quality": {
-            "n": 800, "accuracy": accuracy, "accuracy_standard_error": (accuracy * (1 - accuracy) / 800) ** 0.5,
-            "f1": 0.8765, "roc_auc": 0.9432, "confusion_matrix": [[351, 49], [38, 362]],
+            "n": 800,
+            "accuracy": accuracy,
+            "accuracy_standard_error": (accuracy * (1 - accuracy) / 800) ** 0.5,
+            "f1": 0.8765,
+            "roc_auc": 0.9432,
+            "confusion_matrix": [[351, 49], [38, 362]],
         },
         "parameters": {"total": int(megabytes * 250_000), "embeddings": 11_920_000, "encoder": int(macs / 100)},
         "macs": {"total": macs, "encoder": macs - 1000, "gflops": gflops},
@@ -51,11 +55,16 @@ def entry(name, accuracy, gflops, megabytes, throughput, data="SST-2 (GLUE)"):
             "p90_samples_per_second": 1.1 * throughput,
         },
         "lineage": {
-            "stage": "a stage", "created": "2026-01-02T03:04:05+00:00", "seed": 42, "parent": None,
-            "ancestors": ["models/parent", "models/grandparent"], "config_digest": "0123456789ab",
-            "config": {"num_epochs": 15, "unset": None}, "data": {"name": data},
+            "stage": "a stage",
+            "created": "2026-01-02T03:04:05+00:00",
+            "seed": 42,
+            "parent": None,
+            "ancestors": ["models/parent", "models/grandparent"],
+            "config_digest": "0123456789ab",
+            "config": {"num_epochs": 15, "unset": None},
+            "data": {"name": data},
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -77,13 +86,17 @@ def report():
         "missing": [{"name": "Soft Label Student", "command": "python 2_distill_student.py --variant soft_labels"}],
         "warnings": ["the warning that was given"],
         "config": {
-            "max_length": 96, "flops_sequence_length": 128, "latency_sequence_length": 64,
-            "throughput_batch_size": 32, "latency_repeats": 100, "throughput_repeats": 20,
+            "max_length": 96,
+            "flops_sequence_length": 128,
+            "latency_sequence_length": 64,
+            "throughput_batch_size": 32,
+            "latency_repeats": 100,
+            "throughput_repeats": 20,
         },
         "environment": {"torch": "2.13.0", "processor": "a processor"},
         "device": "the CPU",
         "created": "2026-01-02T03:04:05+00:00",
-    }  # fmt: skip
+    }
 
 
 def row(markdown, name):
@@ -206,10 +219,14 @@ def test_marker_area_is_proportional_to_size_whatever_the_shape(report):
 def test_a_model_keeps_its_looks_whatever_else_there_is():
     assert list(looks([model.name for model in EVALUATED])) == list(zip(COLOURS, MARKERS, strict=True))
     assert list(looks([model.short_name for model in EVALUATED[3:]])) == list(zip(COLOURS, MARKERS, strict=True))[3:]
-    newest, older, oldest, quantized = looks([
-        "Pruned Student (KGSP + MSP)", "Pruned Student (KGSP + MSP), pruned_2", "Pruned Student (KGSP + MSP), pruned_1",
-        "Pruned + Quantized Student (PTQ)",
-    ])  # fmt: skip
+    newest, older, oldest, quantized = looks(
+        [
+            "Pruned Student (KGSP + MSP)",
+            "Pruned Student (KGSP + MSP), pruned_2",
+            "Pruned Student (KGSP + MSP), pruned_1",
+            "Pruned + Quantized Student (PTQ)",
+        ]
+    )
     assert newest == (EVALUATED[4].colour, EVALUATED[4].marker) and quantized[1] == EVALUATED[5].marker
     assert older[0] == oldest[0] == newest[0]
     markers = {newest[1], older[1], oldest[1], quantized[1]}
@@ -274,9 +291,16 @@ def models_dir(tmp_path, tokenizer):
 
 def config_of(script, models_dir, data_dir, output_dir):
     return script.EvaluationConfig(
-        data_dir=str(data_dir), models_dir=models_dir, output_dir=output_dir, max_length=32, flops_sequence_length=16,
-        latency_sequence_length=8, throughput_batch_size=2, latency_repeats=3, throughput_repeats=2,
-    )  # fmt: skip
+        data_dir=str(data_dir),
+        models_dir=models_dir,
+        output_dir=output_dir,
+        max_length=32,
+        flops_sequence_length=16,
+        latency_sequence_length=8,
+        throughput_batch_size=2,
+        latency_repeats=3,
+        throughput_repeats=2,
+    )
 
 
 def test_script_measures_every_model_there_is(script, models_dir, data_dir, tmp_path):
@@ -300,8 +324,10 @@ def test_script_measures_every_model_there_is(script, models_dir, data_dir, tmp_
     assert warning.startswith("Teacher ") and "review sentences" in warning
     missing, *others = report["missing"]
     assert [model["name"] for model in others] == [
-        "Quantized Distilled Student", "Pruned + Quantized Student (PTQ)", "Pruned + QKD-4bit (QAT)",
-    ]  # fmt: skip
+        "Quantized Distilled Student",
+        "Pruned + Quantized Student (PTQ)",
+        "Pruned + QKD-4bit (QAT)",
+    ]
     markdown = (tmp_path / "results" / "final_report.md").read_text()
     assert missing["command"] == "python 2_distill_student.py --variant soft_labels"
     assert f"- {missing['name']}: `{missing['command']}`" in markdown

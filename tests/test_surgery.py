@@ -106,7 +106,12 @@ def test_checkpoint_holds_exactly_these_files(tiny_model, tokenizer, tmp_path):
     small = shrink(tiny_model, KEPT)
     folder = save_checkpoint(tmp_path / "small", small, tokenizer, {"stage": "pruned"}, {"history.json": []})
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "stage.json", "history.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "stage.json",
+        "history.json",
         "pruned_encoder.py",
-    }  # fmt: skip
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["small"], "a temporary folder was left"

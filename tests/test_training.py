@@ -33,9 +33,16 @@ class CrossEntropy(Recipe):
 def gradual_recipe(model, **changes):
     logits = torch.randn(42, 2, generator=torch.Generator().manual_seed(0))
     fields = dict(
-        num_epochs=7, pruning_start_epoch=1, pruning_end_epoch=5, batch_size=8, save_steps=2, pruning_frequency=3,
-        learning_rate=1e-3, finetuning_learning_rate=1e-3, patience=1,
-    )  # fmt: skip
+        num_epochs=7,
+        pruning_start_epoch=1,
+        pruning_end_epoch=5,
+        batch_size=8,
+        save_steps=2,
+        pruning_frequency=3,
+        learning_rate=1e-3,
+        finetuning_learning_rate=1e-3,
+        patience=1,
+    )
     stage = load_script("8_pruning_with_finetuning")
     return stage.make_recipe(model, logits, stage.GradualPruningWithFinetuningConfig.make(**(fields | changes)))
 

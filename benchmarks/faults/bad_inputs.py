@@ -68,46 +68,96 @@ def cases() -> list[Case]:
 
 RANGES = {
     "1": {
-        "learning_rate": "nan inf -1 1e400", "weight_decay": "nan -1", "warmup_ratio": "nan 2", "seed": f"-1 {HUGE}",
-        "max_grad_norm": "nan inf -1", "batch_size": f"0 -1 {HUGE}", "num_epochs": f"0 nan {HUGE}", "save_steps": "0",
-        "max_length": f"0 -1 {HUGE}", "train_fraction": "nan 0 1.5 inf", "gradient_accumulation_steps": "0",
+        "learning_rate": "nan inf -1 1e400",
+        "weight_decay": "nan -1",
+        "warmup_ratio": "nan 2",
+        "seed": f"-1 {HUGE}",
+        "max_grad_norm": "nan inf -1",
+        "batch_size": f"0 -1 {HUGE}",
+        "num_epochs": f"0 nan {HUGE}",
+        "save_steps": "0",
+        "max_length": f"0 -1 {HUGE}",
+        "train_fraction": "nan 0 1.5 inf",
+        "gradient_accumulation_steps": "0",
     },
     "2": {"temperature": "nan inf 0", "alpha": "nan -1 2"},
     "8": {
-        "temperature_start": "nan", "temperature_end": "inf", "alpha_start": "nan", "head_final_sparsity": "nan 1",
-        "ffn_final_sparsity": "nan inf", "lambda_mag": "nan inf -1", "lambda_grad": "nan 1e400", "min_delta": "nan inf",
-        "finetuning_learning_rate": "nan inf", "patience": "0", "pruning_frequency": "0", "min_heads": f"0 {HUGE}",
-        "neuron_multiple": f"0 {HUGE}", "pruning_start_epoch": "5",
+        "temperature_start": "nan",
+        "temperature_end": "inf",
+        "alpha_start": "nan",
+        "head_final_sparsity": "nan 1",
+        "ffn_final_sparsity": "nan inf",
+        "lambda_mag": "nan inf -1",
+        "lambda_grad": "nan 1e400",
+        "min_delta": "nan inf",
+        "finetuning_learning_rate": "nan inf",
+        "patience": "0",
+        "pruning_frequency": "0",
+        "min_heads": f"0 {HUGE}",
+        "neuron_multiple": f"0 {HUGE}",
+        "pruning_start_epoch": "5",
     },
     "9": {"blocksize": "63", "embedding_bits": "3", "quant_type": "nope", "compute_dtype": "float8"},
     "10": {"beta_ce": "nan inf -1", "beta_logits": "nan", "beta_hidden": "inf", "temperature": "nan", "blocksize": "7"},
     "7": {
-        "max_length": f"0 {HUGE}", "latency_repeats": f"0 -1 {HUGE}", "throughput_batch_size": HUGE, "seed": HUGE,
-        "latency_sequence_length": "128", "flops_sequence_length": "128",
+        "max_length": f"0 {HUGE}",
+        "latency_repeats": f"0 -1 {HUGE}",
+        "throughput_batch_size": HUGE,
+        "seed": HUGE,
+        "latency_sequence_length": "128",
+        "flops_sequence_length": "128",
     },
     "plot": {"inference_runs": f"0 {HUGE}", "load_runs": "0", "seed": HUGE, "sequence_length": "3 128"},
     "prune": {
-        "pruning_ratio": "nan inf -1 1", "temperature": "nan inf -1", "tau": "nan inf -1", "epsilon": "nan 2",
-        "attention_factors": "inf nan 0 -1", "iterative_steps": f"0 {HUGE}", "round_to": f"0 {HUGE}", "seed": HUGE,
-        "num_samples": f"0 {HUGE}", "repair_samples": HUGE, "held_out_samples": "0", "gradient_batch_size": f"0 {HUGE}",
-        "sequence_length": f"1 128 {HUGE}", "analysis_length": "128", "eval_length": f"128 {HUGE}",
+        "pruning_ratio": "nan inf -1 1",
+        "temperature": "nan inf -1",
+        "tau": "nan inf -1",
+        "epsilon": "nan 2",
+        "attention_factors": "inf nan 0 -1",
+        "iterative_steps": f"0 {HUGE}",
+        "round_to": f"0 {HUGE}",
+        "seed": HUGE,
+        "num_samples": f"0 {HUGE}",
+        "repair_samples": HUGE,
+        "held_out_samples": "0",
+        "gradient_batch_size": f"0 {HUGE}",
+        "sequence_length": f"1 128 {HUGE}",
+        "analysis_length": "128",
+        "eval_length": f"128 {HUGE}",
         "eval_samples": "-1",
-        "protect_first": f"-1 {HUGE}", "analysis_samples": f"-1 {HUGE}", "efficiency_repeats": "0",
+        "protect_first": f"-1 {HUGE}",
+        "analysis_samples": f"-1 {HUGE}",
+        "efficiency_repeats": "0",
     },
     "gqa": {
-        "pruning_ratio": "nan", "min_rate": "nan", "max_rate": "nan", "attention_ratio": "nan inf",
-        "target_perplexity": "nan inf 0", "search_steps": "0", "iterative_rounds": "0", "layers": "9 5-2 x 1e3",
-        "seed": HUGE, "sequence_length": "128",
+        "pruning_ratio": "nan",
+        "min_rate": "nan",
+        "max_rate": "nan",
+        "attention_ratio": "nan inf",
+        "target_perplexity": "nan inf 0",
+        "search_steps": "0",
+        "iterative_rounds": "0",
+        "layers": "9 5-2 x 1e3",
+        "seed": HUGE,
+        "sequence_length": "128",
     },
     "lora": {
-        "lora_alpha": "nan inf -1 1e400", "lora_dropout": "nan 1", "lora_r": f"0 {HUGE}", "kd_weight": "nan",
-        "kd_temperature": "nan inf", "finetune_samples": f"0 {HUGE}", "max_length": f"4 128 {HUGE}",
-        "learning_rate": "nan", "validation_samples": f"0 {HUGE}", "max_grad_norm": "inf", "eval_length": "128",
+        "lora_alpha": "nan inf -1 1e400",
+        "lora_dropout": "nan 1",
+        "lora_r": f"0 {HUGE}",
+        "kd_weight": "nan",
+        "kd_temperature": "nan inf",
+        "finetune_samples": f"0 {HUGE}",
+        "max_length": f"4 128 {HUGE}",
+        "learning_rate": "nan",
+        "validation_samples": f"0 {HUGE}",
+        "max_grad_norm": "inf",
+        "eval_length": "128",
         "seed": HUGE,
     },
     "merge": {"seed": HUGE},
     "evaluate": {"eval_length": "128", "eval_samples": f"-1 {HUGE}"},
-}  # fmt: skip
+}
 
 
 def ranges() -> Iterable[Row]:
@@ -126,21 +176,45 @@ def choices() -> Iterable[Row]:
     for stage in ("1", "2", "8", "9", "10", "7", "plot", "prune", "gqa", "lora", "merge", "evaluate", "download"):
         yield Row(stage, ("--nope 1",))
     for stage, *flags in (
-        ("8", "--preset nope"), ("prune", "--preset nope"), ("1", "--preset paper"), ("2", "--variant nope"),
-        ("1", "--amp fp16"), ("1", "--track nope"), ("prune", "--dtype float64"), ("prune", "--device_map cuda:9"),
-        ("prune", "--device_map moon"), ("prune", "--importance_method nope"), ("gqa", "--strategy nope"),
-        ("prune", "--normalize nope"), ("lora", "--finetune_method nope"), ("download", "--only nope"),
-        ("lora", "--lora_projections q_proj,lm_head"), ("prune", "--run_evaluation nope"),
-        ("full", "--load_in_4bit"), ("full", "--dtype bfloat16"), ("lora", "--teacher models/llm-local"),
-        ("lora", "--kd_weight 0.5", "--teacher ../other/bert"), ("9", "--load_in_8bit", "--double_quant"),
-        ("prune", "--temperature 1", "--analysis_samples 0"), ("gqa", "--analysis_samples 0"),
-        ("10", "--beta_ce 0", "--beta_logits 0", "--beta_hidden 0"), ("8", "--lambda_mag 0", "--lambda_grad 0"),
-        ("8", "--pruning_end_epoch 9"), ("gqa", "--min_rate 0.5", "--max_rate 0.2"), ("gqa", "--protect_first 9"),
-        ("prune", "--run_evaluation zeroshot", "--eval_zeroshot_tasks nope"), ("prune", "--protect_first 3"),
-        ("prune", "--dataset nope"), ("lora", "--dataset nope"), ("lora", "--validation_dataset ../data/alpaca.json"),
-        ("prune", "--eval_ppl_datasets nope"), ("prune", "--base_model nobody/nothing"), ("1", "--teacher nobody/none"),
-        ("lora", "--gradient_accumulation_steps 9"), ("prune", "--finetune", "--lora_r 0"),
-    ):  # fmt: skip
+        ("8", "--preset nope"),
+        ("prune", "--preset nope"),
+        ("1", "--preset paper"),
+        ("2", "--variant nope"),
+        ("1", "--amp fp16"),
+        ("1", "--track nope"),
+        ("prune", "--dtype float64"),
+        ("prune", "--device_map cuda:9"),
+        ("prune", "--device_map moon"),
+        ("prune", "--importance_method nope"),
+        ("gqa", "--strategy nope"),
+        ("prune", "--normalize nope"),
+        ("lora", "--finetune_method nope"),
+        ("download", "--only nope"),
+        ("lora", "--lora_projections q_proj,lm_head"),
+        ("prune", "--run_evaluation nope"),
+        ("full", "--load_in_4bit"),
+        ("full", "--dtype bfloat16"),
+        ("lora", "--teacher models/llm-local"),
+        ("lora", "--kd_weight 0.5", "--teacher ../other/bert"),
+        ("9", "--load_in_8bit", "--double_quant"),
+        ("prune", "--temperature 1", "--analysis_samples 0"),
+        ("gqa", "--analysis_samples 0"),
+        ("10", "--beta_ce 0", "--beta_logits 0", "--beta_hidden 0"),
+        ("8", "--lambda_mag 0", "--lambda_grad 0"),
+        ("8", "--pruning_end_epoch 9"),
+        ("gqa", "--min_rate 0.5", "--max_rate 0.2"),
+        ("gqa", "--protect_first 9"),
+        ("prune", "--run_evaluation zeroshot", "--eval_zeroshot_tasks nope"),
+        ("prune", "--protect_first 3"),
+        ("prune", "--dataset nope"),
+        ("lora", "--dataset nope"),
+        ("lora", "--validation_dataset ../data/alpaca.json"),
+        ("prune", "--eval_ppl_datasets nope"),
+        ("prune", "--base_model nobody/nothing"),
+        ("1", "--teacher nobody/none"),
+        ("lora", "--gradient_accumulation_steps 9"),
+        ("prune", "--finetune", "--lora_r 0"),
+    ):
         yield Row(stage, tuple(flags))
 
 
@@ -203,11 +277,18 @@ def outputs() -> Iterable[Row]:
 # Inputs that are not there or are something else.
 
 INPUTS = {
-    "1": ("--teacher",), "2": ("--student", "--teacher_path"), "8": ("--student_path", "--teacher_path"),
-    "9": ("--pruned_model_path",), "10": ("--pruned_model_path", "--teacher_path"), "prune": ("--base_model",),
-    "gqa": ("--base_model",), "lora": ("--pruned_model",), "merge": ("--pruned_model", "--lora_dir"),
-    "evaluate": ("--pruned_model", "--lora_dir", "--merged_model", "--dense_model"), "download": ("--teacher",),
-}  # fmt: skip
+    "1": ("--teacher",),
+    "2": ("--student", "--teacher_path"),
+    "8": ("--student_path", "--teacher_path"),
+    "9": ("--pruned_model_path",),
+    "10": ("--pruned_model_path", "--teacher_path"),
+    "prune": ("--base_model",),
+    "gqa": ("--base_model",),
+    "lora": ("--pruned_model",),
+    "merge": ("--pruned_model", "--lora_dir"),
+    "evaluate": ("--pruned_model", "--lora_dir", "--merged_model", "--dense_model"),
+    "download": ("--teacher",),
+}
 
 
 def inputs() -> Iterable[Row]:
@@ -219,8 +300,13 @@ def inputs() -> Iterable[Row]:
         for flag in flags:
             for value in ("./nowhere", "./empty", "./thesis.txt", "./loop", f"./{LONG}"):
                 yield Row(stage, (f"{flag} {value}",), damage=prepare)
-    for stage, flag in (("2", "--teacher_path"), ("8", "--teacher_path"), ("8", "--student_path"),
-                        ("10", "--teacher_path"), ("10", "--pruned_model_path")):  # fmt: skip
+    for stage, flag in (
+        ("2", "--teacher_path"),
+        ("8", "--teacher_path"),
+        ("8", "--student_path"),
+        ("10", "--teacher_path"),
+        ("10", "--pruned_model_path"),
+    ):
         yield Row(stage, (f"{flag} ../other/three_labels",), what="three labels")
     for stage, flag in (("prune", "--base_model"), ("lora", "--pruned_model"), ("evaluate", "--dense_model")):
         yield Row(stage, (f"{flag} ../other/bert",), what="no language model")
@@ -302,8 +388,16 @@ def configs() -> Iterable[Row]:
                     continue
                 yield Row(stage, (), names_of(folder, name), Write(folder, name, contents), f"{folder}/{name}: {what}")
     for stage, folder in (("9", "models/pruned"), ("merge", DECODER)):
-        for value in ([], "wide", {"0": 5}, {"0": {"num_attention_heads": "two"}}, {"zero": {"intermediate_size": 8}},
-                      {"0": {"intermediate_size": -8}}, {"0": {"skip": "attention, please"}}, {"99": {}}):  # fmt: skip
+        for value in (
+            [],
+            "wide",
+            {"0": 5},
+            {"0": {"num_attention_heads": "two"}},
+            {"zero": {"intermediate_size": 8}},
+            {"0": {"intermediate_size": -8}},
+            {"0": {"skip": "attention, please"}},
+            {"99": {}},
+        ):
             damage = Edit(folder, "config.json", {"per_layer_config": value})
             yield Row(stage, (), names_of(folder, "per_layer_config"), damage, f"per_layer_config {json.dumps(value)}")
     for stage, folder in (("1", "models/bert-local"), ("8", STUDENT), ("prune", LLM), ("lora", DECODER)):
@@ -314,10 +408,15 @@ def few_words(folder: str) -> Damage:
     """The first ten rows of the word table are all there are."""
 
     def cut(clone: Path) -> None:
-        edit_weights(place(clone, folder) / "model.safetensors", lambda tensors: {
-            name: tensor[:10].clone() if "word_embeddings" in name or "embed_tokens" in name or "lm_head" in name
-            else tensor for name, tensor in tensors.items()
-        })  # fmt: skip
+        edit_weights(
+            place(clone, folder) / "model.safetensors",
+            lambda tensors: {
+                name: tensor[:10].clone()
+                if "word_embeddings" in name or "embed_tokens" in name or "lm_head" in name
+                else tensor
+                for name, tensor in tensors.items()
+            },
+        )
         Edit(folder, "config.json", {"vocab_size": 10})(clone)
 
     return cut
@@ -363,10 +462,23 @@ SPOILED = ("a NaN", "an infinity", "a tensor missing", "a tensor too many", "a t
 
 def weights() -> Iterable[Row]:
     readers = (
-        ("1", "models/bert-local"), ("2", TEACHER), ("8", STUDENT), ("8", TEACHER), ("9", "models/pruned"),
-        ("10", "models/pruned"), ("7", TEACHER), ("plot", STUDENT), ("prune", LLM), ("gqa", LLM), ("lora", DECODER),
-        ("full", DECODER), ("merge", DECODER), ("merge", ADAPTER), ("evaluate", DECODER), ("evaluate", ADAPTER),
-    )  # fmt: skip
+        ("1", "models/bert-local"),
+        ("2", TEACHER),
+        ("8", STUDENT),
+        ("8", TEACHER),
+        ("9", "models/pruned"),
+        ("10", "models/pruned"),
+        ("7", TEACHER),
+        ("plot", STUDENT),
+        ("prune", LLM),
+        ("gqa", LLM),
+        ("lora", DECODER),
+        ("full", DECODER),
+        ("merge", DECODER),
+        ("merge", ADAPTER),
+        ("evaluate", DECODER),
+        ("evaluate", ADAPTER),
+    )
     for stage, folder in readers:
         for how in SPOILED:
             if (stage, how) != ("1", "a tensor too many"):  # a pooler or a head that the start does not need is common
@@ -374,9 +486,21 @@ def weights() -> Iterable[Row]:
 
 
 def adapters() -> Iterable[Row]:
-    for fields in ({"r": "eight"}, {"r": 0}, {"r": 2**70}, {"lora_alpha": "much"}, {"lora_alpha": float("nan")},
-                   {"target_modules": 5}, {"target_modules": []}, {"peft_type": "NOPE"}, {"peft_type": None},
-                   {"rank_pattern": [1]}, {"lora_dropout": "x"}, {"bias": 7}, {"modules_to_save": 3}):  # fmt: skip
+    for fields in (
+        {"r": "eight"},
+        {"r": 0},
+        {"r": 2**70},
+        {"lora_alpha": "much"},
+        {"lora_alpha": float("nan")},
+        {"target_modules": 5},
+        {"target_modules": []},
+        {"peft_type": "NOPE"},
+        {"peft_type": None},
+        {"rank_pattern": [1]},
+        {"lora_dropout": "x"},
+        {"bias": 7},
+        {"modules_to_save": 3},
+    ):
         for stage in ("merge", "evaluate"):
             damage = Edit(ADAPTER, "adapter_config.json", fields)
             if fields != {"peft_type": None} or stage == "merge":
@@ -400,11 +524,16 @@ def data_files() -> Iterable[Row]:
 
     rows = b"\n".join(b"a b c\t%d" % (row % 2) for row in range(40))
     tables = {
-        "no header": rows, "a label 2": b"sentence\tlabel\n" + rows + b"\na b\t2", "binary": BINARY, "empty": b"",
-        "a header alone": b"sentence\tlabel\n", "no tab": b"sentence\tlabel\n" + rows + b"\na b",
-        "UTF-16": ("sentence\tlabel\n" + rows.decode()).encode("utf-16"), "NaN": b"sentence\tlabel\na\tnan\n" + rows,
+        "no header": rows,
+        "a label 2": b"sentence\tlabel\n" + rows + b"\na b\t2",
+        "binary": BINARY,
+        "empty": b"",
+        "a header alone": b"sentence\tlabel\n",
+        "no tab": b"sentence\tlabel\n" + rows + b"\na b",
+        "UTF-16": ("sentence\tlabel\n" + rows.decode()).encode("utf-16"),
+        "NaN": b"sentence\tlabel\na\tnan\n" + rows,
         "binary sentences": b"sentence\tlabel\n" + b"\n".join(BINARY_WORDS + b"\t%d" % (n % 2) for n in range(40)),
-    }  # fmt: skip
+    }
     for name in ("train.tsv", "dev.tsv"):
         for what, contents in tables.items():
             yield Row("1", (), (name,), put(name, contents), f"{name}: {what}")
@@ -414,28 +543,46 @@ def data_files() -> Iterable[Row]:
 
     one = b'{"instruction": "a", "output": "b"}'
     instructions = {
-        "binary.json": BINARY, "utf16.json": f"[{one.decode()}]".encode("utf-16"), "deep.json": DEEP, "one.json": one,
-        "numbers.json": b"[1, 2]", "empty.json": b"[]", "cut.jsonl": one + b"\n{", "deep.jsonl": DEEP,
-        "binary.jsonl": BINARY, "short.json": b'[{"instruction": "a"}]',
+        "binary.json": BINARY,
+        "utf16.json": f"[{one.decode()}]".encode("utf-16"),
+        "deep.json": DEEP,
+        "one.json": one,
+        "numbers.json": b"[1, 2]",
+        "empty.json": b"[]",
+        "cut.jsonl": one + b"\n{",
+        "deep.jsonl": DEEP,
+        "binary.jsonl": BINARY,
+        "short.json": b'[{"instruction": "a"}]',
         "number.json": b'[{"instruction": 1, "output": 2}]',
         "huge.json": b'[{"instruction": "a", "output": ' + b"9" * 5000 + b"}]",
-    }  # fmt: skip
+    }
     for name, contents in instructions.items():
-        yield Row("lora", (f"--dataset ../data/{name}", "--validation_dataset ../data/text.txt"), (name,),
-                  put(name, contents))  # fmt: skip
-    texts = {"binary.txt": BINARY * 200, "utf16.txt": ("a b c d " * 2000).encode("utf-16"), "empty.txt": b"",
-             "short.txt": b"a b c"}  # fmt: skip
+        yield Row(
+            "lora", (f"--dataset ../data/{name}", "--validation_dataset ../data/text.txt"), (name,), put(name, contents)
+        )
+    texts = {
+        "binary.txt": BINARY * 200,
+        "utf16.txt": ("a b c d " * 2000).encode("utf-16"),
+        "empty.txt": b"",
+        "short.txt": b"a b c",
+    }
     for name, contents in texts.items():
         for stage in ("prune", "lora"):
             for flag in ("dataset", "eval_ppl_datasets"):
                 yield Row(stage, (f"--{flag} ../data/{name}",), (name,), put(name, contents))
     asked = b'{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n'
     questions = {
-        "text": b"once upon a time", "a list": b"[]", "no columns": b"{}\n{}", "binary": BINARY, "empty": b"",
-        "a label 7": asked + asked.replace(b"0}", b"7}"), "numbers": b"1\n2\n", "cut": asked + asked[:20],
+        "text": b"once upon a time",
+        "a list": b"[]",
+        "no columns": b"{}\n{}",
+        "binary": BINARY,
+        "empty": b"",
+        "a label 7": asked + asked.replace(b"0}", b"7}"),
+        "numbers": b"1\n2\n",
+        "cut": asked + asked[:20],
         "a wrong type": asked + b'{"goal": 1, "sol1": [], "sol2": {}, "label": "x"}',
         "UTF-16": asked.decode().encode("utf-16"),
-    }  # fmt: skip
+    }
     zero_shot = ("--run_evaluation zeroshot", "--eval_zeroshot_tasks piqa", "--data_dir ../data")
     for what, contents in questions.items():
         name = "zeroshot/piqa/validation.jsonl"

@@ -49,14 +49,21 @@ def cases(context) -> Iterable[Case]:
         points = moments(undisturbed.changes)
         for number, after in points[:: max(1, len(points) // POINTS)]:
             kind, path = undisturbed.changes[number]
-            found.append(Case(
-                f"{undisturbed.scenario.name}: process 1 dies before change {number}, {kind} {path[-50:]}, and again",
-                die_and_again(undisturbed, number, after), " ".join(undisturbed.arguments),
-            ))  # fmt: skip
-        found.append(Case(
-            f"{undisturbed.scenario.name}: another container starts while process 1 writes",
-            two_containers(undisturbed), " ".join(undisturbed.arguments),
-        ))  # fmt: skip
+            found.append(
+                Case(
+                    f"{undisturbed.scenario.name}: process 1 dies before change {number}, {kind} {path[-50:]}, "
+                    "and again",
+                    die_and_again(undisturbed, number, after),
+                    " ".join(undisturbed.arguments),
+                )
+            )
+        found.append(
+            Case(
+                f"{undisturbed.scenario.name}: another container starts while process 1 writes",
+                two_containers(undisturbed),
+                " ".join(undisturbed.arguments),
+            )
+        )
     return found
 
 

@@ -15,18 +15,24 @@ READERS, REPLACEMENTS = 2, 150
 
 def cases(context) -> Iterable[Case]:
     pairs = [
-        Case(f"{undisturbed.scenario.name}: twice at once, round {number + 1}", twice(undisturbed),
-             " ".join(undisturbed.arguments))
+        Case(
+            f"{undisturbed.scenario.name}: twice at once, round {number + 1}",
+            twice(undisturbed),
+            " ".join(undisturbed.arguments),
+        )
         for undisturbed in (watch(scenario, context) for scenario in SCENARIOS)
         for number in range(ROUNDS)
-    ]  # fmt: skip
+    ]
     kinds = {"read_stage": read_stage, "identify": identify, "load_classifier": load_classifier}
     readers = [
-        Case(f"{READERS} processes: {name} during {REPLACEMENTS} replacements by {writers} writer(s)",
-             readers_and_writers(read, writers), f"save_folder against {name}")
+        Case(
+            f"{READERS} processes: {name} during {REPLACEMENTS} replacements by {writers} writer(s)",
+            readers_and_writers(read, writers),
+            f"save_folder against {name}",
+        )
         for name, read in kinds.items()
         for writers in (1, 2)
-    ]  # fmt: skip
+    ]
     return pairs + readers
 
 

@@ -127,17 +127,38 @@ def targets(context) -> list[Target]:
     return [
         Target("classifier", pruned, command("9", *again), "models/again"),
         Target("decoder", lambda clone: clone / "results/hgsp/models", prune, "results/again"),
-        Target("adapter", lambda clone: clone / "results/recovered", command("merge", "--output_dir results/again"),
-               "results/again"),
-        killed(context, "state of stage 8", command("8", *train, "--seed 5"), "models/pruning_with_finetuning_*",
-               "models/.pruned_*.resume/step_*", 2),
-        killed(context, "state of LoRA", command("lora", *train, "--output_name again", "--seed 5", "--num_epochs 2"),
-               "results/again", "results/.again_*.resume/step_*", 2),
-        killed(context, "parts of a pruning run",
-               command("prune", "--output_name again", "--seed 5", "--resume", "--temperature 1"),
-               "results/again", "results/.again_*.resume", None),
+        Target(
+            "adapter",
+            lambda clone: clone / "results/recovered",
+            command("merge", "--output_dir results/again"),
+            "results/again",
+        ),
+        killed(
+            context,
+            "state of stage 8",
+            command("8", *train, "--seed 5"),
+            "models/pruning_with_finetuning_*",
+            "models/.pruned_*.resume/step_*",
+            2,
+        ),
+        killed(
+            context,
+            "state of LoRA",
+            command("lora", *train, "--output_name again", "--seed 5", "--num_epochs 2"),
+            "results/again",
+            "results/.again_*.resume/step_*",
+            2,
+        ),
+        killed(
+            context,
+            "parts of a pruning run",
+            command("prune", "--output_name again", "--seed 5", "--resume", "--temperature 1"),
+            "results/again",
+            "results/.again_*.resume",
+            None,
+        ),
         kept_logits(context),
-    ]  # fmt: skip
+    ]
 
 
 def kept_logits(context) -> Target:
@@ -168,9 +189,10 @@ def killed(context, name: str, arguments: list[str], output: str, state: str, af
         place = next(n for n, (_, path) in enumerate(changes) if re.search(r"/\.again\.[0-9a-f]{16}\.tmp", path))
     else:
         saved = [
-            number for number, (kind, path) in enumerate(changes)
+            number
+            for number, (kind, path) in enumerate(changes)
             if kind in ("rename", "replace", "renameat2") and "/.step_" in path and path.endswith(".tmp")
-        ]  # fmt: skip
+        ]
         place = saved[after - 1] + 1
     expected = result_of(world.clone, output)
     dead = context.new_world(context.work / f"{label}_killed")

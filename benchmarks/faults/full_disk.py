@@ -17,11 +17,17 @@ LEFT = (0, 8, 32, 80, 160)
 ON_THE_DISK = {
     "1": (("--models_dir {}",), "", ("--models_dir", "teacher_model")),
     "2": (("--models_dir {}", "--teacher_path models/teacher_model"), "", ("--models_dir", "student_model")),
-    "8": (("--models_dir {}", "--teacher_path models/teacher_model", "--student_path models/student_model"), "",
-          ("--models_dir",)),
+    "8": (
+        ("--models_dir {}", "--teacher_path models/teacher_model", "--student_path models/student_model"),
+        "",
+        ("--models_dir",),
+    ),
     "9": (("--output_dir {}/quantized",), "models/pruned_quantized_final", ("--output_dir", "quantized")),
-    "10": (("--models_dir {}", "--teacher_path models/teacher_model", "--pruned_model_path models/student_model"), "",
-           ("--models_dir",)),
+    "10": (
+        ("--models_dir {}", "--teacher_path models/teacher_model", "--pruned_model_path models/student_model"),
+        "",
+        ("--models_dir",),
+    ),
     "7": (("--output_dir {}",), "", ("--output_dir", "final_report")),
     "plot": (("--output_dir {}",), "", ("--output_dir", "model_comparison")),
     "prune": (("--results_dir {}",), "results/hgsp", ("--results_dir", "hgsp")),
@@ -31,7 +37,7 @@ ON_THE_DISK = {
     "merge": (("--output_dir {}/merged",), "results/merged", ("--output_dir", "merged")),
     "evaluate": (("--output_file {}/lora_evaluation.json",), "", ("--output_file", "lora_evaluation")),
     "download": (("--models_dir {}",), "downloads", ("--models_dir", "bert-local")),
-}  # fmt: skip
+}
 HAVING_SEED = ("1", "2", "8", "10", "prune", "gqa", "lora", "full")
 SEEDED = ["--seed 5"]
 
@@ -40,11 +46,14 @@ def cases() -> Iterable[Case]:
     if not allowed():
         return [Case("no namespaces here: unshare is not allowed", lambda world: None)]
     return [
-        Case(f"{stage}: {'a disk that cannot be written' if kilobytes is None else f'{kilobytes} kB left'}",
-             attack(stage, kilobytes), " ".join(command(stage, *(flag.format("small") for flag in flags))))
+        Case(
+            f"{stage}: {'a disk that cannot be written' if kilobytes is None else f'{kilobytes} kB left'}",
+            attack(stage, kilobytes),
+            " ".join(command(stage, *(flag.format("small") for flag in flags))),
+        )
         for stage, (flags, _, _) in ON_THE_DISK.items()
         for kilobytes in (*LEFT, None)
-    ]  # fmt: skip
+    ]
 
 
 def attack(stage: str, kilobytes: int | None) -> Callable[[World], list[str] | None]:

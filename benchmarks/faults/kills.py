@@ -42,19 +42,28 @@ SCENARIOS = (
     Scenario("evaluate_plot over a comparison", "plot", (), (), COMPARISON),
     Scenario("pruning over a result", "prune", (SEED, "--pruning_ratio 0.5"), ("results/hgsp",)),
     Scenario("pruning", "prune", (SEED, "--output_name new"), ("results/new",)),
-    Scenario("pruning with training", "prune", (SEED, "--output_name new", "--finetune", "--finetune_samples 4"),
-             ("results/new",)),
+    Scenario(
+        "pruning with training",
+        "prune",
+        (SEED, "--output_name new", "--finetune", "--finetune_samples 4"),
+        ("results/new",),
+    ),
     Scenario("GQA-aware pruning over a result", "gqa", (SEED, "--pruning_ratio 0.4"), ("results/gqa",)),
     Scenario("LoRA over a result", "lora", (SEED,), ("results/recovered",)),
     Scenario("full training", "full", (SEED, "--output_name new"), ("results/new",)),
-    Scenario("merge over a result", "merge", ("--pruned_model results/full", "--output_dir results/full_merged"),
-             ("results/full_merged",)),
+    Scenario(
+        "merge over a result",
+        "merge",
+        ("--pruned_model results/full", "--output_dir results/full_merged"),
+        ("results/full_merged",),
+    ),
     Scenario("merge over the same", "merge", (), ("results/merged",)),
-    Scenario("evaluate_lora_model over a result", "evaluate", ("--eval_samples 3",), (),
-             ("results/lora_evaluation.json",)),
+    Scenario(
+        "evaluate_lora_model over a result", "evaluate", ("--eval_samples 3",), (), ("results/lora_evaluation.json",)
+    ),
     Scenario("download", "download", ("--models_dir fetched",), ("fetched/bert-local", "fetched/distilbert-local")),
     Scenario("download over another", "download", ("--teacher models/teacher_model",), ("downloads/bert-local",)),
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -72,13 +81,16 @@ class Undisturbed:
 
 def cases(context) -> Iterable[Case]:
     return [
-        Case(f"{undisturbed.scenario.name}: {'after' if after else 'before'} change {number} of "
-             f"{len(undisturbed.changes)}, {kind} {shown(path)}",
-             attack(undisturbed, number, after), " ".join(undisturbed.arguments))
+        Case(
+            f"{undisturbed.scenario.name}: {'after' if after else 'before'} change {number} of "
+            f"{len(undisturbed.changes)}, {kind} {shown(path)}",
+            attack(undisturbed, number, after),
+            " ".join(undisturbed.arguments),
+        )
         for undisturbed in map(lambda scenario: watch(scenario, context), SCENARIOS)
         for number, after in moments(undisturbed.changes)
         for kind, path in [undisturbed.changes[number]]
-    ]  # fmt: skip
+    ]
 
 
 def shown(path: str) -> str:

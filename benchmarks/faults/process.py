@@ -165,10 +165,12 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
         _, status = os.waitpid(self.pid, 0)
         return Outcome(
-            self.command, os.waitstatus_to_exitcode(status), *(
-                path.read_text(errors="replace") if path.exists() else "" for path in (self.out, self.err)
-            ), time.perf_counter() - self.started, timed_out,
-        )  # fmt: skip
+            self.command,
+            os.waitstatus_to_exitcode(status),
+            *(path.read_text(errors="replace") if path.exists() else "" for path in (self.out, self.err)),
+            time.perf_counter() - self.started,
+            timed_out,
+        )
 
 
 def _become(world, arguments, out, err, setup, instead) -> None:

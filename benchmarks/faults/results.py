@@ -7,9 +7,24 @@ from typing import Any
 
 # What differs between two runs of the same command.
 VOLATILE = {
-    "created", "environment", "stage", "files", "record_sha256", "models_dir", "resume", "skip_existing", "overwrite",
-    "path", "parent", "latency", "throughput", "relative", "size", "finetune", "seconds",
-}  # fmt: skip
+    "created",
+    "environment",
+    "stage",
+    "files",
+    "record_sha256",
+    "models_dir",
+    "resume",
+    "skip_existing",
+    "overwrite",
+    "path",
+    "parent",
+    "latency",
+    "throughput",
+    "relative",
+    "size",
+    "finetune",
+    "seconds",
+}
 TABLES = (".safetensors", ".csv", ".json")
 
 

@@ -36,20 +36,28 @@ OUTPUTS = [
     ("evaluate", ("--output_file {}/figures.json",), ""),
     ("download", ("--models_dir {}",), "bert-local"),
     ("download", ("--models_dir {}",), "distilbert-local"),
-]  # fmt: skip
+]
 WORK = "years of work\n"
 
 
 def cases() -> Iterable[Case]:
-    kinds = {"a folder with thesis.txt": plain, "an earlier output with thesis.txt added": earlier, "a file": file,
-             "a link to a folder with thesis.txt": link, "thesis.txt deep below": deep}  # fmt: skip
+    kinds = {
+        "a folder with thesis.txt": plain,
+        "an earlier output with thesis.txt added": earlier,
+        "a file": file,
+        "a link to a folder with thesis.txt": link,
+        "thesis.txt deep below": deep,
+    }
     return [
-        Case(f"{' '.join((stage, *flags)).format('mine_too')} [{place or 'the folder itself'}: {what}, {again}]",
-             attack(stage, flags, place, make, again), " ".join(command(stage, *flags)))
+        Case(
+            f"{' '.join((stage, *flags)).format('mine_too')} [{place or 'the folder itself'}: {what}, {again}]",
+            attack(stage, flags, place, make, again),
+            " ".join(command(stage, *flags)),
+        )
         for stage, flags, place in OUTPUTS
         for what, make in kinds.items()
         for again in ("first", "with --overwrite")
-    ]  # fmt: skip
+    ]
 
 
 def attack(stage: str, flags: tuple, place: str, make: Callable, again: str) -> Callable[[World], list[str] | None]:

@@ -86,12 +86,20 @@ def set_environment(work: Path) -> None:
         (work / name).mkdir(exist_ok=True)
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}
     os.environ |= threads | {
-        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PIP_NO_INDEX": "1",
-        "HOME": str(work / "home"), "HF_HOME": str(work / "home" / "hf"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "PIP_NO_INDEX": "1",
+        "HOME": str(work / "home"),
+        "HF_HOME": str(work / "home" / "hf"),
         "XDG_CACHE_HOME": str(work / "home" / "cache"),
-        "MPLCONFIGDIR": str(work / "home" / "mpl"), "TMPDIR": str(work / "tmp"), "BITSANDBYTES_NOWELCOME": "1",
-        "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200",
-    }  # fmt: skip
+        "MPLCONFIGDIR": str(work / "home" / "mpl"),
+        "TMPDIR": str(work / "tmp"),
+        "BITSANDBYTES_NOWELCOME": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "COLUMNS": "200",
+    }
 
 
 def copy_of(template: Path, code: Path):
@@ -191,8 +199,15 @@ def _write_models(template: Path) -> None:
     for name in ("clone/models/llm-local", "other/llm"):
         LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=64, hidden_size=32, num_attention_heads=8, num_key_value_heads=4, intermediate_size=48,
-                num_hidden_layers=3, max_position_embeddings=64, pad_token_id=0, initializer_range=0.2,
+                vocab_size=64,
+                hidden_size=32,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                intermediate_size=48,
+                num_hidden_layers=3,
+                max_position_embeddings=64,
+                pad_token_id=0,
+                initializer_range=0.2,
             )
-        ).save_pretrained(template / name)  # fmt: skip
+        ).save_pretrained(template / name)
         PreTrainedTokenizerFast(tokenizer_object=letters, **special).save_pretrained(template / name)
