@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -188,15 +189,17 @@ class StructureScores:
 
     def _gradients(self, kinds: tuple[str, ...]) -> list[Tensor]:
         """Gradient score per parameter over the window."""
-        sums = self._over_window(self.inner), self._over_window(self.outer)
-        measured = (values.split(self.counts) for values in (*sums, self.in_use))
+        wanted = torch.tensor([kind in kinds for kind, _ in self.places])
+        columns = wanted.repeat_interleave(torch.tensor(self.counts)).to(self.in_use.device)
+        sums = self._over_window(self.inner[:, columns]), self._over_window(self.outer[:, columns])
+        counts = list(compress(self.counts, wanted))
+        measured = (values.split(counts) for values in (*sums, self.in_use[columns]))
         scores = []
-        for (kind, index), inner, outer, in_use in zip(self.places, *measured, strict=True):
+        for (kind, index), inner, outer, in_use in zip(compress(self.places, wanted), *measured, strict=True):
             # What was out of use at a step of the window is estimated over all of it.
             throughout = in_use >= len(self.inner)
             score = importance.complete_pruned(inner, outer, throughout) if self.mode.completed else outer
-            if kind in kinds:
-                scores.append(score / self.layers[index].structure_parameters(kind))
+            scores.append(score / self.layers[index].structure_parameters(kind))
         return scores
 
     def _over_window(self, rows: Tensor) -> Tensor:
