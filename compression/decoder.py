@@ -4,8 +4,6 @@
 such a model would be scored, repaired and analysed wrongly.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 from weakref import WeakSet
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compression.hooks import evaluation_mode
 from compression.runtime import UserError
 from compression.structures import DECODERS, family_of
 
@@ -137,7 +136,7 @@ def check_layout(decoder: Decoder) -> None:
             _refuse(model, f"layer {index} {' and '.join(differences)}")
     numbers = torch.randint(model.config.vocab_size, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
     ids = numbers.to(model.device)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         state, options = decoder.first_input(ids)
         for index, (layer, option) in enumerate(zip(decoder.layers, options, strict=True)):
             middle = state + decoder.attention_branch(layer, state, option)
@@ -163,14 +162,3 @@ def _refuse(model: PreTrainedModel, what: str) -> NoReturn:
         f"{name} (model type '{model.config.model_type}') cannot be pruned or analysed here: {what}; allowed are "
         f"models that compute as LLaMA does, of type {', '.join(sorted(DECODERS))}"
     )
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from compression.hooks import hooked
+from compression.hooks import evaluation_mode, hooked
 from compression.modeling import PackedEmbedding
 from compression.runtime import UserError
 from compression.structures import LayerParts, layers_of
@@ -78,7 +78,8 @@ def count_macs(model: PreTrainedModel, sequence_length: int, batch_size: int = 1
         raise UserError(f"sequence length {sequence_length}: allowed is 1 to {positions} for this model")
     ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=model.device)
     macs: Counter[nn.Module] = Counter()
-    with _eager_evaluation(model), _count_linears(model, macs), torch.no_grad(), FlopCounterMode(display=False) as seen:
+    counter = FlopCounterMode(display=False)
+    with _eager_attention(model), evaluation_mode(model), _count_linears(model, macs), torch.no_grad(), counter as seen:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
     flops = {name: sum(by_operator.values()) for name, by_operator in seen.get_flop_counts().items()}
@@ -104,20 +105,16 @@ def _count_linears(model: nn.Module, macs: Counter[nn.Module]) -> Iterator[None]
 
 
 @contextmanager
-def _eager_evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """Eager attention, whose two products FlopCounterMode sees (SDPA on a CPU counts as zero), and no dropout."""
+def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Eager attention, whose two products FlopCounterMode sees (SDPA on a CPU counts as zero)."""
     implementation = model.config._attn_implementation
-    training = {module: module.training for module in model.modules()}
     model.set_attn_implementation("eager")
     if model.config._attn_implementation != "eager":
         raise RuntimeError(f"{type(model).__name__} cannot switch to eager attention: its MACs cannot be counted")
-    model.eval()
     try:
         yield
     finally:
         model.set_attn_implementation(implementation)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def encoder_macs_formula(layers: Sequence[LayerParts], sequence_length: int) -> int:

@@ -1,8 +1,9 @@
-"""Hooks that do not outlive what they are for."""
+"""What is done to a model for a while, and undone whatever happens."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 
@@ -13,3 +14,15 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         for handle in handles:
             stack.enter_context(handle)
         yield
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout for a while; then each module is back in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
