@@ -52,7 +52,7 @@ def cells(columns: Sequence[Column], rows: Sequence[Any]) -> list[list[str]]:
 
 def markdown_table(columns: Sequence[Column], rows: Sequence[Any], align: str = "---:") -> str:
     """A markdown table; its columns after the first one are aligned to the right, as numbers are, by default."""
-    header, *body = cells(columns, rows)
+    header, *body = [[cell.replace("|", r"\|") for cell in line] for line in cells(columns, rows)]
     rule = ["---", *[align] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *body))
 

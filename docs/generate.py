@@ -25,7 +25,7 @@ def choices_table(title: str, entries: Mapping[str, Any]) -> str:
     """A table of a registry: the name of each entry, and its `help`."""
     columns = [
         Column(title, lambda entry: f"`{entry[0]}`"),
-        Column("score of a structure", lambda entry: entry[1].help.replace("|", r"\|")),
+        Column("score of a structure", lambda entry: entry[1].help),
     ]
     return markdown_table(columns, list(entries.items()), align="---")
 

@@ -26,6 +26,7 @@ from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import check_losses, suspect, token_losses
 from compression.runtime import UserError
 from compression.structures import DECODER_KINDS, LayerParts, layers_of
+from compression.tables import Column, markdown_table
 
 Scores = dict[str, list[Tensor]]
 # Token ids [windows, length] and last hidden states [windows, length, hidden] of each batch, computed when it is asked
@@ -251,13 +252,20 @@ class Magnitude(Score):
 
 def scores_markdown() -> str:
     """The scores as a table for the documentation."""
-    rows = ["| score | of a structure | needs | compares across layers |", "|---|---|---|---|"]
-    for name, score in SCORES.items():
-        needs = ["text"] * score.needs_text + ["gradients"] * (score.loss is not None)
-        comparable = "as it is" if score.comparable else "relative to its layer's mean"
-        help = score.help.replace("|", r"\|")
-        rows.append(f"| `{name}` | {help} | {', '.join(needs) or 'weights'} | {comparable} |")
-    return "\n".join(rows)
+    columns = [
+        Column("score", lambda score: f"`{score.name}`"),
+        Column("of a structure", lambda score: score.help),
+        Column("needs", _needs),
+        Column(
+            "compares across layers", lambda score: "as it is" if score.comparable else "relative to its layer's mean"
+        ),
+    ]
+    return markdown_table(columns, list(SCORES.values()), align="---")
+
+
+def _needs(score: type["Score"]) -> str:
+    needs = ["text"] * score.needs_text + ["gradients"] * (score.loss is not None)
+    return ", ".join(needs) or "weights"
 
 
 # Type of a field that chooses a score; carries the flag's allowed values and its help.
