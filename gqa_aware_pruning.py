@@ -34,7 +34,7 @@ from compression.llm.gqa_pruning import (
 )
 from compression.llm.perplexity import perplexity
 from compression.llm.plots import plot_rates
-from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings
+from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
 from compression.llm.scoring import ScoreName
 from compression.plots import save_figure
 from compression.runtime import UserError, log
@@ -102,6 +102,8 @@ class GQAAwarePruningConfig(Config):
             raise UserError(f"--uniform: not allowed with --layers {self.layers}; leave one of them out")
         if self.rates.strategy == "inverse" and not self.calibration.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 with --strategy inverse; or choose uniform")
+        if self.finetuning.finetune:
+            recovery_after(self)
 
     @property
     def rates(self) -> Rates:

@@ -18,7 +18,7 @@ from compression.files import write_json
 from compression.llm.evaluate import Evaluation
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.plots import plot_removal, plot_retained
-from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings
+from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
 from compression.llm.scoring import ScoreName
 from compression.plots import save_figure
 from compression.runtime import UserError
@@ -80,6 +80,8 @@ class GlobalPruningConfig(Config):
             raise UserError(f"--attention_factors {self.attention_factors}: allowed are one or more above 0")
         if self.temperature and not self.calibration.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
+        if self.finetuning.finetune:
+            recovery_after(self)
 
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"normalize": pick(Scoring, self).normalization}

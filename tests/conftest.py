@@ -118,6 +118,14 @@ def letters(count, seed=0):
     return " ".join(WORDS[letter] for letter in draw)
 
 
+def pruning_flags(base, output):
+    """Flags of both pruning scripts that let them prune `base` in no time, on the text beside it."""
+    text = base.parent / "text.txt"
+    places = ["--base_model", base, "--results_dir", output, "--dataset", text, "--eval_ppl_datasets", text]
+    lengths = ["--sequence_length", "32", "--analysis_length", "16", "--eval_length", "32"]
+    return [*places, *lengths, "--fast", "--dtype", "float32"]
+
+
 def load_script(name):
     """The module of a script whose name begins with a digit, so that no import statement can name it."""
     if name not in sys.modules:

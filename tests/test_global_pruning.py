@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import WORDS, tiny_decoder
+from conftest import WORDS, pruning_flags, tiny_decoder
 from scripts import run_killed, run_script
 from transformers import AutoModelForCausalLM
 
@@ -251,30 +251,7 @@ def test_uniform_model_meets_the_budget_and_is_of_the_stock_class(text):
 
 
 def words_of(base, output, *flags):
-    text = base.parent / "text.txt"
-    return [
-        "run_global_pruning.py",
-        "--base_model",
-        base,
-        "--results_dir",
-        output,
-        "--dataset",
-        text,
-        "--eval_ppl_datasets",
-        text,
-        "--fast",
-        "--sequence_length",
-        "32",
-        "--analysis_length",
-        "16",
-        "--eval_length",
-        "32",
-        "--dtype",
-        "float32",
-        "--round_to",
-        "8",
-        *flags,
-    ]
+    return ["run_global_pruning.py", *pruning_flags(base, output), "--round_to", "8", *flags]
 
 
 def run(base, output, *flags, expect=0):
@@ -422,6 +399,7 @@ def test_uniform_checkpoint_needs_no_code(base, tmp_path):
         (["--run_evaluation", "zeroshot", "--eval_zeroshot_tasks", "no"], "'no': lm-evaluation-harness has none"),
         (["--dataset", "wiki"], "text 'wiki': no such file; allowed is a text file or one of wikitext2, ptb, c4"),
         (["--finetune", "--lora_r", "0"], "--lora_r 0: allowed is at least 1"),
+        (["--finetune", "--lora_r", "0", "--dry_run"], "--lora_r 0: allowed is at least 1"),
         (["--temperature", "1", "--analysis_samples", "0"], "--analysis_samples 0: allowed is at least 1"),
     ],
 )

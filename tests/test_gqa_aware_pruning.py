@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import DECODERS, tiny_decoder
+from conftest import DECODERS, pruning_flags, tiny_decoder
 from scripts import run_killed, run_script
 
 import compression.llm.scoring as calibration
@@ -452,36 +452,9 @@ def test_bad_values_are_refused(values, message):
 
 
 def words_of(base, output, *flags):
-    text = base.parent / "text.txt"
-    return [
-        "gqa_aware_pruning.py",
-        "--base_model",
-        base,
-        "--results_dir",
-        output,
-        "--dataset",
-        text,
-        "--eval_ppl_datasets",
-        text,
-        "--fast",
-        "--sequence_length",
-        "32",
-        "--analysis_length",
-        "16",
-        "--eval_length",
-        "32",
-        "--protect_first",
-        "0",
-        "--protect_last",
-        "0",
-        "--dtype",
-        "float32",
-        "--round_to",
-        "1",
-        "--device_map",
-        "cpu",
-        *flags,
-    ]
+    protection = ["--protect_first", "0", "--protect_last", "0"]
+    flags = [*protection, "--round_to", "1", "--device_map", "cpu", *flags]
+    return ["gqa_aware_pruning.py", *pruning_flags(base, output), *flags]
 
 
 def run(base, output, *flags, expect=0):
@@ -571,6 +544,7 @@ def test_killed_run_goes_on_to_the_same_result(base, tmp_path, monkeypatch):
         (["--target_perplexity", "2"], "--target_perplexity 2: the dense model has"),
         (["--device_map", "cuda:99"], "--device_map cuda:99: allowed are auto and what this machine has: cpu"),
         (["--device_map", "balanced"], "--device_map balanced: allowed are auto"),
+        (["--finetune", "--lora_r", "0", "--dry_run"], "--lora_r 0: allowed is at least 1"),
         (["--run_evaluation", "speed"], "unknown speed; allowed are ppl, zeroshot, efficiency"),
         (["--sequence_length", "100000"], "--sequence_length 100000: allowed is at most 128, the model's positions"),
     ],

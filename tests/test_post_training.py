@@ -340,6 +340,13 @@ def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
 TRAIN, MERGE, EVALUATE = "post_training.py", "merge_and_save_lora.py", "evaluate_lora_model.py"
 
 
+def training_flags(folder):
+    """The pruned model, the text that it is trained and measured on, and short windows of it."""
+    text = folder / "text.txt"
+    texts = ["--dataset", text, "--eval_ppl_datasets", text]
+    return ["--pruned_model", folder / "pruned", *texts, "--max_length", 16, "--eval_length", 16]
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
@@ -391,38 +398,11 @@ TRAIN, MERGE, EVALUATE = "post_training.py", "merge_and_save_lora.py", "evaluate
 def test_mistakes_end_in_one_line_and_write_nothing(folder, adapter, bad_inputs, tmp_path, script, flags, message):
     text, output = folder / "text.txt", tmp_path / "output"
     known = {
-        TRAIN: [
-            "--pruned_model",
-            folder / "pruned",
-            "--dataset",
-            text,
-            "--eval_ppl_datasets",
-            text,
-            "--max_length",
-            16,
-            "--eval_length",
-            16,
-            "--eval_samples",
-            2,
-            "--batch_size",
-            4,
-            "--results_dir",
-            output,
-        ],
+        TRAIN: [*training_flags(folder), "--eval_samples", 2, "--batch_size", 4, "--results_dir", output],
         MERGE: ["--pruned_model", folder / "pruned", "--lora_dir", adapter, "--output_dir", output / "merged"],
         EVALUATE: [
-            "--pruned_model",
-            folder / "pruned",
-            "--lora_dir",
-            adapter,
-            "--output_file",
-            output / "found.json",
-            "--run_evaluation",
-            "ppl",
-            "--eval_ppl_datasets",
-            text,
-            "--eval_length",
-            16,
+            *("--pruned_model", folder / "pruned", "--lora_dir", adapter, "--output_file", output / "found.json"),
+            *("--run_evaluation", "ppl", "--eval_ppl_datasets", text, "--eval_length", 16),
         ],
     }[script]
     before = sorted(folder.rglob("*"))
@@ -448,25 +428,7 @@ def bad_inputs(folder):
 
 
 def test_finished_run_is_skipped_until_something_changes(folder, tmp_path):
-    text = folder / "text.txt"
-    flags = [
-        "--fast",
-        "--pruned_model",
-        folder / "pruned",
-        "--dataset",
-        text,
-        "--eval_ppl_datasets",
-        text,
-        "--max_length",
-        16,
-        "--eval_length",
-        16,
-        "--finetune_samples",
-        4,
-        "--results_dir",
-        tmp_path,
-        "--skip_existing",
-    ]
+    flags = [*training_flags(folder), "--fast", "--finetune_samples", 4, "--results_dir", tmp_path, "--skip_existing"]
     run_script(TRAIN, *flags)
     created = read_stage(tmp_path / "recovered")["created"]
     assert "exists and matches configuration and inputs: skipped" in run_script(TRAIN, *flags).stdout

@@ -1,12 +1,10 @@
 """The report: what it says, what it is drawn from, which files it leaves."""
 
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
-from conftest import KEPT, tiny_bert, tiny_distilbert
+from conftest import KEPT, load_script, tiny_bert, tiny_distilbert
 from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
@@ -256,11 +254,7 @@ def test_pareto_front_leaves_out_what_is_no_better_than_a_cheaper_model():
 
 @pytest.fixture(scope="module")
 def script():
-    path = ROOT / "7_evaluate_and_generate_report.py"
-    spec = importlib.util.spec_from_file_location("evaluate_and_generate_report", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("7_evaluate_and_generate_report")
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """No script deletes or changes a file that it did not write, whatever a flag that names an output points at."""
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import save_decoder, tiny_bert, tiny_distilbert
+from conftest import load_script, save_decoder, tiny_bert, tiny_distilbert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_lora import pruned, with_adapter
@@ -18,14 +16,6 @@ from compression.outputs import Output, check_place
 from compression.runtime import MODELS, RESULTS, ROOT, UserError
 
 SENTENCES = [f"{letter} a b{' c' * index}\t{index % 2}" for index, letter in enumerate("abcdefghijklmnopqrst")]
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def contents(folder):
@@ -79,7 +69,7 @@ KINDS |= {"quantized, default": "pruned_quantized", "quantized": "pruned_quantiz
 def config_of(case, world, target):
     """The script and a configuration of it that writes into `target`."""
     name, flag, _ = OUTPUTS[case]
-    script = load_script(name)
+    script = load_script(name.removesuffix(".py"))
     own = (found for found in vars(script).values() if isinstance(found, type) and found.__module__ == script.__name__)
     (config_class,) = (found for found in own if found.__name__.endswith("Config"))
     models, text = world / "models", str(world / "data" / "train.tsv")

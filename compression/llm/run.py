@@ -153,7 +153,11 @@ class RunConfig(Protocol):
 
 
 def recovery_after(config: RunConfig) -> Recovery:
-    """How a pruned model is trained on: as post_training.py would by default, on the calibration's text."""
+    """How a pruned model is trained on: as post_training.py would by default, on the calibration's text.
+
+    Raises:
+        UserError: flags that do not go together, or a text that is not there.
+    """
     run, finetuning, evaluation = config.run, config.finetuning, config.evaluation
     measured = [what for what in EVALUATIONS if evaluation.evaluates(what)]
     return Recovery(
@@ -208,8 +212,6 @@ class Run:
 
     def __init__(self, kind: str, config: RunConfig):
         self.kind, self.config, run = kind, config, config.run
-        if config.finetuning.finetune:
-            recovery_after(config)
         self.base = ensure_llm(run.base_model, run.models_dir / LLM_FOLDER.name)
         config.evaluation.check_zero_shot(config.data_dir)
         self.inputs = {"parent": identify(self.base)}
@@ -275,7 +277,7 @@ class Run:
 
         Args:
             write_analysis: writes the method's tables and plots into the folder it gets.
-            more: what the results say besides, given what `compare` found.
+            more: what the results say besides, given what `_compare` found.
         """
         results = self.saved.json("results", lambda: self._compare(model))
         results |= more(results)
