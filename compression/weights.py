@@ -80,7 +80,7 @@ class Shards:
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self._file[name], []).append(name)
-        found = {}
+        found: dict[str, Tensor] = {}
         for file, held in by_file.items():
             with safe_open(self.folder / file, framework="pt") as opened:
                 found |= {name: opened.get_tensor(name) for name in held}

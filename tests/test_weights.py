@@ -18,7 +18,7 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize(("limit", "files"), [(1, 5), (130, 3), (10**9, 2)])
+@pytest.mark.parametrize(("limit", "files"), [(1, 5), (130, 4), (10**9, 2)])
 def test_shards_hold_what_was_written_and_no_more_than_their_size(tmp_path, limit, files):
     writer = ShardWriter(tmp_path, limit, len(TENSORS))
     for name, tensor in TENSORS.items():
