@@ -11,6 +11,7 @@ prune_attention_by_gqa_groups.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from compression.config import AtLeast, Between, Config, Flat, formerly, group, 
 from compression.files import write_json
 from compression.llm.evaluate import Evaluation
 from compression.llm.gqa_pruning import (
+    SWEEP,
     Cuts,
     LayerwisePruning,
     Rates,
@@ -157,19 +159,26 @@ class Trials:
         """Prune by a ratio."""
         model, text, config = self.run.load(), self.run.text, self.config
         rates = layer_rates(config.rates, layers_of(model), ratio, self.removal, config.run.seed)
-        pruning = LayerwisePruning(
-            model, rates, pick(Cuts, config), text, lambda name, make: self.run.saved.tensors(f"{ratio!r}_{name}", make)
-        )
+        cached, store = (self._named(keep, ratio) for keep in (self.run.saved.tensors, self.run.store))
+        pruning = LayerwisePruning(model, rates, pick(Cuts, config), text, cached, store)
         pruning.prune()
         return pruning
 
+    @staticmethod
+    def _named(keep: Callable[..., Any], ratio: float) -> Callable[..., Any]:
+        """Keeps the parts of each trial by names of their own."""
+        return lambda name, *rest: keep(f"{ratio!r}_{name}", *rest)
+
     def perplexity(self, ratio: float) -> float:
         """Perplexity on held-out text when pruned by a ratio; kept, in case the run is killed."""
-        text = self.run.text
-        self.perplexities[ratio] = self.run.saved.json(
-            f"{ratio!r}_perplexity", lambda: perplexity(self.prune(ratio).model, text.held_out, text.batch_size)
-        )
+        self.perplexities[ratio] = self.run.saved.json(f"{ratio!r}_perplexity", lambda: self._measure(ratio))
         return self.perplexities[ratio]
+
+    def _measure(self, ratio: float) -> float:
+        text = self.run.text
+        found = perplexity(self.prune(ratio).model, text.held_out, text.batch_size)
+        self.run.saved.forget(f"{ratio!r}_{SWEEP}")  # of each trial a whole model may lie on the disk
+        return found
 
 
 def check_target(target: float, dense: float) -> None:

@@ -93,7 +93,7 @@ def main(config: GlobalPruningConfig) -> None:
         # What removing each part of the dense model would cost; then the budget, over all layers at once.
         removal = run.removal_perplexities()
         scoring, budget = pick(Scoring, config), pick(Budget, config)
-        pruning = GlobalPruning(run.model, scoring, budget, run.text, removal, run.saved.tensors)
+        pruning = GlobalPruning(run.model, scoring, budget, run.text, removal, run.saved.tensors, run.store)
         small = pruning.prune()
         if config.uniform:
             small = to_stock(small)

@@ -5,30 +5,48 @@ checksums are. Weights are safetensors, everything else is JSON: no pickles. Not
 mis-shaped or not finite passes.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable
 from datetime import UTC, datetime
+from functools import partial
+from glob import escape
 from pathlib import Path
-from typing import Any
+from tempfile import gettempdir
+from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
-from compression.files import new_folder, read_object, read_unchanged, remove_folder, restore_replaced, write_json
+from compression.files import (
+    link_or_copy,
+    new_folder,
+    read_object,
+    read_unchanged,
+    remove_folder,
+    restore_replaced,
+    write_json,
+)
 from compression.flops import part_of
 from compression.integrity import STAGE_FILE, STATE_FILE, digest_of, read_record, seal, sha256_of, verify
 from compression.modeling import add_modeling_code, fix_4bit_layers
+from compression.offload import Placement, offload_of, put_offloaded
 from compression.outputs import Output, some
 from compression.runtime import UserError, fingerprint, processes, relative_path
 from compression.structures import DECODERS
+from compression.weights import MAX_SHARD_SIZE, Shards, check_finite
 
 # A model, its tokenizer, and which weights did not fit.
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
@@ -41,6 +59,7 @@ def save_checkpoint(
     stage: dict[str, Any],
     files: dict[str, Any] | None = None,
     new: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Path:
     """Write a checkpoint folder.
 
@@ -50,20 +69,43 @@ def save_checkpoint(
         stage: contents of `stage.json`, see `describe_stage`.
         files: further JSON files, by name.
         new: nothing is replaced.
+        max_shard_size: bytes of weights per file; an offloaded model's files stay as they are.
 
     Of several processes the first one writes.
 
     Raises:
         UserError: a weight is not finite, or what lies in the folder must stay: see `outputs.Output`.
     """
-    check_finite(model.state_dict(), f"the model for {folder}", "nothing was saved")
+    check_weights_finite(model, folder)
+    return save_folder(folder, partial(write_model, model, tokenizer, max_shard_size), stage, files, new)
 
-    def write(temporary: Path) -> None:
-        add_modeling_code(model, temporary)
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
 
-    return save_folder(folder, write, stage, files, new)
+def check_weights_finite(model: PreTrainedModel, folder: Path) -> None:
+    """Raise UserError where a weight that is to be saved is not finite; an offloaded model's were, when written."""
+    if offload_of(model) is None:
+        check_finite(model.state_dict(), f"the model for {folder}", "nothing was saved")
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_shard_size: int, folder: Path) -> None:
+    """Write all of a checkpoint but its `stage.json` into a folder that is there."""
+    offloaded = offload_of(model)
+    if offloaded is None:
+        add_modeling_code(model, folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    else:
+        write_description(model, folder)
+        for file in offloaded.shards.files:
+            link_or_copy(str(offloaded.shards.folder / file), str(folder / file))
+    tokenizer.save_pretrained(folder)
+
+
+def write_description(model: PreTrainedModel, folder: Path) -> None:
+    """Write everything of a language model but its weights and tokenizer: configurations, a pruned class's code."""
+    add_modeling_code(model, folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def save_folder(
@@ -83,19 +125,6 @@ def save_folder(
             seal(temporary, stage)
     state.wait_for_everyone()
     return Path(folder)
-
-
-def check_finite(tensors: dict[str, torch.Tensor], what: str, then: str) -> None:
-    """Raise UserError where a tensor holds NaN or infinity.
-
-    Args:
-        what: whose tensors they are. then: what follows from it, for the error text.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and tensor.numel():
-            if not all(value.isfinite() for value in tensor.aminmax()):  # both are NaN where one value is
-                count = int((~tensor.isfinite()).sum())
-                raise UserError(f"{what}: {count} of {tensor.numel()} values of {name} are not finite; {then}")
 
 
 def describe_stage(
@@ -289,11 +318,15 @@ def load_language_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantization: BitsAndBytesConfig | None = None,
+    offload: Literal["none", "cpu", "disk"] = "none",
+    scratch: Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a language model and its tokenizer, in evaluation mode: see `load_classifier`.
 
     Args:
         quantization: how to quantize the layers' weights while they are loaded, if at all.
+        offload: where the layers stay while they do not compute, see `compression.offload`; none: on the device.
+        scratch: folder for states between layers with disk; None: the system's for temporary files.
 
     Raises:
         UserError: see `load_classifier`.
@@ -301,18 +334,65 @@ def load_language_model(
 
     def load() -> Loaded:
         _check_folder(folder)
-        return _load(
-            AutoModelForCausalLM,
-            folder,
-            dtype=dtype,
-            device_map={"": torch.device(device)},
-            quantization_config=quantization,
-        )
+        options = dict(device_map={"": torch.device(device)}, quantization_config=quantization)
+        return _load(AutoModelForCausalLM, folder, dtype=dtype, **options)
 
+    if offload != "none":
+        _check_folder(folder)
+        placement = Placement(offload, torch.device(device), dtype, scratch or Path(gettempdir()))
+        skeleton = open_offloaded(folder, placement)
+        return skeleton, _load_tokenizer(folder, skeleton)
     model, tokenizer, report = read_unchanged(folder, load)
     _check_weights(folder, report, _ANOTHER)
     fix_4bit_layers(model)
     return model.eval(), tokenizer
+
+
+def open_offloaded(folder: Path, placement: Placement) -> PreTrainedModel:
+    """A language model in evaluation mode that computes with the weights in a folder, one layer at a time.
+
+    Raises:
+        UserError: see `load_classifier`.
+    """
+    model, shards = load_skeleton(folder, placement.dtype)
+    put_offloaded(model, shards, placement)
+    return model
+
+
+def load_skeleton(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Shards]:
+    """A language model in evaluation mode without weights (they are on the meta device, buffers are not), and those
+    that it is to have.
+
+    Raises:
+        UserError: the folder is missing, is not a checkpoint or is damaged; weights are missing, too many or of another
+            shape.
+    """
+    _check_folder(folder, tokenizer=False)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if model.can_generate() and (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # of several libraries, for whatever a file of it holds
+        raise _not_loaded(folder, "a language model", error) from None
+    shards = Shards(folder)
+    _check_weights(folder, _report(model, shards), _ANOTHER)
+    return model.eval(), shards
+
+
+def _report(model: PreTrainedModel, shards: Shards) -> dict[str, Any]:
+    """Which weights do not fit a skeleton, as transformers reports it."""
+    wanted = {name: list(value.shape) for name, value in model.state_dict().items()}
+    found, tied = shards.shapes, model.all_tied_weights_keys.keys()
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or []), r"rotary_emb\.inv_freq"]
+    unexpected = (name for name in found.keys() - wanted.keys() if not any(re.search(key, name) for key in ignored))
+    misfits = (name for name in found.keys() & wanted.keys() if found[name] != wanted[name])
+    return {
+        "missing_keys": wanted.keys() - found.keys() - tied,
+        "unexpected_keys": set(unexpected),
+        "mismatched_keys": {(name, tuple(found[name]), tuple(wanted[name])) for name in misfits},
+    }
 
 
 def check_positions(model: PreTrainedModel, flag: str, length: int) -> None:
@@ -327,15 +407,20 @@ def check_positions(model: PreTrainedModel, flag: str, length: int) -> None:
 
 
 _ANOTHER = "make or fetch that folder again"
+TENSORS_FILE = "tensors.safetensors"
 
 
-def _check_folder(folder: Path) -> dict[str, Any]:
-    """The config of a checkpoint whose files are all there and as they were written."""
+def _check_folder(folder: Path, tokenizer: bool = True) -> dict[str, Any]:
+    """The config of a checkpoint whose files are all there and as they were written.
+
+    Args:
+        tokenizer: whether its files have to be there too.
+    """
     folder = Path(folder)
     restore_replaced(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no checkpoint there (no config.json); name a folder that a stage has written")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
+    if tokenizer and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
         raise UserError(f"{folder}: has no tokenizer (tokenizer.json or vocab.txt); save it beside the model")
     verify(folder)
     return read_object(folder / "config.json")
@@ -346,22 +431,35 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> Loaded:
         model, report = auto_class.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    except Exception as error:  # of several libraries, for whatever a file of it holds
+        kind = "a classifier" if auto_class is AutoModelForSequenceClassification else "a language model"
+        raise _not_loaded(folder, kind, error) from None
+    tokenizer = _load_tokenizer(folder, model)
+    check_finite(model.state_dict(), str(folder), _ANOTHER)
+    return model, tokenizer, report
+
+
+def _load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         highest = max(tokenizer.get_vocab().values(), default=0)
     except Exception as error:  # of several libraries, for whatever a file of it holds
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        kind = "a classifier" if auto_class is AutoModelForSequenceClassification else "a language model"
-        raise UserError(
-            f"{folder}: cannot be loaded as {kind}: {type(error).__name__}: {reason}; {_ANOTHER}, or name another"
-        ) from None
-    rows = model.get_input_embeddings().num_embeddings
+        raise _not_loaded(folder, "a tokenizer", error) from None
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
     if highest >= rows:
         raise UserError(
             f"{folder}: its tokenizer gives token ids up to {highest}, its model has embeddings for {rows}; save the "
             "tokenizer that belongs to the model beside it"
         )
-    check_finite(model.state_dict(), str(folder), _ANOTHER)
-    return model, tokenizer, report
+    return tokenizer
+
+
+def _not_loaded(folder: Path, kind: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or ["no reason given"])[0]
+    return UserError(
+        f"{folder}: cannot be loaded as {kind}: {type(error).__name__}: {reason}; {_ANOTHER}, or name another"
+    )
 
 
 def _check_weights(
@@ -390,7 +488,7 @@ def _listed(what: str, names: Iterable[str]) -> str:
 class SavedParts:
     """Finished parts of a long run, so that a run that was killed goes on behind them.
 
-    Of several processes the first one makes them, the others wait and read.
+    Several processes make a part together, the first one keeps it, and all read it.
 
     Args:
         folder: where they are kept; its name must tell runs with other settings or inputs apart.
@@ -405,26 +503,61 @@ class SavedParts:
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """JSON values by name; made and kept where they are not there yet."""
-        return self._part(name, lambda _: {"value": make()})["value"]
+        part = self.folder / name
+        if self._is_missing(part):
+            record = {"value": make()}
+            self._keep(part, lambda _: record)
+        return read_state(part, self.folder)["value"]
 
     def tensors(self, name: str, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Named tensors, on the CPU; made and kept where they are not there yet."""
-
-        def write(folder: Path) -> dict[str, Any]:
-            save_tensors(folder / "tensors.safetensors", make())
-            return {}
-
-        self._part(name, write)
-        return load_tensors(self.folder / name / "tensors.safetensors")
-
-    def _part(self, name: str, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """A part's record; `write` makes the part's files in the folder it gets, and gives the record."""
         part = self.folder / name
-        with processes().main_process_first():
-            if not part.is_dir():
+        if self._is_missing(part):
+            made = make()
+
+            def write(folder: Path) -> dict[str, Any]:
+                save_tensors(folder / TENSORS_FILE, made)
+                return {}
+
+            self._keep(part, write)
+        read_state(part, self.folder)
+        return load_tensors(part / TENSORS_FILE)
+
+    def files(self, name: str, write: Callable[[Path | None], None]) -> Path:
+        """A folder of files, which `write` puts into the folder it gets, where they are not there yet.
+
+        Several processes call it together; only the first one gets a folder.
+        """
+        part = self.folder / name
+        if self._is_missing(part):
+            if processes().is_main_process:
                 with new_folder(part) as temporary:
-                    seal(temporary, write(temporary), STATE_FILE)
-        return read_state(part, self.folder)
+                    write(temporary)
+                    seal(temporary, {}, STATE_FILE)
+            else:
+                write(None)
+            processes().wait_for_everyone()
+        read_state(part, self.folder)
+        return part
+
+    def forget(self, prefix: str) -> None:
+        """Keep the parts whose names begin so no longer."""
+        processes().wait_for_everyone()
+        if processes().is_main_process:
+            for part in self.folder.glob(f"{escape(prefix)}*"):
+                remove_folder(part)
+
+    def _is_missing(self, part: Path) -> bool:
+        missing = not part.is_dir()
+        processes().wait_for_everyone()  # all of them look before one writes
+        return missing
+
+    def _keep(self, part: Path, write: Callable[[Path], dict[str, Any]]) -> None:
+        """Write a part: `write` makes its files in the folder it gets, and gives its record."""
+        if processes().is_main_process:
+            with new_folder(part) as temporary:
+                seal(temporary, write(temporary), STATE_FILE)
+        processes().wait_for_everyone()
 
     def remove(self) -> None:
         """Once the run's result is saved."""

@@ -4,6 +4,8 @@
 such a model would be scored, repaired and analysed wrongly.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 from weakref import WeakSet
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compression.hooks import evaluation_mode
+from compression.offload import States, offload_of
 from compression.runtime import UserError
 from compression.structures import DECODERS, family_of
 
@@ -35,6 +38,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.body: Any = model.model
+        self.offload = offload_of(model)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -43,6 +47,20 @@ class Decoder:
     @layers.setter
     def layers(self, layers: nn.ModuleList) -> None:
         self.body.layers = layers
+
+    @contextmanager
+    def present(self, index: int) -> Iterator[nn.Module]:
+        """A layer, whose weights are on the device meanwhile: where the model is offloaded they are elsewhere else."""
+        layer = self.layers[index]
+        if self.offload is None:
+            yield layer
+        else:
+            with self.offload.present(layer):
+                yield layer
+
+    def states(self) -> States:
+        """A place for states of texts between layers."""
+        return States(self.offload)
 
     @property
     def embeddings(self) -> nn.Module:
@@ -81,13 +99,24 @@ class Decoder:
         Args:
             ids: token ids [windows, length].
         """
-        layers, recorders = self.layers, [_InputRecorder() for _ in self.layers]
-        self.layers = nn.ModuleList(recorders)
-        try:
+        recorders = [_InputRecorder() for _ in self.layers]
+        with self._in_place_of_layers(recorders):
             self.final_states(ids)
+        return recorders[0].state, [recorder.options for recorder in recorders]
+
+    @contextmanager
+    def _in_place_of_layers(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        layers = self.layers
+        self.layers = nn.ModuleList(modules)
+        try:
+            yield
         finally:
             self.layers = layers
-        return recorders[0].state, [recorder.options for recorder in recorders]
+
+    def logits_without_layers(self, ids: Tensor) -> Tensor:
+        """The model's own logits [windows, length, vocabulary] where every layer lets its input through."""
+        with self._in_place_of_layers([_InputRecorder() for _ in self.layers]):
+            return self.model(input_ids=ids, use_cache=False).logits
 
     def share_tables(self, other: "Decoder") -> None:
         """Take over the rotary tables of another model, which are in no state dict."""
@@ -137,16 +166,17 @@ def check_layout(decoder: Decoder) -> None:
     numbers = torch.randint(model.config.vocab_size, (1, CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
     ids = numbers.to(model.device)
     with evaluation_mode(model):
-        state, options = decoder.first_input(ids)
-        for index, (layer, option) in enumerate(zip(decoder.layers, options, strict=True)):
-            middle = state + decoder.attention_branch(layer, state, option)
-            expected, state = middle + decoder.mlp_branch(layer, middle), layer(state, **option)
+        first, options = decoder.first_input(ids)
+        state = first
+        for index, option in enumerate(options):
+            with decoder.present(index) as layer:
+                middle = state + decoder.attention_branch(layer, state, option)
+                expected, state = middle + decoder.mlp_branch(layer, middle), layer(state, **option)
             if not _same(state, expected):
                 _refuse(model, f"layer {index} computes something else than state + attention, then state + MLP")
-        state = decoder.norm(state)
-        if not _same(decoder.final_states(ids), state):
+        if not _same(decoder.final_states(ids), decoder.norm(state)):
             _refuse(model, "its final states are not its layers, one after the other, and the final norm")
-        if not _same(model(input_ids=ids, use_cache=False).logits, decoder.logits(state)):
+        if not _same(decoder.logits_without_layers(ids), decoder.logits(decoder.norm(first))):
             _refuse(model, "its logits are not those of the head alone (are they capped or scaled?)")
 
 

@@ -9,11 +9,10 @@ import hashlib
 import json
 import os
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from compression.files import json_text, read_object, real_path
+from compression.files import json_text, read_object
 from compression.runtime import UserError
 
 STAGE_FILE, SOURCE_FILE, RUN_FILE, STATE_FILE = "stage.json", "source.json", "run.json", "state.json"
@@ -96,20 +95,24 @@ def files_in(folder: Path) -> list[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file; it is read once per size and modification time."""
+    """The sha256 of a file; it is read once, under whatever name, until its size or modification time changes."""
     status = os.stat(path)
     # A file may change twice within one tick of the clock that its times are taken from.
-    is_settled = time.time_ns() - status.st_mtime_ns > SETTLED_NANOSECONDS
-    read = _known_sha256 if is_settled else _sha256
-    return read(real_path(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    if time.time_ns() - status.st_mtime_ns <= SETTLED_NANOSECONDS:
+        return _sha256(path)
+    contents = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    if contents not in _known_sha256:
+        _known_sha256[contents] = _sha256(path)
+    return _known_sha256[contents]
 
 
-def _sha256(path: Path, *_: int) -> str:
-    with path.open("rb") as file:
+def _sha256(path: Path) -> str:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_known_sha256 = cache(_sha256)
+# By device, inode, size and modification time.
+_known_sha256: dict[tuple[int, ...], str] = {}
 
 
 def _entry(path: Path) -> dict[str, str | int]:

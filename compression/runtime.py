@@ -6,20 +6,23 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 RESULTS = ROOT / "results"
 
+Value = TypeVar("Value")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 log = logging.getLogger("compression")
@@ -50,6 +53,11 @@ def setup_logging() -> None:
     log.handlers = [logging.StreamHandler(sys.stdout)]
     log.setLevel(logging.INFO if int(os.environ.get("LOCAL_RANK", "0")) == 0 else logging.ERROR)
     log.propagate = False
+
+
+def log_phase(name: str) -> None:
+    """Log that a part of a run begins, in a form that can be looked for."""
+    log.info("Phase: %s", name)
 
 
 @contextmanager
@@ -87,6 +95,28 @@ def processes() -> PartialState:
     """The processes of this run, of which there are several under `accelerate launch` or `torchrun`."""
     # Accelerate sets up several processes on the CPU only where it is told that the CPU is meant.
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def own_share(items: Sequence[Value]) -> list[Value]:
+    """Those of some items that this process works on: every item has one process."""
+    state = processes()
+    return list(items[state.process_index :: state.num_processes])
+
+
+def sum_over_processes(*tensors: Tensor) -> None:
+    """Replace tensors by their sums over all processes, in place."""
+    state = processes()
+    if state.num_processes > 1:
+        for tensor in tensors:
+            moved = tensor.to(state.device)
+            torch.distributed.all_reduce(moved)
+            tensor.copy_(moved)
+
+
+def from_main_process(make: Callable[[], Value]) -> Value:
+    """What the first process makes, for all of them; the others wait."""
+    made = [make() if processes().is_main_process else None]
+    return broadcast_object_list(made)[0]
 
 
 def pick_device(name: str = "auto") -> torch.device:

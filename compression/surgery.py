@@ -1,6 +1,8 @@
 """Masks -> physically smaller Linear layers."""
 
 import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from compression.checkpoint import write_description
 from compression.decoder import Decoder, decoder_of
 from compression.modeling import pruned_classes
 from compression.modeling.pruned_decoder import remove_attention, remove_mlp
+from compression.offload import LayerWriter, offload_of, put_offloaded
 from compression.runtime import UserError
 from compression.structures import DECODER_KINDS, ENCODER_KINDS, GROUPS, LayerParts, head_dim, layers_of, spread
 
@@ -49,15 +53,18 @@ def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedM
     return pruned.to(model.device).eval()  # type: ignore[arg-type]
 
 
-def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:
+def shrink_decoder(
+    model: PreTrainedModel, kept: dict[str, list[Tensor]], before: Callable[[int], None] = lambda _: None
+) -> PreTrainedModel:
     """Make a language model physically smaller.
 
     Args:
-        model: a LLaMA-class language model, dense or already pruned. It is used up: its weights are cut down in place
-            and become the result's, so that no second copy of a large model is needed.
+        model: a LLaMA-class language model, dense or already pruned, in memory. It is used up: its weights are cut down
+            in place and become the result's, so that no second copy of a large model is needed.
         kept: for groups and channels one bool tensor [structures] per layer, True where the structure stays. An
             attention or MLP of which nothing stays is taken out, but for the bias of its output projection; a layer of
             which not even a bias stays is taken out whole.
+        before: called with each layer's index before that layer is cut down.
 
     Returns:
         A model of the pruned class of that family, in evaluation mode.
@@ -66,18 +73,71 @@ def shrink_decoder(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> Pre
         UserError: an architecture that is not supported, or no attention is left in any layer.
     """
     decoder = decoder_of(model)
-    if not any(mask.any() for mask in kept[GROUPS]):
-        raise UserError("nothing is left of any layer's attention: choose a lower pruning ratio")
-    for index, parts in enumerate(layers_of(model)):
-        here = {kind: kept[kind][index] for kind in DECODER_KINDS if parts.count(kind)}
-        for kind, mask in here.items():
-            if mask.any():
-                shrink_layer(parts, {kind: mask})
-            else:
-                (remove_attention if kind == GROUPS else remove_mlp)(decoder.layers[index])
-    stay = [index for index, parts in enumerate(layers_of(model)) if not parts.empty]
+    for _ in _cut_layers(decoder, kept, before):
+        pass
+    stay = _not_empty(model)
     decoder.layers = nn.ModuleList(decoder.layers[index] for index in stay)
     return to_pruned(model, stay)
+
+
+def write_shrunk_decoder(
+    model: PreTrainedModel,
+    kept: dict[str, list[Tensor]],
+    folder: Path | None,
+    max_shard_size: int,
+    before: Callable[[int], None] = lambda _: None,
+) -> None:
+    """As `shrink_decoder`, of an offloaded model: each layer is written as soon as it is cut down.
+
+    Args:
+        folder: an existing one, which gets all of a checkpoint but the tokenizer; None: another process writes.
+        max_shard_size: bytes of weights per file.
+    """
+    decoder, writer = decoder_of(model), LayerWriter(model, folder, max_shard_size)
+    for index in _cut_layers(decoder, kept, before):
+        if not layers_of(model)[index].empty:
+            writer.add(decoder.layers[index])
+    writer.close()
+    stay = _not_empty(model)
+    decoder.layers = nn.ModuleList(decoder.layers[index] for index in stay)
+    write_pruned_description(model, folder, stay)
+
+
+def write_pruned_description(
+    model: PreTrainedModel, folder: Path | None, stay: list[int] | range | None = None
+) -> None:
+    """Write everything of a checkpoint but weights and tokenizer, for a language model that was cut down in place.
+
+    Args:
+        folder: None: another process writes.
+        stay: which of the layers that the config describes are left; None: all of them.
+    """
+    config, model_class = _pruned_config(model, stay)
+    if folder is not None:
+        with torch.device("meta"):
+            described = model_class(config)
+        described.generation_config = model.generation_config
+        write_description(described, folder)
+
+
+def _cut_layers(decoder: Decoder, kept: dict[str, list[Tensor]], before: Callable[[int], None]) -> Iterator[int]:
+    """Cut down layer after layer; yields the index of each while its weights are there."""
+    if not any(mask.any() for mask in kept[GROUPS]):
+        raise UserError("nothing is left of any layer's attention: choose a lower pruning ratio")
+    for index, parts in enumerate(layers_of(decoder.model)):
+        with decoder.present(index) as layer:
+            before(index)
+            for kind in DECODER_KINDS:
+                if parts.count(kind):
+                    if kept[kind][index].any():
+                        shrink_layer(parts, {kind: kept[kind][index]})
+                    else:
+                        (remove_attention if kind == GROUPS else remove_mlp)(layer)
+            yield index
+
+
+def _not_empty(model: PreTrainedModel) -> list[int]:
+    return [index for index, parts in enumerate(layers_of(model)) if not parts.empty]
 
 
 def to_pruned(model: PreTrainedModel, stay: list[int] | range | None = None) -> PreTrainedModel:
@@ -87,11 +147,17 @@ def to_pruned(model: PreTrainedModel, stay: list[int] | range | None = None) -> 
         model: used up, its weights become the result's.
         stay: which of the layers that the config describes are left; None: all of them.
     """
+    return _rebuild(model, *_pruned_config(model, stay))
+
+
+def _pruned_config(
+    model: PreTrainedModel, stay: list[int] | range | None
+) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """The config that describes a model's layers as they are, and its class."""
     stay = range(len(layers_of(model))) if stay is None else stay
     config_class, model_class = pruned_classes(model.config.model_type, AutoModelForCausalLM)
     layers = {index: _layer_values(parts) for index, parts in enumerate(layers_of(model))}
-    config = config_class(**_decoder_values(model, stay) | {"per_layer_config": layers})
-    return _rebuild(model, config, model_class)
+    return config_class(**_decoder_values(model, stay) | {"per_layer_config": layers}), model_class
 
 
 def stock_group_counts(model: PreTrainedModel) -> list[int]:
@@ -136,6 +202,8 @@ def _rebuild(model: PreTrainedModel, config: PretrainedConfig, model_class: type
     Decoder(rebuilt).share_tables(Decoder(model))
     if getattr(model, "generation_config", None) is not None:
         rebuilt.generation_config = model.generation_config
+    if (offloaded := offload_of(model)) is not None:
+        put_offloaded(rebuilt, offloaded.shards, offloaded.placement)
     return rebuilt.eval()
 
 

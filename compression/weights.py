@@ -17,6 +17,8 @@ from torch import Tensor
 from compression.files import read_object, write_json
 from compression.runtime import UserError
 
+MAX_SHARD_SIZE = 5 * 10**9
+"""Bytes of weights per file where nothing else is asked for."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Space in the header for a tensor: its name, data type, shape and offsets take about 150.
 ENTRY_BYTES = 256
@@ -163,3 +165,16 @@ class _Shard:
         self._file.seek(0)
         self._file.write(self._space.to_bytes(8, "little") + header.ljust(self._space))
         self._file.close()
+
+
+def check_finite(tensors: dict[str, Tensor], what: str, then: str) -> None:
+    """Raise UserError where a tensor holds NaN or infinity.
+
+    Args:
+        what: whose tensors they are. then: what follows from it, for the error text.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and tensor.numel():
+            if not all(value.isfinite() for value in tensor.aminmax()):  # both are NaN where one value is
+                count = int((~tensor.isfinite()).sum())
+                raise UserError(f"{what}: {count} of {tensor.numel()} values of {name} are not finite; {then}")

@@ -102,14 +102,14 @@ DECODER_FILES = (*DECODER_FILES.split(), "pruned_decoder.py")
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def save_decoder(folder, model, stage=None):
+def save_decoder(folder, model, stage=None, **options):
     """Save a language model with a tokenizer whose words are letters (a is id 4)."""
     vocabulary = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    return save_checkpoint(folder, model, tokenizer, stage or {"stage": "dense"})
+    return save_checkpoint(folder, model, tokenizer, stage or {"stage": "dense"}, **options)
 
 
 def letters(count, seed=0):

@@ -14,7 +14,7 @@ from compression.flops import count_macs, count_parameters
 from compression.llm.perplexity import perplexity
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.llm.zeroshot import check_tasks, zero_shot
-from compression.runtime import UserError, log
+from compression.runtime import UserError, from_main_process, log
 from compression.structures import layers_of
 from compression.timing import measure_generation
 
@@ -126,7 +126,7 @@ def measure(
         log.info("Perplexity on %s (%d windows of %d tokens): %.2f", name, *tests[name].shape, value)
     if evaluation.evaluates("zeroshot"):
         limit = evaluation.eval_zeroshot_limit or None
-        found["zeroshot"] = zero_shot(model, tokenizer, evaluation.tasks, data_dir, limit)
+        found["zeroshot"] = from_main_process(lambda: zero_shot(model, tokenizer, evaluation.tasks, data_dir, limit))
         for task, figures in found["zeroshot"].items():
             accuracy, error = figures["acc"], figures["acc_standard_error"]
             log.info("%s: %.1f ± %.1f %% of %d", task, 100 * accuracy, 100 * error, figures["n"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,12 +20,13 @@ from compression.allocation import Pool, all_but_least, keep_or_drop_layers
 from compression.decoder import decoder_of
 from compression.hooks import hooked
 from compression.llm.perplexity import perplexity
-from compression.llm.repair import repair
+from compression.llm.repair import repairing
 from compression.llm.scoring import SCORES, ScoreName, score_structures
 from compression.llm.text import CalibrationText
-from compression.runtime import UserError, log
+from compression.offload import Store, no_store, offload_of
+from compression.runtime import UserError, log, log_phase
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of, spread
-from compression.surgery import shrink_decoder, stock_group_counts
+from compression.surgery import shrink_decoder, stock_group_counts, write_shrunk_decoder
 
 Kept = dict[str, list[Tensor]]
 
@@ -68,6 +70,7 @@ class GlobalPruning:
         model: used up; `prune` returns the smaller one.
         removal: what `removal_perplexities` gave for the dense model; needed where temperature is above 0.
         cached: given a name and a function that makes named tensors, gives these or what an earlier run made.
+        store: where an offloaded model's smaller forms go.
 
     Raises:
         UserError: the ratio cannot be reached with the protected layers left alone.
@@ -81,9 +84,10 @@ class GlobalPruning:
         text: CalibrationText,
         removal: dict[str, Any] | None = None,
         cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
+        store: Store = no_store,
     ):
         self.model, self.scoring, self.budget = model, scoring, budget
-        self.text, self.removal, self.cached = text, removal, cached
+        self.text, self.removal, self.cached, self.store = text, removal, cached, store
         decoder_of(model)
         layers = layers_of(model)
         # Of each layer and structure that is left: its place in the dense model.
@@ -107,22 +111,40 @@ class GlobalPruning:
         for step in range(1, steps + 1):
             scores = self._cached_by_kind(f"scores_of_step_{step}_of_{steps}", self._score)
             densities = self._densities(scores)
+            log_phase("budget")
             ratio = self.budget.pruning_ratio * step / steps
             choose = partial(self._best_choice, densities, step, ratio)
             kept = self._cached_by_kind(f"kept_in_step_{step}_of_{steps}", choose)
             self._note(scores, densities)
             log.info("Step %d of %d: %s", step, steps, _summary(kept))
-            if self.budget.compensation == "lstsq":
-                repair(self.model, kept, self.text.repair, self.text.batch_size)
-            self._follow(kept, step)
-            self.model = shrink_decoder(self.model, kept)
+            biased = [parts.biased for parts in layers_of(self.model)]
+            self.model = self._shrink(kept, step)
+            self._follow(kept, step, biased)
         return self.model
+
+    def _shrink(self, kept: Kept, step: int) -> PreTrainedModel:
+        """The smaller model, repaired where that is asked for; of an offloaded one layer by layer, to the disk."""
+        model = self.model
+
+        def repairs() -> Callable[[int], None]:
+            if self.budget.compensation == "none":
+                return lambda _: None
+            return repairing(model, kept, self.text.repair, self.text.batch_size)
+
+        def write(folder: Path | None, max_shard_size: int) -> None:
+            write_shrunk_decoder(model, kept, folder, max_shard_size, repairs())
+
+        log_phase("repair and surgery")
+        if offload_of(model) is None:
+            return shrink_decoder(model, kept, repairs())
+        return self.store(f"model_of_step_{step}", model, write)
 
     def _is_protected(self, layer: int) -> bool:
         ends = layer < self.budget.protect_first or layer >= self.depth - self.budget.protect_last
         return ends and not self.budget.uniform
 
     def _score(self) -> Kept:
+        log_phase("scores")
         return score_structures(
             self.model,
             self.text.scores,
@@ -226,9 +248,12 @@ class GlobalPruning:
                         "removed_in_step": None,
                     }
 
-    def _follow(self, kept: Kept, step: int) -> None:
-        """Keep track of what is left, and of what went when."""
-        biased = [parts.biased for parts in layers_of(self.model)]
+    def _follow(self, kept: Kept, step: int, biased: list[bool]) -> None:
+        """Keep track of what is left, and of what went when.
+
+        Args:
+            biased: of each layer, whether something stays of it in any case.
+        """
         stay = []
         for index, layer in enumerate(self.origin):
             for kind in DECODER_KINDS:
@@ -267,5 +292,5 @@ def _mask_hooks(model: PreTrainedModel, kept: Kept) -> Iterator[RemovableHandle]
         for kind in DECODER_KINDS:
             if parts.count(kind) and not kept[kind][index].all():
                 outer = parts.split(kind)[1]
-                columns = spread(kept[kind][index], outer.in_features).to(outer.weight.device, outer.weight.dtype)
-                yield outer.register_forward_pre_hook(lambda _, given, columns=columns: given[0] * columns)
+                columns = spread(kept[kind][index], outer.in_features)
+                yield outer.register_forward_pre_hook(lambda _, given, columns=columns: given[0] * columns.to(given[0]))

@@ -7,10 +7,12 @@ Ma et al. 2023, arXiv:2305.11627), and a layer is cut down before the next one i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -20,10 +22,13 @@ from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
 from compression.llm.scoring import ScoreName, score_layer
 from compression.llm.text import CalibrationText
-from compression.runtime import UserError, log
+from compression.offload import LayerWriter, Store, no_store, offload_of
+from compression.runtime import UserError, log, log_phase
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of
-from compression.surgery import shrink_layer, stock_group_counts, to_pruned
+from compression.surgery import shrink_layer, stock_group_counts, to_pruned, write_pruned_description
 
+SWEEP = "model_of_sweep_"
+"""The beginning of the names of an offloaded model's smaller forms, one for each sweep."""
 Cached = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
@@ -260,6 +265,7 @@ class LayerwisePruning:
         model: used up; `prune` returns the smaller one.
         rates: of each layer, the share of its parameters to remove.
         cached: given a name and a function that makes named tensors, gives these or what an earlier run made.
+        store: where an offloaded model's smaller forms go.
     """
 
     def __init__(
@@ -269,17 +275,25 @@ class LayerwisePruning:
         cuts: Cuts,
         text: CalibrationText,
         cached: Cached = lambda _, make: make(),
+        store: Store = no_store,
     ):
-        self.model, self.rates, self.cuts, self.text, self.cached = model, rates, cuts, text, cached
+        self.model, self.rates, self.cuts, self.text = model, rates, cuts, text
+        self.cached, self.store = cached, store
         decoder_of(model)
         self.stock_groups = stock_group_counts(model) if cuts.uniform else []
         self.before = [(parts.groups, parts.channels, parts.parameters) for parts in layers_of(model)]
 
     def prune(self) -> PreTrainedModel:
         """Remove what the rates say, in as many sweeps as the configuration wants."""
+        offloaded = offload_of(self.model) is not None
         for step in range(1, self.cuts.iterative_steps + 1):
-            self._sweep(step)
-        self.model = to_pruned(self.model)
+            log_phase(f"sweep {step}")
+            if offloaded:
+                self.model = self.store(f"{SWEEP}{step}", self.model, partial(self._write_sweep, step))
+            else:
+                self._sweep(step)
+        if not offloaded:
+            self.model = to_pruned(self.model)
         return self.model
 
     def table(self) -> list[dict[str, Any]]:
@@ -310,10 +324,24 @@ class LayerwisePruning:
         before, after = (sum(row[f"parameters_{when}"] for row in rows) for when in ("before", "after"))
         return 1 - after / before
 
-    def _sweep(self, step: int) -> None:
+    def _write_sweep(self, step: int, folder: Path | None, max_shard_size: int) -> None:
+        """As `_sweep`, of an offloaded model: each layer is written once it is done with."""
+        writer = LayerWriter(self.model, folder, max_shard_size)
+        self._sweep(step, writer.add)
+        decoder = decoder_of(self.model)
+        for index in range(writer.count, len(decoder.layers)):  # those that stay as they are
+            with decoder.present(index) as layer:
+                writer.add(layer)
+        writer.close()
+        write_pruned_description(self.model, folder)
+
+    def _sweep(self, step: int, done: Callable[[nn.Module], None] = lambda _: None) -> None:
         """From the first layer to the last, so that the text goes through each layer once, when it is done with.
 
         Layers are cut to whole structures; what one removes too much, the next one removes less.
+
+        Args:
+            done: called with each layer while its weights are there.
         """
         share = step / self.cuts.iterative_steps
         scored = LayerStream(self.model, self.text.scores, self.text.batch_size)
@@ -323,15 +351,17 @@ class LayerwisePruning:
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
         for index in tqdm(range(last + 1), desc="layers", leave=False, disable=None):
-            if self.rates[index]:
-                left = layers_of(self.model)[index].parameters
-                due += self.rates[index] * share * self.before[index][2] - (self.before[index][2] - left)
-                self._prune_layer(index, due, step, streams)
-                due -= left - layers_of(self.model)[index].parameters
-                if self.cuts.uniform:  # the next layer is to get the same sizes
-                    due = 0.0
-            for text in streams:
-                text.advance()
+            with scored.decoder.present(index) as layer:
+                if self.rates[index]:
+                    left = layers_of(self.model)[index].parameters
+                    due += self.rates[index] * share * self.before[index][2] - (self.before[index][2] - left)
+                    self._prune_layer(index, due, step, streams)
+                    due -= left - layers_of(self.model)[index].parameters
+                    if self.cuts.uniform:  # the next layer is to get the same sizes
+                        due = 0.0
+                for text in streams:
+                    text.advance()
+                done(layer)
 
     def _prune_layer(self, index: int, budget: float, step: int, streams: list[LayerStream]) -> None:
         counts = self._counts(layers_of(self.model)[index], index, budget, step / self.cuts.iterative_steps)

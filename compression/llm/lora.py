@@ -14,11 +14,12 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from compression.checkpoint import check_finite, load_tensors
+from compression.checkpoint import load_tensors
 from compression.files import restore_replaced
 from compression.integrity import verify
 from compression.runtime import UserError
 from compression.text_files import parse_json, read_text
+from compression.weights import check_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What PEFT and safetensors raise on damaged files, and on fields of a type that they did not expect.

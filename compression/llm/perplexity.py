@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
-from compression.runtime import UserError
+from compression.llm.layerwise import final_states
+from compression.runtime import UserError, sum_over_processes
 
 # Tokens whose logits are held at a time. In fp32 a vocabulary of 49,152 takes 25 MB for them: larger blocks are
 # slower on the CPU, for the allocator gives blocks above 32 MB back to the system and asks for them anew each time.
@@ -37,18 +37,18 @@ def token_losses(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, ids: Ten
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) -> float:
-    """Perplexity on windows of token ids [count, length].
+    """Perplexity on windows of token ids [count, length]. Several processes share the windows.
 
     Raises:
         UserError: it is not finite, and from which window on.
     """
-    decoder, total = decoder_of(model), 0.0
-    for place, ids in enumerate(tqdm(windows.split(batch_size), desc="perplexity", leave=False, disable=None)):
-        ids = ids.to(model.device)
-        losses = token_losses(decoder.logits, decoder.final_states(ids), ids)
-        check_losses(model, losses, place * batch_size, "perplexity")
-        total += losses.double().sum().item()
-    return exp_of_mean(model, total, len(windows) * (windows.shape[1] - 1), "the model")
+    decoder, total = decoder_of(model), torch.zeros((), dtype=torch.double)
+    for place, ids, states in final_states(model, windows, batch_size, "perplexity"):
+        losses = token_losses(decoder.logits, states, ids)
+        check_losses(model, losses, place, "perplexity")
+        total += losses.double().sum().cpu()
+    sum_over_processes(total)
+    return exp_of_mean(model, total.item(), len(windows) * (windows.shape[1] - 1), "the model")
 
 
 def exp_of_mean(model: PreTrainedModel, total: float, tokens: int, what: str) -> float:
@@ -83,5 +83,7 @@ def suspect(model: PreTrainedModel) -> str:
 
 
 def broken_weight(model: PreTrainedModel) -> str | None:
-    """The first parameter that holds a value that is not finite."""
-    return next((name for name, values in model.named_parameters() if not values.isfinite().all()), None)
+    """The first parameter that holds a value that is not finite; those of offloaded layers are checked where they are
+    fetched."""
+    there = ((name, values) for name, values in model.named_parameters() if not values.is_meta)
+    return next((name for name, values in there if not values.isfinite().all()), None)

@@ -6,7 +6,7 @@ minimise |X_kept W' - X W|^2 + ridge * |W' - W_kept|^2. All of it is known from 
 is gone through once, layer by layer, and no activations are stored but the states between layers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +19,7 @@ from compression.decoder import decoder_of
 from compression.importance import RIDGE, damp
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import broken_weight, suspect
-from compression.runtime import UserError
+from compression.runtime import UserError, sum_over_processes
 from compression.structures import DECODER_KINDS, GROUPS, layers_of, spread
 
 
@@ -27,23 +27,38 @@ class StopForward(Exception):
     """The rest of a layer's forward pass is of no interest."""
 
 
-@torch.no_grad()
 def repair(model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tensor, batch_size: int = 1) -> None:
     """Solve the output projections of every pruned layer anew, in place; the columns of what goes become zero.
 
     The text should have many times as many tokens as a layer has channels: with few it is fitted, not the language.
 
     Args:
+        model: in memory.
         kept: for groups and channels one bool tensor [structures] per layer, True where the structure stays.
         windows: token ids [count, length].
 
     Raises:
         UserError: a projection has no finite solution.
     """
+    step = repairing(model, kept, windows, batch_size)
+    for index in range(len(layers_of(model))):
+        step(index)
+
+
+def repairing(
+    model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tensor, batch_size: int = 1
+) -> Callable[[int], None]:
+    """As `repair`, for one layer after the other: a function of each layer's index, to be called in order."""
     stream = LayerStream(model, windows, batch_size)
-    for index in tqdm(range(len(layers_of(model))), desc="repair", leave=False, disable=None):
-        repair_layer(model, index, {kind: kept[kind][index] for kind in DECODER_KINDS}, stream)
-        stream.advance()
+    progress = tqdm(total=len(layers_of(model)), desc="repair", leave=False, disable=None)
+
+    def step(index: int) -> None:
+        with stream.decoder.present(index):
+            repair_layer(model, index, {kind: kept[kind][index] for kind in DECODER_KINDS}, stream)
+            stream.advance()
+        progress.update()
+
+    return step
 
 
 @torch.no_grad()
@@ -52,7 +67,7 @@ def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], st
 
     Args:
         kept: for groups and channels a bool tensor [structures], True where the structure stays.
-        stream: the text, standing before that layer.
+        stream: the text, standing before that layer, whose weights are on the device.
 
     Raises:
         UserError: a projection has no finite solution.
@@ -64,6 +79,7 @@ def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], st
             columns = spread(stays, outer.in_features).to(outer.weight.device)
             inputs = ((state, options[index]) for _, state, options in stream)
             gram = _gram(layer, outer, inputs, attention=kind == GROUPS)
+            sum_over_processes(gram)
             solved = _solve(outer.weight, gram, columns)
             if not solved.isfinite().all():
                 singular = gram.isfinite().all() and broken_weight(model) is None

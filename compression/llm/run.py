@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from accelerate.utils.modeling import convert_file_size_to_int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,12 +17,14 @@ from compression.assets import ensure_llm
 from compression.checkpoint import (
     SavedParts,
     check_positions,
+    check_weights_finite,
     contents,
     describe_stage,
     identify,
     is_made_from,
     load_language_model,
-    save_checkpoint,
+    open_offloaded,
+    write_model,
 )
 from compression.config import NO_EFFECT, AtLeast, FolderName, Settings
 from compression.decoder import decoder_of
@@ -39,15 +42,19 @@ from compression.llm.lora import PROJECTIONS
 from compression.llm.recovery import EVALUATIONS, Recovery, recover
 from compression.llm.removal import removal_perplexities
 from compression.llm.text import CalibrationText, Corpus, load_corpus, sample_windows, tokenize
+from compression.offload import OffloadName, all_weights, offload_of, pick_offload
 from compression.outputs import STATES_END, Output, owned
 from compression.runtime import (
     MODELS,
     RESULTS,
     Dtype,
+    UserError,
     device_named,
     fingerprint,
+    from_main_process,
     log,
     log_file,
+    log_phase,
     pick_device,
     pick_dtype,
     processes,
@@ -56,6 +63,7 @@ from compression.runtime import (
 )
 from compression.sources import LLM, LLM_FOLDER, describe_source
 from compression.training import Training
+from compression.weights import Shards
 
 FAST = FAST_EVALUATION | dict(
     num_samples=4, repair_samples=16, held_out_samples=1, analysis_samples=1, finetune_samples=64
@@ -80,6 +88,11 @@ class RunSettings(Settings):
     """The device the model is on: auto (a GPU where there is one, else the CPU), cpu or cuda:N."""
     dtype: Dtype = "auto"
     """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32. Scores are float32 always."""
+    offload: Annotated[OffloadName, NO_EFFECT] = "auto"
+    """Where layers are that do not compute: none (on the device), cpu (in RAM), disk (in their files; states of the
+    text too), auto: on the device if the model fits there, else the next that it fits. Same result but for rounding."""
+    max_shard_size: Annotated[str, NO_EFFECT] = "5GB"
+    """Size of the weight files of the pruned model, at most: a number with MB or GB."""
     resume: Annotated[bool, NO_EFFECT] = False
     """Go on behind what a killed run with the same settings had finished."""
     overwrite: Annotated[bool, NO_EFFECT] = False
@@ -90,6 +103,21 @@ class RunSettings(Settings):
     def check(self) -> None:
         if self.device_map != "auto":
             device_named(self.device_map)
+        try:
+            fits = self.shard_bytes > 0
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UserError(f"--max_shard_size {self.max_shard_size}: allowed is a size above 0 such as 500MB or 5GB")
+
+    @property
+    def shard_bytes(self) -> int:
+        """Most bytes of a weight file.
+
+        Raises:
+            ValueError: the text is no size.
+        """
+        return convert_file_size_to_int(self.max_shard_size)
 
     @property
     def folder(self) -> Path:
@@ -218,8 +246,9 @@ class Run:
         self.output = Output(run.folder, "--output_name", kind, RUN_FILE)
         self._check_output()
         seed_everything(run.seed)
-        device = pick_device(run.device_map)
-        self._load = partial(load_language_model, self.base, device, pick_dtype(run.dtype, "Weights"))
+        key = digest_of([config.result_fields(), contents(self.inputs)], 12)
+        self._states = run.folder.with_name(f".{run.output_name}_{key}{STATES_END}")
+        self._load = self._loader(pick_device(run.device_map), pick_dtype(run.dtype, "Weights"))
         self.model, self.tokenizer = self._load()
         decoder_of(self.model)  # refuses an unsupported architecture at once
         self.corpora, self.text, self.analysis_windows = calibration_text(
@@ -236,6 +265,19 @@ class Run:
         same = is_made_from(config.run.folder, settings, self.inputs, RUN_FILE, config.modernized)
         self.output.check_same(same, config.run.overwrite)
 
+    def _loader(self, device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
+        """What loads the dense model, offloaded where that is asked for or needed."""
+        evaluation = self.config.evaluation
+        place = pick_offload(self.config.run.offload, Shards(self.base), device, dtype)
+        for what in ("zeroshot", "efficiency"):
+            if place != "none" and evaluation.evaluates(what):
+                raise UserError(
+                    f"--run_evaluation {evaluation.run_evaluation}: {what} needs the model in memory, and --offload is "
+                    f"{place}; allowed are ppl and none; measure the result with: python evaluate_lora_model.py"
+                )
+        scratch = self._states / "states"
+        return partial(load_language_model, self.base, device, dtype, offload=place, scratch=scratch)
+
     def load(self) -> PreTrainedModel:
         """Another dense model."""
         model, _ = self._load()
@@ -245,11 +287,10 @@ class Run:
     def running(self) -> Iterator[None]:
         """The folder is this run's alone while it lasts, and the log is kept; the dense model is measured first."""
         run = self.config.run
-        key = digest_of([self.config.result_fields(), contents(self.inputs)], 12)
-        states = run.folder.with_name(f".{run.output_name}_{key}{STATES_END}")
-        with owned(run.folder, states):
-            self.saved = SavedParts(states, run.resume)
+        with owned(run.folder, self._states):
+            self.saved = SavedParts(self._states, run.resume)
             with log_file(self.saved.folder / "logs"):
+                log_phase("evaluation of the dense model")
                 self.dense = self.saved.json("dense", lambda: self._measure(self.model))
                 yield
             self.saved.remove()
@@ -263,9 +304,18 @@ class Run:
         """What removing each part of the dense model costs; None where the analysis is left out."""
         if not len(self.analysis_windows):
             return None
+        log_phase("removal analysis")
         batch_size = self.config.calibration.gradient_batch_size
         analyse = partial(removal_perplexities, self.model, self.analysis_windows, batch_size, parts)
         return self.saved.json("removal", analyse)
+
+    def store(self, name: str, model: PreTrainedModel, write: Callable[[Path | None, int], None]) -> PreTrainedModel:
+        """The smaller form of an offloaded model: see `offload.Store`."""
+        offloaded = offload_of(model)
+        assert offloaded is not None
+        folder = self.saved.files(name, lambda folder: write(folder, self.config.run.shard_bytes))
+        log_phase("reload")
+        return open_offloaded(folder, offloaded.placement)
 
     def finish(
         self,
@@ -279,16 +329,22 @@ class Run:
             write_analysis: writes the method's tables and plots into the folder it gets.
             more: what the results say besides, given what `_compare` found.
         """
+        log_phase("evaluation of the pruned model")
         results = self.saved.json("results", lambda: self._compare(model))
         results |= more(results)
         log.info("Base model: %s (%s)", shown(self.base), describe_source(self.base))
         data = {"calibration": [corpus.describe() for corpus in self.corpora]}
         stage = describe_stage(self.kind, self.config.as_dict(), self.inputs, results, data)
+        log_phase("writing")
+        check_weights_finite(model, self.config.run.folder)
         if processes().is_main_process:
             with self._written() as folder:
-                save_checkpoint(folder / "models", model, self.tokenizer, stage)
+                models = folder / "models"
+                models.mkdir()
+                write_model(model, self.tokenizer, self.config.run.shard_bytes, models)
+                seal(models, stage)
                 if self.config.run.save_bin:
-                    torch.save(model.state_dict(), folder / "models" / "pruned_model.bin")
+                    torch.save(all_weights(model), models / "pruned_model.bin")
                 write_analysis(folder / "analysis")
                 evaluation = results | {"data": data, "environment": stage["environment"]}
                 write_json(folder / "evaluation" / "evaluation_results.json", evaluation)
@@ -328,7 +384,8 @@ class Run:
         dense, pruned = self.dense, self._measure(model)
         results: dict[str, Any] = {"dense": dense, "pruned": pruned, "reduction": reduction(dense, pruned)}
         if self.config.evaluation.evaluates("efficiency"):
-            costs = measure_efficiency({"dense": self.load(), "pruned": model}, model.device, self.config.evaluation)
+            models = {"dense": self.load(), "pruned": model}
+            costs = from_main_process(lambda: measure_efficiency(models, model.device, self.config.evaluation))
             ratios = efficiency_ratios(costs["pruned"], costs["dense"])
             log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
             results["efficiency"] = costs | {"ratios": ratios}
