@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import solve_triangular as triangular
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -21,6 +22,9 @@ from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import broken_weight, suspect
 from compression.runtime import UserError, sum_over_processes
 from compression.structures import DECODER_KINDS, GROUPS, layers_of, spread
+
+# Rows of a large matrix that are worked on at a time.
+BLOCK = 1024
 
 
 class StopForward(Exception):
@@ -116,13 +120,43 @@ def _solve(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
     """The projection [out, in] with these columns only that comes nearest to the whole one.
 
     The ridge is on the change of the columns that stay: where the text says little, they keep their weights. Where
-    there is no solution, it is not finite.
+    there is no solution, it is not finite. Of the matrices in float64 there is one of the size of what stays, one of
+    what stays by what goes, and blocks of outputs.
     """
     solved = torch.zeros_like(weight)
     if columns.any():
-        kept = damp(gram[columns][:, columns].double(), RIDGE)
-        lost = gram[columns][:, ~columns].double() @ weight[:, ~columns].double().T
-        change, singular = torch.linalg.solve_ex(kept, lost)
-        change = change.masked_fill(singular != 0, torch.nan).T
-        solved[:, columns] = (weight[:, columns].double() + change).to(weight.dtype)
+        solve, lost = _solver(gram, columns), gram[columns][:, ~columns].double()
+        for rows, old in zip(solved.split(BLOCK), weight.split(BLOCK), strict=True):
+            change = solve(lost @ old[:, ~columns].double().T)
+            rows[:, columns] = (old[:, columns].double() + change.T).to(weight.dtype)
     return solved
+
+
+def _solver(gram: Tensor, columns: Tensor) -> Callable[[Tensor], Tensor]:
+    """Solves for right-hand sides [columns that stay, count] with the damped Gram matrix of these columns."""
+    factor, failed = _cholesky(_damped(gram, columns))
+    if not failed:
+        return lambda sides: triangular(factor.mT, triangular(factor, sides, upper=False), upper=True)
+
+    # In 16 bits the Gram matrix can be off by more than the ridge, and have a direction that counts below zero.
+    def solve(sides: Tensor) -> Tensor:
+        found, singular = torch.linalg.solve_ex(_damped(gram, columns), sides)
+        return found.masked_fill(singular != 0, torch.nan)
+
+    return solve
+
+
+def _damped(gram: Tensor, columns: Tensor) -> Tensor:
+    """The damped Gram matrix of these columns, in float64; made in blocks of rows, for it is the largest there is."""
+    places = columns.nonzero()[:, 0]
+    kept = torch.empty(len(places), len(places), dtype=torch.double, device=gram.device)
+    for rows, part in zip(places.split(BLOCK), kept.split(BLOCK), strict=True):
+        part.copy_(gram[rows][:, places])
+    return damp(kept, RIDGE)
+
+
+def _cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The lower factor of a symmetric matrix, in its place, and whether there is none."""
+    factor, failed = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    return factor, bool(failed) or not bool(factor.diagonal().isfinite().all())
