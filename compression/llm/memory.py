@@ -1,0 +1,181 @@
+"""Sizes of published Llama models, and the memory that pruning and training them takes by formula.
+
+A formula counts the tensors that are there at the peak. What a device needs besides, such as the CUDA context and what
+an allocator cannot reuse, is not in it: `fits` leaves a share of the card for that. All sizes are in bytes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import LlamaConfig
+
+from compression.llm.perplexity import LOGIT_ROWS
+
+BF16, FP32, FP64 = 2, 4, 8
+NF4 = 0.5 + 1 / 64
+"""Of a weight in 4 bits: its code, and its share of a scale that is one byte for 64 weights."""
+ADAMW = 4 * FP32
+"""Of a weight that is trained: itself, its gradient and the two moments of AdamW, all in float32."""
+LAYERS_STREAMED = 2
+"""Layers that are on the device at a time: the one that is worked on, and the next one on its way."""
+LEFT_FREE = 0.1
+"""Share of a card that is left for what the formulas do not count."""
+
+VOCABULARY = 128_256
+"""Tokens of Llama 3 and those after it."""
+ROPE = {"rope_type": "default", "rope_theta": 500_000.0}
+LONG_ROPE = ROPE | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG_ROPE |= {"original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model of LLaMA's layout."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    intermediate: int
+    tied: bool = False
+    """Whether the head has the embeddings' weights."""
+    positions: int = 8192
+    scaling: float | None = None
+    """How far rotary positions are stretched, as Llama 3.1 and later do; None: not."""
+    vocabulary: int = VOCABULARY
+
+    def config(self) -> LlamaConfig:
+        """The configuration of a model of these sizes."""
+        rope: dict[str, Any] = ROPE if self.scaling is None else LONG_ROPE | {"factor": self.scaling}
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            intermediate_size=self.intermediate,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=self.positions,
+            rope_parameters=rope,
+            rms_norm_eps=1e-5,
+            dtype="bfloat16",
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one decoder layer, its two norms left out."""
+        queries, keys = self.hidden, self.hidden * self.key_value_heads // self.heads
+        return self.hidden * (2 * queries + 2 * keys + 3 * self.intermediate)
+
+    @property
+    def table_weights(self) -> int:
+        """Weights of the embeddings and of the head, where it has its own."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def weights(self) -> int:
+        """Weights of the model, norms left out."""
+        return self.table_weights + self.layers * self.layer_weights
+
+    def pruned_weights(self, ratio: float) -> int:
+        """Weights of the model without this share of its layers' parameters."""
+        return self.table_weights + round((1 - ratio) * self.layers * self.layer_weights)
+
+
+SHAPES = {
+    "Llama-3.2-1B": Shape(2048, 16, 32, 8, 8192, tied=True, positions=131_072, scaling=32.0),
+    "Llama-3-8B": Shape(4096, 32, 32, 8, 14_336),
+    "Llama-3-70B": Shape(8192, 80, 64, 8, 28_672),
+    "Llama-3.1-405B": Shape(16_384, 126, 128, 8, 53_248, positions=131_072, scaling=8.0),
+}
+
+
+# Parts of the peak.
+
+
+def layer_activations(shape: Shape, length: int) -> int:
+    """What one layer keeps of a window for its backward pass, in bfloat16: ten states, and four of the MLP's width."""
+    return BF16 * length * (10 * shape.hidden + 4 * shape.intermediate)
+
+
+def head_activations(shape: Shape) -> int:
+    """Logits of a block of tokens, their gradient and the softmax between, in float32."""
+    return 3 * FP32 * LOGIT_ROWS * shape.vocabulary
+
+
+def repair_matrices(shape: Shape, ratio: float) -> int:
+    """The Gram matrix of the MLP's channels, and what solving for those that stay takes: in float64 their part of the
+    matrix, its factors, and both sides of the equation for every output."""
+    stay = round((1 - ratio) * shape.intermediate)
+    return FP32 * shape.intermediate**2 + FP64 * (2 * stay**2 + 2 * stay * shape.hidden)
+
+
+# Peaks.
+
+
+def pruning_in_memory(shape: Shape, ratio: float = 0.5, length: int = 1024) -> int:
+    """Pruning with the whole model on the device: its bfloat16 weights, and the largest of what scores, the repair and
+    the smaller copy take."""
+    scores = shape.layers * layer_activations(shape, length) + head_activations(shape)
+    smaller = BF16 * shape.pruned_weights(ratio)
+    return BF16 * shape.weights + max(scores, repair_matrices(shape, ratio), smaller)
+
+
+def pruning_streamed(shape: Shape, ratio: float = 0.5, length: int = 1024) -> int:
+    """Pruning layer by layer: embeddings, head and two layers in bfloat16, and the larger of what the scores and the
+    repair of one layer take."""
+    weights = BF16 * (shape.table_weights + LAYERS_STREAMED * shape.layer_weights)
+    scores = layer_activations(shape, length) + head_activations(shape)
+    return weights + max(scores, repair_matrices(shape, ratio))
+
+
+def pruning_disk(shape: Shape, ratio: float = 0.5) -> int:
+    """The dense and the pruned checkpoint in bfloat16."""
+    return BF16 * (shape.weights + shape.pruned_weights(ratio))
+
+
+def training_activations(shape: Shape, length: int) -> int:
+    """What a training step keeps of one window with gradient checkpointing: the states between layers and one layer's
+    activations in bfloat16, and all logits with their gradient and softmax in float32."""
+    between = BF16 * shape.layers * length * shape.hidden
+    return between + layer_activations(shape, length) + 3 * FP32 * length * shape.vocabulary
+
+
+def full_recovery(shape: Shape, devices: int = 1, ratio: float = 0.5, length: int = 512) -> int:
+    """Training all weights of the pruned model, sharded over devices; on several, one whole layer is gathered too, with
+    its gradient, and of the tables the largest."""
+    share = ADAMW * shape.pruned_weights(ratio) // devices
+    gathered = 0 if devices == 1 else 2 * FP32 * max(shape.layer_weights, shape.vocabulary * shape.hidden)
+    return share + gathered + training_activations(shape, length)
+
+
+def adapter_weights(shape: Shape, rank: int = 8) -> int:
+    """Weights of LoRA adapters on all projections of the dense model."""
+    keys = shape.hidden * shape.key_value_heads // shape.heads
+    attention = 2 * (shape.hidden + shape.hidden) + 2 * (shape.hidden + keys)
+    return shape.layers * rank * (attention + 3 * (shape.hidden + shape.intermediate))
+
+
+def lora_recovery(shape: Shape, four_bits: bool = False, ratio: float = 0.5, length: int = 512) -> int:
+    """Training adapters of rank 8 beside the pruned model's frozen weights, in bfloat16 or the layers' in 4 bits."""
+    layers = shape.pruned_weights(ratio) - shape.table_weights
+    frozen = BF16 * shape.table_weights + round(layers * (NF4 if four_bits else BF16))
+    return frozen + ADAMW * adapter_weights(shape) + training_activations(shape, length)
+
+
+JOBS: dict[str, Callable[[Shape], int]] = {
+    "pruning by 50 % in memory": pruning_in_memory,
+    "pruning by 50 % streamed": pruning_streamed,
+    "LoRA, bfloat16": lora_recovery,
+    "LoRA, 4 bits": lambda shape: lora_recovery(shape, four_bits=True),
+    "all weights, 1 device": full_recovery,
+    "all weights, 8 devices": lambda shape: full_recovery(shape, 8),
+    "all weights, 16 devices": lambda shape: full_recovery(shape, 16),
+}
+"""The peak on each device by what is done there."""
+
+
+def fits(needed: int, card: int) -> bool:
+    """Whether a job that needs so many bytes fits a card of so many, with a share of it left free."""
+    return needed <= (1 - LEFT_FREE) * card

@@ -1,0 +1,40 @@
+"""The sizes of published models, and the formulas of what they take."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from compression.llm import memory
+from compression.llm.memory import SHAPES, Shape
+
+# Parameters that the models' cards state, in billions.
+PUBLISHED = {"Llama-3.2-1B": 1.24, "Llama-3-8B": 8.03, "Llama-3-70B": 70.6, "Llama-3.1-405B": 406}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_as_many_weights_as_the_published_models(name):
+    shape = SHAPES[name]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape.config())
+    weights = {id(weight): weight for weight in model.parameters()}.values()
+    assert sum(weight.numel() for weight in weights if weight.dim() > 1) == shape.weights
+    assert sum(weight.numel() for weight in weights) == pytest.approx(1e9 * PUBLISHED[name], rel=4e-3)
+    adapted = [layer.weight.shape for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+    assert memory.adapter_weights(shape, rank=4) == 4 * sum(rows + columns for rows, columns in adapted)
+
+
+def test_a_streamed_run_takes_less_and_does_not_grow_with_depth():
+    shallow, deep = (Shape(1024, layers, 16, 8, 4096) for layers in (8, 80))
+    assert memory.pruning_streamed(deep) == memory.pruning_streamed(shallow) < memory.pruning_in_memory(shallow)
+    assert memory.pruning_in_memory(deep) > 5 * memory.pruning_in_memory(shallow)
+
+
+def test_more_devices_and_fewer_bits_take_less():
+    shape = SHAPES["Llama-3-8B"]
+    peaks = [memory.full_recovery(shape, devices) for devices in (1, 8, 16)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert memory.lora_recovery(shape, four_bits=True) < memory.lora_recovery(shape) < peaks[0]
+
+
+def test_a_share_of_the_card_is_left_free():
+    assert memory.fits(90, 100) and not memory.fits(91, 100)
