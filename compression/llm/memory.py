@@ -18,7 +18,7 @@ NF4 = 0.5 + 1 / 64
 ADAMW = 4 * FP32
 """Of a weight that is trained: itself, its gradient and the two moments of AdamW, all in float32."""
 LAYERS_STREAMED = 2
-"""Layers that are on the device at a time: the one that is worked on, and the next one on its way."""
+"""Layers that are on the device at a time: the one that is worked on, and its smaller copy or the next one."""
 LEFT_FREE = 0.1
 """Share of a card that is left for what the formulas do not count."""
 
@@ -130,9 +130,14 @@ def pruning_streamed(shape: Shape, ratio: float = 0.5, length: int = 1024) -> in
     return weights + max(scores, repair_matrices(shape, ratio))
 
 
+def states_on_disk(shape: Shape, windows: int = 32, length: int = 1024) -> int:
+    """The states that enter each layer of a streamed model, of all windows that scores are computed on, in bfloat16."""
+    return BF16 * windows * length * shape.hidden * (shape.layers + 1)
+
+
 def pruning_disk(shape: Shape, ratio: float = 0.5) -> int:
-    """The dense and the pruned checkpoint in bfloat16."""
-    return BF16 * (shape.weights + shape.pruned_weights(ratio))
+    """What a streamed run takes on the disk: the dense and the pruned checkpoint in bfloat16, and the states."""
+    return BF16 * (shape.weights + shape.pruned_weights(ratio)) + states_on_disk(shape)
 
 
 def training_activations(shape: Shape, length: int) -> int:
@@ -167,11 +172,11 @@ def lora_recovery(shape: Shape, four_bits: bool = False, ratio: float = 0.5, len
 JOBS: dict[str, Callable[[Shape], int]] = {
     "pruning by 50 % in memory": pruning_in_memory,
     "pruning by 50 % streamed": pruning_streamed,
-    "LoRA, bfloat16": lora_recovery,
-    "LoRA, 4 bits": lambda shape: lora_recovery(shape, four_bits=True),
-    "all weights, 1 device": full_recovery,
-    "all weights, 8 devices": lambda shape: full_recovery(shape, 8),
-    "all weights, 16 devices": lambda shape: full_recovery(shape, 16),
+    "LoRA beside bfloat16": lora_recovery,
+    "LoRA beside 4 bits": lambda shape: lora_recovery(shape, four_bits=True),
+    "training all weights, 1 device": full_recovery,
+    "training all weights, sharded over 8 devices": lambda shape: full_recovery(shape, 8),
+    "training all weights, sharded over 16 devices": lambda shape: full_recovery(shape, 16),
 }
 """The peak on each device by what is done there."""
 
