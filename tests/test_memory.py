@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from compression.decoder import decoder_of
 from compression.llm import memory
 from compression.llm.memory import SHAPES, Shape
 
@@ -23,10 +24,29 @@ def test_shapes_have_as_many_weights_as_the_published_models(name):
     assert memory.adapter_weights(shape, rank=4) == 4 * sum(rows + columns for rows, columns in adapted)
 
 
+@pytest.mark.parametrize(("hidden", "intermediate", "groups"), [(256, 512, 2), (256, 1024, 8), (512, 768, 4)])
+def test_a_layer_keeps_about_as_much_as_the_formula_says(hidden, intermediate, groups):
+    shape, length = Shape(hidden, 1, 8, groups, intermediate, vocabulary=100), 64
+    model = LlamaForCausalLM(shape.config()).to(torch.bfloat16).eval()
+    decoder, kept = decoder_of(model), {}
+    state, options = decoder.first_input(torch.zeros(1, length, dtype=torch.long))
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def keep(tensor):
+        if (place := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[place] = tensor  # held, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        decoder.layers[0](state.detach().requires_grad_(), **options[0])
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert memory.layer_activations(shape, length) == pytest.approx(found, rel=0.06)
+
+
 def test_a_streamed_run_takes_less_and_does_not_grow_with_depth():
     shallow, deep = (Shape(1024, layers, 16, 8, 4096) for layers in (8, 80))
     assert memory.pruning_streamed(deep) == memory.pruning_streamed(shallow) < memory.pruning_in_memory(shallow)
-    assert memory.pruning_in_memory(deep) > 5 * memory.pruning_in_memory(shallow)
+    assert memory.pruning_in_memory(deep) > 3 * memory.pruning_in_memory(shallow)
 
 
 def test_more_devices_and_fewer_bits_take_less():

@@ -95,20 +95,22 @@ SHAPES = {
 
 
 def layer_activations(shape: Shape, length: int) -> int:
-    """What one layer keeps of a window for its backward pass, in bfloat16: ten states, and four of the MLP's width."""
-    return BF16 * length * (10 * shape.hidden + 4 * shape.intermediate)
+    """What one layer keeps of a window for its backward pass: as much as eleven states and four of the MLP's width in
+    bfloat16 (the norms compute in float32)."""
+    return BF16 * length * (11 * shape.hidden + 4 * shape.intermediate)
 
 
-def head_activations(shape: Shape) -> int:
-    """Logits of a block of tokens, their gradient and the softmax between, in float32."""
-    return 3 * FP32 * LOGIT_ROWS * shape.vocabulary
+def head_activations(shape: Shape, length: int) -> int:
+    """What the head keeps of a window for its backward pass, the softmax in float32, and what a block of tokens takes
+    besides: its logits, the same in float32, their gradient."""
+    return FP32 * shape.vocabulary * (length + 3 * LOGIT_ROWS)
 
 
-def repair_matrices(shape: Shape, ratio: float) -> int:
-    """The Gram matrix of the MLP's channels, and what solving for those that stay takes: in float64 their part of the
-    matrix, its factors, and both sides of the equation for every output."""
-    stay = round((1 - ratio) * shape.intermediate)
-    return FP32 * shape.intermediate**2 + FP64 * (2 * stay**2 + 2 * stay * shape.hidden)
+def repair_matrices(shape: Shape) -> int:
+    """The repair of a layer that keeps nearly all of its MLP's channels, as some do whatever the ratio: their Gram
+    matrix in float32, and in float64 what is solved: the matrix, its factors, both sides for every output."""
+    channels = shape.intermediate
+    return FP32 * channels**2 + FP64 * (2 * channels**2 + 2 * channels * shape.hidden)
 
 
 # Peaks.
@@ -117,17 +119,17 @@ def repair_matrices(shape: Shape, ratio: float) -> int:
 def pruning_in_memory(shape: Shape, ratio: float = 0.5, length: int = 1024) -> int:
     """Pruning with the whole model on the device: its bfloat16 weights, and the largest of what scores, the repair and
     the smaller copy take."""
-    scores = shape.layers * layer_activations(shape, length) + head_activations(shape)
+    scores = shape.layers * layer_activations(shape, length) + head_activations(shape, length)
     smaller = BF16 * shape.pruned_weights(ratio)
-    return BF16 * shape.weights + max(scores, repair_matrices(shape, ratio), smaller)
+    return BF16 * shape.weights + max(scores, repair_matrices(shape), smaller)
 
 
-def pruning_streamed(shape: Shape, ratio: float = 0.5, length: int = 1024) -> int:
+def pruning_streamed(shape: Shape, length: int = 1024) -> int:
     """Pruning layer by layer: embeddings, head and two layers in bfloat16, and the larger of what the scores and the
     repair of one layer take."""
     weights = BF16 * (shape.table_weights + LAYERS_STREAMED * shape.layer_weights)
-    scores = layer_activations(shape, length) + head_activations(shape)
-    return weights + max(scores, repair_matrices(shape, ratio))
+    scores = layer_activations(shape, length) + head_activations(shape, length)
+    return weights + max(scores, repair_matrices(shape))
 
 
 def states_on_disk(shape: Shape, windows: int = 32, length: int = 1024) -> int:
