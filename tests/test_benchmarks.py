@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ CASES = {
         f"{TRAIN} --kills 1",
         [],
         lambda found: found["kills"][0]["same"] == dict(metrics=True, history=True, weights=True),
+    ),
+    "large_model": (
+        "--shape tiny --offload none disk --length 64 --num_samples 2 --repair_samples 4 --interval 0.01",
+        [],
+        lambda found: (
+            set(found["runs"]) == {"--offload none on auto", "--offload disk on auto"}
+            and all(
+                {"scores", "budget"} <= {phase["phase"] for phase in run["pruning"]["phases"]}
+                and max(phase["peak_rss_bytes"] or 0 for phase in run["pruning"]["phases"]) > 10**8
+                and abs(run["model"]["reduction"]["structures"] - 0.5) < 0.02
+                and run["forward"]["perplexity"] > 1
+                for run in found["runs"].values()
+            )
+        ),
     ),
     "llm_pruning_methods": (
         f"{LLM} {CALIBRATION} --ratios 0.3 --length 16",
@@ -102,14 +117,30 @@ class Started:
 
     def __init__(self, command):
         self.running = start_script(*command[1:])
+        self.pid = self.running.pid
+
+    @property
+    def stdout(self):
+        """Lines as they come."""
+        taken, running = 0, True
+        while running:
+            running = self.running.process.exitcode is None
+            *lines, _ = self.running.said[taken:].split("\n")
+            yield from (f"{line}\n" for line in lines)
+            taken += sum(len(line) + 1 for line in lines)
+            time.sleep(0.01)
 
     def send_signal(self, number):
         os.kill(self.running.pid, number)
+
+    def kill(self):
+        self.running.process.kill()
 
     def wait(self, timeout=None):
         self.running.process.join(timeout)
         if self.running.process.exitcode is None:
             raise subprocess.TimeoutExpired("", timeout)
+        return self.running.process.exitcode
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What benchmarks/large_model.py is made of."""

@@ -1,0 +1,112 @@
+"""The memory of a running process and its children, sampled, and the peaks of the phases that its log names."""
+
+import re
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+PHASE = re.compile(r"Phase: (.+)")
+START = "start"
+# What Linux says of a process's resident memory: the whole; of it what no file holds, so that it must be kept; of it
+# pages of mapped files, which the system can drop and read again; of it what processes share.
+STATUS = {"rss": "VmRSS", "anonymous": "RssAnon", "file": "RssFile", "shared": "RssShmem"}
+LINE = re.compile(rf"^({'|'.join(STATUS.values())}):\s+(\d+) kB", re.MULTILINE)
+
+
+def resident_bytes(pid: int) -> dict[str, int]:
+    """Resident memory of a process and all its children, in bytes, by the names of `STATUS`; zeros once it is gone."""
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        pids = [pid, *(child.pid for child in process.children(recursive=True))]
+        found = [_status(one) for one in pids]
+        return {name: sum(status.get(line, 0) for status in found) for name, line in STATUS.items()}
+    return dict.fromkeys(STATUS, 0)
+
+
+def _status(pid: int) -> dict[str, int]:
+    with suppress(OSError):
+        return {name: 1024 * int(size) for name, size in LINE.findall(Path(f"/proc/{pid}/status").read_text())}
+    return {}
+
+
+def device_bytes() -> int:
+    """Bytes in use on the GPU, of all processes; 0 where there is none."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+class Watch:
+    """Samples a process's memory until it is closed.
+
+    Attributes:
+        samples: seconds since the start, and bytes: those of `resident_bytes`, and `device`, what the GPU holds more
+            than before the start.
+        phases: name and first second of each phase, in order.
+    """
+
+    def __init__(self, interval: float):
+        self.interval = interval
+        self.samples: list[dict[str, float]] = []
+        self.phases: list[tuple[str, float]] = [(START, 0.0)]
+        self._before, self._started = device_bytes(), time.perf_counter()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, pid: int) -> None:
+        """Start to sample a process."""
+        self._thread = threading.Thread(target=self._sample, args=(pid,), daemon=True)
+        self._thread.start()
+
+    def read(self, line: str) -> None:
+        """Take note of a line of the process's log; a line `Phase: NAME` begins a phase."""
+        if found := PHASE.search(line):
+            self.phases.append((found[1].strip(), self._seconds()))
+
+    def close(self) -> float:
+        """Stop sampling; the seconds that it lasted."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        return self._seconds()
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def _sample(self, pid: int) -> None:
+        while not self._closed.is_set():
+            used = resident_bytes(pid) | {"device": max(0, device_bytes() - self._before)}
+            self.samples.append({"seconds": self._seconds()} | used)
+            self._closed.wait(self.interval)
+
+
+def peaks(watch: Watch, total: float) -> list[dict[str, Any]]:
+    """Of each phase its name, seconds, and the highest sample of each kind of memory, in bytes.
+
+    Args:
+        total: seconds at the end of the last phase.
+    """
+    ends = [start for _, start in watch.phases[1:]] + [total]
+    rows = []
+    for (name, start), end in zip(watch.phases, ends, strict=True):
+        inside = [sample for sample in watch.samples if start <= sample["seconds"] <= end]
+        highest = {f"peak_{kind}_bytes": _highest(inside, kind) for kind in (*STATUS, "device")}
+        rows.append({"phase": name, "seconds": end - start, "samples": len(inside)} | highest)
+    return rows
+
+
+def _highest(samples: list[dict[str, float]], kind: str) -> int | None:
+    return max((int(sample[kind]) for sample in samples), default=None)
+
+
+def thinned(samples: list[dict[str, float]], count: int) -> list[dict[str, float]]:
+    """At most so many samples, each the highest resident memory of its stretch of time."""
+    size = -(-len(samples) // count) or 1
+    parts = [samples[start : start + size] for start in range(0, len(samples), size)]
+    return [max(part, key=lambda sample: sample["rss"]) for part in parts]
