@@ -179,4 +179,4 @@ def test_attack_holds_in_one_case(tmp_path):
 
 
 def test_no_benchmark_is_left_out():
-    assert {path.stem for path in Path(ROOT, "benchmarks").glob("*.py")} == {*CASES, "faults"}
+    assert {path.stem for path in Path(ROOT, "benchmarks").glob("*.py")} == {*CASES, "faults", "on_gpu"}

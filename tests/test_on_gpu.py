@@ -1,0 +1,85 @@
+"""Everything that only a GPU can show, rehearsed: every part runs, leaves what it found, and fails alone."""
+
+import json
+import runpy
+import sys
+
+import pytest
+from scripts import ROOT, run_script
+from test_benchmarks import quick_processes  # noqa: F401 (a fixture)
+
+from compression.runtime import UserError
+
+SCRIPT = "benchmarks/on_gpu.py"
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """The script's names."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    return runpy.run_path(str(ROOT / SCRIPT))
+
+
+def test_rehearsal_runs_every_part_and_a_rerun_none(tmp_path, quick_processes, on_gpu):  # noqa: F811
+    flags = ["--rehearse", "--results_dir", tmp_path]
+    run_script(SCRIPT, *flags)
+    found = json.loads((tmp_path / "on_gpu_rehearsal.json").read_text())["parts"]
+    assert found.keys() == on_gpu["PARTS"].keys()
+    table = (tmp_path / "on_gpu_rehearsal.md").read_text()
+    for part, outcome in found.items():
+        assert outcome["figures"] and f"| {part} | " in table
+    assert found["stage9"]["figures"]["stored values that differ between CPU and device"] == 0
+    assert found["stage10"]["figures"]["matrices"] == 12
+    large = found["large_streamed"]["figures"]
+    assert large["layers with the sizes that they have when pruned in memory"] == large["layers"] == 4
+    assert (tmp_path / "on_gpu_rehearsal" / "large_disk.png").is_file()
+    assert "torch 2." in table and "transformers 5." in table
+    assert not (tmp_path / "on_gpu_rehearsal" / "work").exists()
+    again = run_script(SCRIPT, *flags).stdout
+    assert again.count("there already") == len(found)
+
+
+def test_parts_are_listed_and_unknown_ones_refused(tmp_path, on_gpu):
+    listed = run_script(SCRIPT, "--list").stdout
+    assert all(f"{name} " in listed for name in on_gpu["PARTS"])
+    assert "--part nothing: unknown" in run_script(SCRIPT, "--part", "nothing", expect=2).stderr
+    given = ["--teacher_path", tmp_path]
+    assert "give all" in run_script(SCRIPT, *given, expect=2).stderr
+
+
+@pytest.fixture
+def parts(on_gpu, monkeypatch):
+    """Three quick parts, of which one fails and one takes too long."""
+
+    def endless(_):
+        while True:
+            pass
+
+    def wrong(_):
+        raise ValueError("no such\nkernel")
+
+    quick = {name: on_gpu["Part"](name, run) for name, run in (("a", wrong), ("b", endless))}
+    quick["c"] = on_gpu["Part"]("c", lambda _: {"speed, ms": 0.123456, "tokens": 1234})
+    monkeypatch.setitem(on_gpu["main"].__globals__, "PARTS", quick)
+    return on_gpu
+
+
+def test_a_part_that_fails_or_takes_too_long_ends_no_other(parts, tmp_path):
+    config = parts["OnGpuConfig"].make(rehearse=True, results_dir=tmp_path, minutes=0.01)
+    with pytest.raises(UserError, match="a, b failed; see .*, and run again"):
+        parts["main"](config)
+    found = json.loads((tmp_path / "on_gpu_rehearsal.json").read_text())["parts"]
+    assert found["a"]["failure"] == "ValueError: no such kernel"
+    assert found["b"]["failure"] == "TimeoutError: it took more than 0.01 minutes"
+    assert found["c"]["figures"] == {"speed, ms": 0.123456, "tokens": 1234}
+    table = (tmp_path / "on_gpu_rehearsal.md").read_text()
+    assert "| a | failed | ValueError: no such kernel |" in table
+    assert "| c | speed, ms | 0.1235 |" in table and "| c | tokens | 1,234 |" in table
+
+
+def test_a_process_that_leaves_nothing_is_a_failure_too(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: type("Ended", (), {"returncode": -11}))
+    config = parts["OnGpuConfig"].make(results_dir=tmp_path)
+    with pytest.raises(UserError, match="a, b, c failed"):
+        parts["main"](config)
+    assert json.loads((tmp_path / "on_gpu" / "a.json").read_text())["failure"] == "its process ended with status -11"
