@@ -35,7 +35,7 @@ from compression.llm.memory import SHAPES, Shape
 from compression.llm.perplexity import perplexity
 from compression.llm.scoring import ScoreName
 from compression.llm.text import load_corpus, tokenize, windows
-from compression.outputs import check_place
+from compression.outputs import check_place, remove_states
 from compression.plots import COLOURS, new_figure, open_frame, save_figure
 from compression.runtime import RESULTS, ROOT, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.tables import Column, at, text_table
@@ -170,13 +170,13 @@ def pruning_command(config: LargeModelConfig, name: str, offload: str, device: s
     return [sys.executable, "run_global_pruning.py", *words, *checkpointing, "--overwrite"]
 
 
-def prune(command: list[str], interval: float) -> dict[str, Any]:
+def prune(command: list[str], interval: float, device: str = "cpu") -> dict[str, Any]:
     """Run a pruning command under watch; its phases, and its memory over time.
 
     Raises:
         UserError: it failed; says what its last line was.
     """
-    watch, last = Watch(interval), ""
+    watch, last = Watch(interval, device), ""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     watch.begin(process.pid)
     try:
@@ -187,6 +187,7 @@ def prune(command: list[str], interval: float) -> dict[str, Any]:
         status = process.wait()
     finally:
         process.kill()
+        process.wait()
         seconds = watch.close()
     if status:
         raise UserError(f"run_global_pruning.py ended with status {status}: {last}")
@@ -212,7 +213,7 @@ def run_forward(folder: Path, text: Path, config: LargeModelConfig, offload: str
 def forward(config: LargeModelConfig, folder: Path, offload: str, device: str) -> dict[str, Any]:
     """A pass of the pruned model over a window, under watch."""
     processes = multiprocessing.get_context("spawn")
-    answers, watch = processes.SimpleQueue(), Watch(config.interval)
+    answers, watch = processes.SimpleQueue(), Watch(config.interval, device)
     given = (folder, config.folder / TEXT, config, offload, device, answers)
     process = processes.Process(target=run_forward, args=given)
     process.start()
@@ -235,8 +236,8 @@ def run_once(config: LargeModelConfig, offload: str, device: str) -> dict[str, A
     """One pruning run and one forward pass."""
     name = f"pruned_{offload}_{device.replace(':', '')}"
     folder = config.folder / name
-    pruning = prune(pruning_command(config, name, offload, device), config.interval)
     try:
+        pruning = prune(pruning_command(config, name, offload, device), config.interval, device)
         found = {"pruning": pruning, "forward": forward(config, folder / "models", offload, device)}
         return found | {"model": pruned_model(folder)}
     finally:
@@ -295,8 +296,9 @@ def formulas(config: LargeModelConfig, shape: Shape) -> dict[str, int]:
 
 
 def clean_up(config: LargeModelConfig) -> None:
-    """Remove the dense model and its text; the folder too, unless something else is in it."""
+    """Remove the dense model, its text and what a failed run left; the folder too, unless something else is in it."""
     remove_folder(config.base)
+    remove_states(config.folder)
     remove_folder(config.folder / STATES)
     (config.folder / TEXT).unlink(missing_ok=True)
     with suppress(OSError):

@@ -85,3 +85,13 @@ def test_a_pruning_run_is_watched_and_one_that_fails_ends_in_its_last_line():
     assert 10 * MB > found["phases"][1]["peak_anonymous_bytes"] > 0.5 * MB and found["phases"][1]["seconds"] > 0.2
     with pytest.raises(UserError, match="run_global_pruning.py ended with status 3: error: no good"):
         prune([sys.executable, "-c", program.format(3)], 0.01)
+
+
+def test_what_a_failed_run_leaves_is_removed(tmp_path):
+    names = runpy.run_path(str(ROOT / "benchmarks" / "large_model.py"))
+    config = names["LargeModelConfig"].make(results_dir=tmp_path)
+    states = config.folder / ".pruned_none_auto_0123.resume" / "states"
+    states.mkdir(parents=True)
+    (config.folder / "text.txt").touch()
+    names["clean_up"](config)
+    assert not list(tmp_path.iterdir())

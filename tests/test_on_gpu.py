@@ -32,6 +32,8 @@ def test_rehearsal_runs_every_part_and_a_rerun_none(tmp_path, quick_processes, o
     assert found["stage10"]["figures"]["matrices"] == 12
     large = found["large_streamed"]["figures"]
     assert large["layers with the sizes that they have when pruned in memory"] == large["layers"] == 4
+    second = json.loads((tmp_path / "on_gpu_rehearsal" / "large_disk.json").read_text())
+    assert second["seconds_to_make_the_dense_model"] is None, "both runs start from one model"
     assert (tmp_path / "on_gpu_rehearsal" / "large_disk.png").is_file()
     assert "torch 2." in table and "transformers 5." in table
     assert not (tmp_path / "on_gpu_rehearsal" / "work").exists()

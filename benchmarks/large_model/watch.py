@@ -34,28 +34,39 @@ def _status(pid: int) -> dict[str, int]:
     return {}
 
 
-def device_bytes() -> int:
-    """Bytes in use on the GPU, of all processes; 0 where there is none."""
-    if not torch.cuda.is_available():
+def gpu_of(device: str) -> int | None:
+    """The number of the GPU that a run on a device uses; None where it uses none."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    return torch.device("cuda" if device == "auto" else device).index or 0
+
+
+def gpu_bytes(gpu: int | None) -> int:
+    """Bytes in use on a GPU, of all processes."""
+    if gpu is None:
         return 0
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(gpu)
     return total - free
 
 
 class Watch:
     """Samples a process's memory until it is closed.
 
+    Args:
+        interval: seconds between two samples.
+        device: that the process computes on, as --device_map names it.
+
     Attributes:
         samples: seconds since the start, and bytes: those of `resident_bytes`, and `device`, what the GPU holds more
-            than before the start.
+            than before the start: the process's CUDA context and what its allocator keeps for later too.
         phases: name and first second of each phase, in order.
     """
 
-    def __init__(self, interval: float):
-        self.interval = interval
+    def __init__(self, interval: float, device: str = "cpu"):
+        self.interval, self.gpu = interval, gpu_of(device)
         self.samples: list[dict[str, float]] = []
         self.phases: list[tuple[str, float]] = [(START, 0.0)]
-        self._before, self._started = device_bytes(), time.perf_counter()
+        self._before, self._started = gpu_bytes(self.gpu), time.perf_counter()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -81,7 +92,7 @@ class Watch:
 
     def _sample(self, pid: int) -> None:
         while not self._closed.is_set():
-            used = resident_bytes(pid) | {"device": max(0, device_bytes() - self._before)}
+            used = resident_bytes(pid) | {"device": max(0, gpu_bytes(self.gpu) - self._before)}
             self.samples.append({"seconds": self._seconds()} | used)
             self._closed.wait(self.interval)
 
