@@ -11,6 +11,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from compression.llm.perplexity import LOGIT_ROWS
+from compression.llm.repair import BLOCK
 
 BF16, FP32, FP64 = 2, 4, 8
 NF4 = 0.5 + 1 / 64
@@ -108,9 +109,9 @@ def head_activations(shape: Shape, length: int) -> int:
 
 def repair_matrices(shape: Shape) -> int:
     """The repair of a layer that keeps nearly all of its MLP's channels, as some do whatever the ratio: their Gram
-    matrix in float32, and in float64 what is solved: the matrix, its factors, both sides for every output."""
+    matrix in float32, its Cholesky factor in float64, and both sides for a block of outputs."""
     channels = shape.intermediate
-    return FP32 * channels**2 + FP64 * (2 * channels**2 + 2 * channels * shape.hidden)
+    return FP32 * channels**2 + FP64 * (channels**2 + 2 * channels * BLOCK)
 
 
 # Peaks.
