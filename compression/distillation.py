@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 
 def soft_label_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) of the distributions softened by temperature T, mean over rows.
+    """The mean of `soft_label_losses` over rows."""
+    return soft_label_losses(student_logits, teacher_logits, temperature).mean()
+
+
+def soft_label_losses(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of the distributions softened by temperature T, for each row [rows].
 
     The factor T^2 keeps the size of the gradient independent of T (Hinton et al. 2015, "Distilling the Knowledge in a
     Neural Network").
@@ -18,7 +23,25 @@ def soft_label_loss(student_logits: Tensor, teacher_logits: Tensor, temperature:
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def largest_label_losses(student_logits: Tensor, largest: Tensor, classes: Tensor, temperature: float) -> Tensor:
+    """`soft_label_losses` where only the K largest of the teacher's probabilities are known, [rows].
+
+    The KL divergence of K + 1 outcomes: the K classes, and any other. It is the divergence over all classes where K
+    is their number, and never more than that otherwise: how the teacher spreads the rest is not learned.
+
+    Args:
+        student_logits: [rows, classes].
+        largest: the teacher's log-probabilities at this temperature, [rows, K]. classes: which these are, [rows, K].
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    known = F.kl_div(student.gather(-1, classes), largest, reduction="none", log_target=True).sum(-1)
+    if largest.shape[-1] < student.shape[-1]:
+        rest = (1 - largest.exp().sum(-1)).clamp(min=0)
+        known = known + torch.xlogy(rest, rest) - rest * student.scatter(-1, classes, -torch.inf).logsumexp(-1)
+    return temperature**2 * known
 
 
 def distillation_loss(

@@ -83,8 +83,16 @@ class Recipe:
         warmup = int(self.training.warmup_ratio * self.total_steps)
         return self.training.learning_rate * warmup_then_linear_decay(step, self.total_steps, warmup)
 
+    def module(self, model: PreTrainedModel) -> nn.Module:
+        """What is wrapped for several processes: the model, or a module that has it and in whose forward it is used."""
+        return model
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """Loss terms of a batch (means by the rows' weights); the term `loss` is the one that is minimised."""
+        """Loss terms of a batch (means by the rows' weights); the term `loss` is the one that is minimised.
+
+        Args:
+            model: what `module` gave, maybe wrapped.
+        """
         raise NotImplementedError
 
     def after_backward(self, step: int) -> None:
@@ -156,7 +164,7 @@ def fit(
     if training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = _optimizer(model, training)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped, optimizer = accelerator.prepare(recipe.module(model), optimizer)
     # Accelerate makes every forward pass of a prepared model run in mixed precision. Training steps ask for it
     # themselves; evaluation, and whoever uses the model afterwards, gets full precision.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)

@@ -22,6 +22,7 @@ from compression.llm.lora import load_adapter
 from compression.llm.perplexity import perplexity
 from compression.llm.recovery import LanguageModelling, Recovery, recover
 from compression.llm.rows import of_instructions, of_windows, read_instructions
+from compression.llm.teacher import LiveTeacher
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.quantization import nf4_base
 from compression.runtime import UserError, setup_logging
@@ -264,8 +265,8 @@ def test_teacher_is_the_parent_and_counts(folder, tmp_path):
 def test_a_model_has_nothing_to_learn_from_itself(folder):
     model, _ = load_language_model(folder / "pruned")
     train = of_windows(torch.randint(4, 30, (3, 12), generator=torch.Generator().manual_seed(0)))
-    recipe = LanguageModelling(settings(folder, kd_weight=0.7), 3, teacher=model)
-    terms = recipe.loss(model, train.collate([0, 1, 2], 0), 0)
+    recipe = LanguageModelling(settings(folder, kd_weight=0.7), 3, LiveTeacher(model, 2.0))
+    terms = recipe.loss(recipe.module(model), train.collate([0, 1, 2], 0), 0)
     assert terms["soft_label_loss"].abs() < 1e-6
     torch.testing.assert_close(terms["loss"], 0.3 * terms["cross_entropy"], atol=1e-5, rtol=0)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from compression.llm.perplexity import LOGIT_ROWS
+from compression.llm.head import LOGIT_ROWS
 from compression.llm.repair import BLOCK
 
 BF16, FP32, FP64 = 2, 4, 8

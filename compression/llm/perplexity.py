@@ -14,12 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
+from compression.llm.head import in_blocks
 from compression.llm.layerwise import final_states
 from compression.runtime import UserError, sum_over_processes
-
-# Tokens whose logits are held at a time. In fp32 a vocabulary of 49,152 takes 25 MB for them: larger blocks are
-# slower on the CPU, for the allocator gives blocks above 32 MB back to the system and asks for them anew each time.
-LOGIT_ROWS = 128
 
 
 def token_losses(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> Tensor:
@@ -30,9 +27,11 @@ def token_losses(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, ids: Ten
         hidden: [windows, length, hidden], the model's last hidden states. ids: [windows, length].
     """
     rows, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
-    parts = zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    losses = [F.cross_entropy(logits_of(row).float(), target, reduction="none") for row, target in parts]
-    return torch.cat(losses).view(len(ids), -1)
+
+    def losses(states: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits_of(states).float(), labels, reduction="none")
+
+    return in_blocks(losses, rows, targets).view(len(ids), -1)
 
 
 @torch.no_grad()

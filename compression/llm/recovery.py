@@ -30,12 +30,14 @@ from compression.checkpoint import (
     save_folder,
 )
 from compression.config import NO_EFFECT, Settings
-from compression.distillation import distillation_loss
+from compression.decoder import decoder_of
 from compression.integrity import digest_of
 from compression.llm.evaluate import Evaluation, evaluation_windows, measure
+from compression.llm.head import Within, before_predicted, in_blocks
 from compression.llm.lora import PROJECTIONS, add_lora, write_adapter
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
+from compression.llm.teacher import LiveTeacher, Teacher
 from compression.llm.text import FILES, load_corpus, sample_windows, tokenize
 from compression.outputs import STATES_END, Output, owned
 from compression.quantization import nf4_base
@@ -107,26 +109,40 @@ class LanguageModelling(Recipe):
     """Cross-entropy of the tokens that are predicted, with `kd_weight` for the teacher's distribution of each.
 
     Args:
-        teacher: runs on every batch; None leaves it out.
+        teacher: what is learned from besides the text; None leaves it out.
     """
 
-    def __init__(self, recovery: Recovery, rows: int, teacher: PreTrainedModel | None = None):
+    def __init__(self, recovery: Recovery, rows: int, teacher: Teacher | None = None):
         super().__init__(recovery.training, rows)
         self.recovery, self.teacher = recovery, teacher
 
+    def module(self, model: PreTrainedModel) -> nn.Module:
+        decoder_of(model)  # refuses a model whose loss is not that of its head's logits
+        return Within(model)
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        logits, labels = _logits(model, batch), batch["input_ids"][batch["targets"]]
-        if self.teacher is None:
-            return {"loss": F.cross_entropy(logits.float(), labels)}
-        with torch.no_grad():
-            teacher = _logits(self.teacher, batch)
-        return distillation_loss(logits, teacher, labels, self.recovery.kd_temperature, self.recovery.kd_weight)
+        known = self.teacher.known(batch) if self.teacher else ()
+        cross_entropy, *soft = model(self._terms, batch["input_ids"], batch["targets"], *known)
+        if not soft:
+            return {"loss": cross_entropy}
+        share = self.recovery.kd_weight
+        loss = share * soft[0] + (1 - share) * cross_entropy
+        return {"loss": loss, "soft_label_loss": soft[0], "cross_entropy": cross_entropy}
 
+    def _terms(self, model: PreTrainedModel, ids: Tensor, targets: Tensor, *known: Tensor) -> Tensor:
+        """Means over the predicted tokens [terms]."""
+        decoder = decoder_of(model)
 
-def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Logits [tokens, vocabulary] of the tokens that are predicted, each from the place before it."""
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return output.logits[:, :-1][batch["targets"][:, 1:]]
+        def losses(states: Tensor, labels: Tensor, *known: Tensor) -> Tensor:
+            logits = decoder.logits(states).float()
+            terms = [F.cross_entropy(logits, labels, reduction="none")]
+            if self.teacher:
+                terms.append(self.teacher.losses(logits, *known))
+            return torch.stack(terms, dim=-1)
+
+        # Rows are padded behind their end: what is before the padding does not see it.
+        states = before_predicted(decoder.final_states(ids), targets)
+        return in_blocks(losses, states, ids[targets], *known).mean(0)
 
 
 def recover(
@@ -238,7 +254,7 @@ def find_teacher(recovery: Recovery, pruned: Path) -> Path | None:
     return teacher
 
 
-def load_teacher(folder: Path, student: PreTrainedModel, recovery: Recovery) -> PreTrainedModel:
+def load_teacher(folder: Path, student: PreTrainedModel, recovery: Recovery) -> Teacher:
     """The teacher, frozen, on the student's device.
 
     Raises:
@@ -248,7 +264,7 @@ def load_teacher(folder: Path, student: PreTrainedModel, recovery: Recovery) -> 
     sizes = [model.config.vocab_size for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(f"--teacher {folder}: it has {sizes[0]} tokens, allowed are the student's {sizes[1]}")
-    return teacher.requires_grad_(False)
+    return LiveTeacher(teacher.requires_grad_(False), recovery.kd_temperature)
 
 
 def training_data(
