@@ -73,6 +73,8 @@ class PostTrainingConfig(Config):
     teacher: Annotated[Path | None, NO_EFFECT] = None
     """The model to learn from; by default the one that the pruned model was made from."""
 
+    shard: Annotated[bool, NO_EFFECT] = False
+    """Spread the model over the processes (FSDP): each holds a part of all weights, gradients and moments."""
     training: Flat[Training] = group(
         Training, num_epochs=2, batch_size=8, learning_rate=5e-5, amp="auto", save_steps=100
     )

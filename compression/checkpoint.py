@@ -114,10 +114,18 @@ def save_folder(
     stage: dict[str, Any],
     files: dict[str, Any] | None = None,
     new: bool = False,
+    others: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a folder with its `stage.json`: see `save_checkpoint`; `write` puts the weights into the path it gets."""
+    """Write a folder with its `stage.json`: see `save_checkpoint`.
+
+    Args:
+        write: puts the weights into the path it gets.
+        others: what the other processes do meanwhile.
+    """
     state = processes()
-    if state.is_main_process:
+    if not state.is_main_process:
+        others()
+    else:
         with Output(folder, "", None if new else stage.get("stage")).written() as temporary:
             write(temporary)
             for name, value in (files or {}).items():
@@ -341,7 +349,7 @@ def load_language_model(
         _check_folder(folder)
         placement = Placement(offload, torch.device(device), dtype, scratch or Path(gettempdir()))
         skeleton = open_offloaded(folder, placement)
-        return skeleton, _load_tokenizer(folder, skeleton)
+        return skeleton, load_tokenizer(folder, skeleton)
     model, tokenizer, report = read_unchanged(folder, load)
     _check_weights(folder, report, _ANOTHER)
     fix_4bit_layers(model)
@@ -434,12 +442,17 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> Loaded:
     except Exception as error:  # of several libraries, for whatever a file of it holds
         kind = "a classifier" if auto_class is AutoModelForSequenceClassification else "a language model"
         raise _not_loaded(folder, kind, error) from None
-    tokenizer = _load_tokenizer(folder, model)
+    tokenizer = load_tokenizer(folder, model)
     check_finite(model.state_dict(), str(folder), _ANOTHER)
     return model, tokenizer, report
 
 
-def _load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint's model.
+
+    Raises:
+        UserError: it cannot be loaded, or gives token ids that the model has no embeddings for.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         highest = max(tokenizer.get_vocab().values(), default=0)

@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from compression.hooks import evaluation_mode
@@ -50,13 +51,20 @@ class Decoder:
 
     @contextmanager
     def present(self, index: int) -> Iterator[nn.Module]:
-        """A layer, whose weights are on the device meanwhile: where the model is offloaded they are elsewhere else."""
+        """A layer, whose weights are on the device meanwhile.
+
+        Else they are elsewhere where the model is offloaded, or in parts where it is spread over processes.
+        """
         layer = self.layers[index]
-        if self.offload is None:
-            yield layer
-        else:
+        if self.offload is not None:
             with self.offload.present(layer):
                 yield layer
+        elif isinstance(layer, FSDPModule):
+            layer.unshard()
+            yield layer
+            layer.reshard()
+        else:
+            yield layer
 
     def states(self) -> States:
         """A place for states of texts between layers."""

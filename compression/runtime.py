@@ -87,6 +87,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # A single process saves its states with the library that several ones use.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     # One of them uses an old name of the other's.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -24,6 +25,10 @@ from compression.files import new_folder, remove_folder
 from compression.integrity import STATE_FILE, seal
 from compression.runtime import UserError, log, processes, seed_step
 from compression.schedule import warmup_then_linear_decay
+from compression.sharding import load_parts, save_parts, whole
+
+PARTS = "parts"
+"""The folder in a state where each process has written its part."""
 
 
 @dataclass
@@ -125,6 +130,7 @@ def fit(
     work_dir: Path,
     pad_token_id: int,
     record: dict[str, Any] | None = None,
+    in_parts: bool = False,
 ) -> list[dict[str, Any]]:
     """Train a model in place.
 
@@ -136,6 +142,7 @@ def fit(
         work_dir: where states to resume from are kept while the run lasts, one folder for each set of
             settings and inputs; the caller removes it (`clean_up`) once the result is saved.
         record: the settings that a tracker notes; by default those of the training.
+        in_parts: whether states are written by all processes, each what it has, and read by any number of them.
 
     Returns:
         The history: one dictionary per epoch.
@@ -164,11 +171,15 @@ def fit(
     if training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = _optimizer(model, training)
-    wrapped, optimizer = accelerator.prepare(recipe.module(model), optimizer)
-    # Accelerate makes every forward pass of a prepared model run in mixed precision. Training steps ask for it
-    # themselves; evaluation, and whoever uses the model afterwards, gets full precision.
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    run = _Run(accelerator, wrapped, model, optimizer, recipe, work_dir)
+    wrapped = recipe.module(model)
+    if isinstance(wrapped, FSDPModule):  # its parameters are spread over the processes already
+        optimizer = accelerator.prepare(optimizer)
+    else:
+        wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
+        # Accelerate makes every forward pass of a prepared model run in mixed precision. Training steps ask for it
+        # themselves; evaluation, and whoever uses the model afterwards, gets full precision.
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    run = _Run(accelerator, wrapped, model, optimizer, recipe, work_dir, in_parts)
     run.restore()
     for epoch in range(run.epoch, training.num_epochs + 1):
         if recipe.stop:
@@ -241,9 +252,11 @@ class _Run:
         optimizer: torch.optim.Optimizer,
         recipe: Recipe,
         work_dir: Path,
+        in_parts: bool,
     ):
         self.accelerator, self.wrapped, self.model, self.optimizer = accelerator, wrapped, model, optimizer
         self.recipe, self.training, self.work_dir = recipe, recipe.training, Path(work_dir)
+        self.in_parts = in_parts
         self.step, self.epoch = 0, 1
         self.history: list[dict[str, Any]] = []
         self.sums: dict[str, Tensor] = {}
@@ -275,13 +288,15 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate(self.step)
         *first, last = self._parts(rows)
-        with accelerator.no_sync(self.wrapped):  # gradients add up here; processes share them once, with the last part
+        # Gradients add up here, and processes share them once, with the last part; a model that is spread over them
+        # shares those of each part, so that no process holds the gradient of a whole model.
+        with accelerator.no_sync(self.wrapped):
             for part in first:
                 self._backward(train, part, total, pad_token_id)
         self._backward(train, last, total, pad_token_id)
         accelerator.unscale_gradients()
         recipe.after_backward(self.step)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm))
         if accelerator.scaler is None:  # with fp16, steps whose gradients overflow are skipped
             self.health.watch("the gradient's norm", norm, self.step)
         self.optimizer.step()
@@ -330,12 +345,13 @@ class _Run:
         """Save the state to resume from; the one before is removed once the new one is complete."""
         self.health.check()
         sums = {name: self.accelerator.reduce(value, "mean").item() for name, value in self.sums.items()}
-        if self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            self._write_trained(None)
+        else:
             target = self.work_dir / f"step_{self.step:08d}_epoch_{self.epoch:04d}"
             older = self._saved()
             with new_folder(target) as folder:
-                save_tensors(folder / "model.safetensors", _trained(self.model))
-                save_tensors(folder / "optimizer.safetensors", _flat(self.optimizer.state_dict()["state"]))
+                self._write_trained(folder)
                 save_tensors(folder / "recipe.safetensors", self.recipe.tensors())
                 scaler = self.accelerator.scaler
                 state = {
@@ -364,10 +380,7 @@ class _Run:
             return
         folder = saved[-1]
         state = read_state(folder, self.work_dir)
-        self.model.load_state_dict(load_tensors(folder / "model.safetensors"), strict=False)
-        moments = _nested(load_tensors(folder / "optimizer.safetensors"))
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self._read_trained(folder)
         self.recipe.load(state["recipe"], load_tensors(folder / "recipe.safetensors"))
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -375,6 +388,23 @@ class _Run:
         self.sums = {k: torch.tensor(v, dtype=torch.double, device=device) for k, v in state["sums"].items()}
         self.step, self.epoch, self.history = state["step"], state["epoch"], state["history"]
         log.info("Resumed at epoch %d, step %d", self.epoch, self.step)
+
+    def _write_trained(self, folder: Path | None) -> None:
+        """Write weights and optimizer; the processes without a folder have their part in it, if there are parts."""
+        if self.in_parts:
+            save_parts(folder and folder / PARTS, self.model, self.optimizer)
+        elif folder is not None:
+            save_tensors(folder / "model.safetensors", _trained(self.model))
+            save_tensors(folder / "optimizer.safetensors", _flat(self.optimizer.state_dict()["state"]))
+
+    def _read_trained(self, folder: Path) -> None:
+        if self.in_parts:
+            load_parts(folder / PARTS, self.model, self.optimizer)
+            return
+        self.model.load_state_dict(load_tensors(folder / "model.safetensors"), strict=False)
+        moments = _nested(load_tensors(folder / "optimizer.safetensors"))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _saved(self) -> list[Path]:
         return sorted(self.work_dir.glob("step_*"))

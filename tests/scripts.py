@@ -128,13 +128,22 @@ def run_killed(script: str, *flags: Any, at: str, call: int = 1) -> None:
     start_script(script, *flags, kill_at=(at, call)).wait().check(-signal.SIGKILL)
 
 
-def run_distributed(script: str, *flags: Any, processes: int = 2) -> Result:
-    """Run a script on several processes, with the environment that `torchrun` gives them; what the first one says."""
+def run_distributed(script: str, *flags: Any, processes: int = 2, kill_at: tuple[str, int] | None = None) -> Result:
+    """Run a script on several processes, with the environment that `torchrun` gives them; what the first one says.
+
+    Args:
+        kill_at: see `start_script`.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     world = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
-    ranks = [start_script(script, *flags, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(processes)]
-    return [rank.wait().check() for rank in ranks][0]
+    places = [dict(RANK=rank, LOCAL_RANK=rank) for rank in range(processes)]
+    ranks = [start_script(script, *flags, kill_at=kill_at, **place, **world) for place in places]
+    results = [rank.wait() for rank in ranks]
+    if kill_at:
+        assert all(result.status for result in results)
+        return results[0]
+    return [result.check() for result in results][0]
 
 
 def start_program(program: str, *arguments: Any) -> Running:

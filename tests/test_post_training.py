@@ -365,6 +365,7 @@ def training_flags(folder):
         (TRAIN, "--validation_dataset {}/alpaca.json", "alpaca.json: allowed is plain text, not instructions"),
         (TRAIN, "--eval_ppl_datasets wiki", "text 'wiki': no such file; allowed is a text file or one of wikitext2"),
         (TRAIN, "--load_in_4bit --finetune_method full", "--load_in_4bit: not allowed with --finetune_method full"),
+        (TRAIN, "--shard --load_in_4bit", "--shard: not allowed with --load_in_4bit"),
         (TRAIN, "--dtype bfloat16 --finetune_method full", "--dtype bfloat16: with --finetune_method full allowed is"),
         (TRAIN, "--finetune_samples 0", "--finetune_samples 0: allowed is at least 1"),
         (TRAIN, "--lora_r 0", "--lora_r 0: allowed is at least 1"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +16,7 @@ from compression.llm.perplexity import perplexity
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.llm.zeroshot import check_tasks, zero_shot
 from compression.runtime import UserError, from_main_process, log
+from compression.sharding import is_spread
 from compression.structures import layers_of
 from compression.timing import measure_generation
 
@@ -112,13 +114,7 @@ def measure(
         data_dir: folder with the data of zero-shot tasks; None asks the hub.
         batch_size: windows per forward pass.
     """
-    layers = layers_of(model)
-    found: dict[str, Any] = {
-        "parameters": count_parameters(model) | {"structures": sum(parts.parameters for parts in layers)},
-        "layers": [
-            {"query_heads": parts.query_heads, "key_value_heads": parts.groups, "intermediate_size": parts.channels}
-            for parts in layers
-        ],
+    found: dict[str, Any] = sizes(model) | {
         "perplexity": {name: perplexity(model, ids, batch_size) for name, ids in tests.items()},
         "perplexity_windows": {name: list(ids.shape) for name, ids in tests.items()},
     }
@@ -126,11 +122,24 @@ def measure(
         log.info("Perplexity on %s (%d windows of %d tokens): %.2f", name, *tests[name].shape, value)
     if evaluation.evaluates("zeroshot"):
         limit = evaluation.eval_zeroshot_limit or None
-        found["zeroshot"] = from_main_process(lambda: zero_shot(model, tokenizer, evaluation.tasks, data_dir, limit))
+        answer = partial(zero_shot, model, tokenizer, evaluation.tasks, data_dir, limit)
+        found["zeroshot"] = answer() if is_spread(model) else from_main_process(answer)
         for task, figures in found["zeroshot"].items():
             accuracy, error = figures["acc"], figures["acc_standard_error"]
             log.info("%s: %.1f ± %.1f %% of %d", task, 100 * accuracy, 100 * error, figures["n"])
     return found
+
+
+def sizes(model: PreTrainedModel) -> dict[str, Any]:
+    """Parameters and sizes of the layers; the weights need not be there."""
+    layers = layers_of(model)
+    return {
+        "parameters": count_parameters(model) | {"structures": sum(parts.parameters for parts in layers)},
+        "layers": [
+            {"query_heads": parts.query_heads, "key_value_heads": parts.groups, "intermediate_size": parts.channels}
+            for parts in layers
+        ],
+    }
 
 
 def measure_efficiency(

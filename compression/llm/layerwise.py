@@ -13,7 +13,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
-from compression.runtime import own_share
+from compression.runtime import own_share, processes
+from compression.sharding import is_spread
 
 # Token ids [windows, length], states [windows, length, hidden] and each layer's options of one batch.
 Batch = tuple[Tensor, Tensor, list[dict[str, Any]]]
@@ -115,6 +116,10 @@ def final_states(
         for place in tqdm(own_batches(windows, batch_size), desc=description, leave=False, disable=None):
             ids = windows[place : place + batch_size].to(model.device)
             yield place, ids, decoder.final_states(ids)
+        batches, mine = -(-len(windows) // batch_size), len(own_batches(windows, batch_size))
+        if is_spread(model) and mine < -(-batches // processes().num_processes):
+            # Processes gather a layer together: one that has no batch any more goes along with the others.
+            decoder.final_states(windows[:1].to(model.device))
     else:
         for stream in streams(model, windows, batch_size, description):
             stream.advance_to(len(decoder.layers))

@@ -6,18 +6,21 @@ model itself stays of its class, dense or pruned, and computes with its adapter.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compression.checkpoint import load_tensors
 from compression.files import restore_replaced
 from compression.integrity import verify
 from compression.runtime import UserError
+from compression.sharding import whole
 from compression.text_files import parse_json, read_text
 from compression.weights import check_finite
 
@@ -44,10 +47,36 @@ def add_lora(model: PreTrainedModel, r: int, alpha: float, dropout: float, proje
     return get_peft_model(model, config)
 
 
-def write_adapter(adapted: PeftModel, folder: Path) -> None:
-    """Write the adapters alone into a folder that is there: adapter_config.json and adapter_model.safetensors."""
-    check_finite(get_peft_model_state_dict(adapted), "the adapter", "nothing was saved")
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+def draw_adapter(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """What a model's new adapters, if any, begin with, by name: random A as `nn.Linear` has it, B zero.
+
+    It depends on the seed alone, and not on how the model was loaded: PEFT's own draws are lost where weights are
+    on the meta device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            values = torch.empty(parameter.shape)
+            torch.nn.init.kaiming_uniform_(values, math.sqrt(5), generator=generator)
+            yield name, values
+        elif "lora_B" in name:
+            yield name, torch.zeros(parameter.shape)
+
+
+def adapter_weights(adapted: PeftModel) -> dict[str, Tensor]:
+    """The adapters' weights by name; gathered where they are spread over processes, which then must all ask."""
+    return {name: whole(tensor) for name, tensor in adapted.state_dict().items() if "lora_" in name}
+
+
+def write_adapter(adapted: PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the adapters alone into a folder that is there: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        weights: see `adapter_weights`; None where they are all in this process.
+    """
+    weights = weights or adapter_weights(adapted)
+    check_finite(weights, "the adapter", "nothing was saved")
+    adapted.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink()  # a form with nothing filled in
 
 

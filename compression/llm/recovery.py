@@ -6,6 +6,7 @@ where `kd_weight` asks for it.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import (
@@ -32,16 +35,18 @@ from compression.checkpoint import (
 from compression.config import NO_EFFECT, Settings
 from compression.decoder import decoder_of
 from compression.integrity import digest_of
-from compression.llm.evaluate import Evaluation, evaluation_windows, measure
+from compression.llm.evaluate import Evaluation, evaluation_windows, measure, sizes
 from compression.llm.head import Within, before_predicted, in_blocks
-from compression.llm.lora import PROJECTIONS, add_lora, write_adapter
+from compression.llm.lora import PROJECTIONS, adapter_weights, add_lora, draw_adapter, write_adapter
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
+from compression.llm.spread import load_unfilled, save_spread, spread
 from compression.llm.teacher import LiveTeacher, Teacher
 from compression.llm.text import FILES, load_corpus, sample_windows, tokenize
 from compression.outputs import STATES_END, Output, owned
 from compression.quantization import nf4_base
 from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
+from compression.sharding import fill, within
 from compression.training import Recipe, Training, clean_up, fit
 
 EVALUATIONS = ("ppl", "zeroshot")
@@ -68,6 +73,7 @@ class Recovery(Settings):
     kd_weight: float
     kd_temperature: float
     teacher: Annotated[Path | None, NO_EFFECT]
+    shard: Annotated[bool, NO_EFFECT]
     training: Training
     evaluation: Evaluation
 
@@ -87,6 +93,10 @@ class Recovery(Settings):
                 f"--dtype {self.dtype}: with --finetune_method full allowed is auto or float32, for 16 bits lose small "
                 "updates; use --amp bf16 to compute in them"
             )
+        if self.shard and self.load_in_4bit:
+            raise UserError(
+                "--shard: not allowed with --load_in_4bit, whose weights are stored in blocks; leave one out"
+            )
         if self.teacher is not None and not self.kd_weight:
             raise UserError(f"--teacher {self.teacher}: is used with --kd_weight above 0 alone; give that too")
 
@@ -104,21 +114,32 @@ class Recovery(Settings):
     def projections(self) -> list[str]:
         return self.lora_projections.split(",")
 
+    @property
+    def spread(self) -> bool:
+        """Whether the model is spread over processes; a single one has all of it."""
+        return self.shard and processes().num_processes > 1
+
+    @property
+    def states_of(self) -> str | int:
+        """By which processes a killed run can be resumed: any, or this number of them."""
+        return "any" if self.shard else processes().num_processes
+
 
 class LanguageModelling(Recipe):
     """Cross-entropy of the tokens that are predicted, with `kd_weight` for the teacher's distribution of each.
 
     Args:
         teacher: what is learned from besides the text; None leaves it out.
+        module: the model as it is trained; None makes it.
     """
 
-    def __init__(self, recovery: Recovery, rows: int, teacher: Teacher | None = None):
+    def __init__(self, recovery: Recovery, rows: int, teacher: Teacher | None = None, module: Within | None = None):
         super().__init__(recovery.training, rows)
-        self.recovery, self.teacher = recovery, teacher
+        self.recovery, self.teacher, self.within = recovery, teacher, module
 
     def module(self, model: PreTrainedModel) -> nn.Module:
         decoder_of(model)  # refuses a model whose loss is not that of its head's logits
-        return Within(model)
+        return self.within or Within(model)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         known = self.teacher.known(batch) if self.teacher else ()
@@ -178,9 +199,7 @@ def recover(
     inputs = {"parent": identify(pruned)} | ({"teacher": identify(teacher)} if teacher else {})
     seed_everything(recovery.training.seed)
     device = pick_device()
-    model, tokenizer = load_language_model(
-        pruned, device, training_dtype(recovery), nf4_base() if recovery.load_in_4bit else None
-    )
+    model, tokenizer = load_student(recovery, pruned, device)
     train, data = training_data(recovery, data_dir, tokenizer, model)
     inputs["data"] = {"name": data["name"], "sha256": train.digest()}
     same = is_made_from(output, recovery.result_fields(), inputs)
@@ -188,44 +207,89 @@ def recover(
         log.info("%s exists and matches configuration and inputs: skipped", shown(output))
         return earlier["metrics"]
     place.check_same(same, overwrite)
-    recipe = LanguageModelling(recovery, len(train), load_teacher(teacher, model, recovery) if teacher else None)
     held_out = validation_windows(recovery, data_dir, tokenizer)
     tests = evaluation_windows(recovery.evaluation, data_dir, tokenizer, model)
-    figures = partial(measure, model, tokenizer, tests, recovery.evaluation, data_dir)
     # The same folder names keep runs with other settings or inputs apart.
-    key = digest_of([recovery.result_fields(), contents(inputs), processes().num_processes], 12)
+    key = digest_of([recovery.result_fields(), contents(inputs), recovery.states_of], 12)
     work_dir, parts = (output.with_name(f".{output.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}"))
     with owned(output, work_dir, parts):
         saved = SavedParts(parts, recovery.training.resume)
-        before = saved.json("before", figures)
-
-        adapted = None
-        if recovery.finetune_method == "lora":
-            adapted = add_lora(model, recovery.lora_r, recovery.lora_alpha, recovery.lora_dropout, recovery.projections)
+        bare = sizes(model)
+        student = Student(recovery, model, pruned)
+        learned_from = load_teacher(teacher, device, model, recovery) if teacher else None
+        figures = partial(student.compute, partial(measure, model, tokenizer, tests, recovery.evaluation, data_dir))
+        before = saved.json("before", lambda: figures() | bare)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info("Trained: %.2f million weights of %.2f", trained / 1e6, before["parameters"]["total"] / 1e6)
         history = fit(
             model,
-            recipe,
+            LanguageModelling(recovery, len(train), learned_from, student.module),
             train,
-            lambda model: {"validation_perplexity": perplexity(model.eval(), held_out)},
+            lambda model: {"validation_perplexity": student.compute(partial(perplexity, model.eval(), held_out))},
             work_dir,
             padding_token(tokenizer),
             recovery.as_dict(),
+            recovery.shard,
         )
 
         model.eval()
         metrics = {"before": before, "after": figures(), "trained": trained}
         stage = describe_stage("recovery", recovery.as_dict() | (record or {}), inputs, metrics, data)
-        files = {"training_history.json": history}
-        if adapted is None:
-            save_checkpoint(output, model, tokenizer, stage, files)
-        else:
-            save_folder(output, lambda folder: write_adapter(adapted, folder), stage, files)
+        student.save(output, tokenizer, stage, {"training_history.json": history})
         clean_up(work_dir)
         saved.remove()
     log.info("-> %s", shown(output))
     return metrics
+
+
+def load_student(
+    recovery: Recovery, folder: Path, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train; where it will be spread over processes, without its weights."""
+    dtype = training_dtype(recovery)
+    if recovery.spread:
+        return load_unfilled(folder, dtype)
+    return load_language_model(folder, device, dtype, nf4_base() if recovery.load_in_4bit else None)
+
+
+class Student:
+    """The model that is trained: with adapters or without, in this process or spread over several.
+
+    Args:
+        model: with its weights, or where it is spread without them, see `load_student`; gets its adapters in place.
+        folder: where its weights are.
+
+    Attributes:
+        module: the model as the training loop uses it.
+    """
+
+    def __init__(self, recovery: Recovery, model: PreTrainedModel, folder: Path):
+        self.model, self.module = model, Within(model)
+        self.adapted: PeftModel | None = None
+        if recovery.finetune_method == "lora":
+            r, alpha, dropout = recovery.lora_r, recovery.lora_alpha, recovery.lora_dropout
+            self.adapted = add_lora(model, r, alpha, dropout, recovery.projections)
+        drawn = draw_adapter(model, recovery.training.seed)
+        if recovery.spread:
+            spread(self.module, folder, drawn)
+        else:
+            fill(model, drawn)
+
+    def compute(self, compute: Callable[[], Any]) -> Any:
+        """What is computed with the model, without gradients; of all processes together where it is spread."""
+        return within(self.module, compute)
+
+    def save(
+        self, output: Path, tokenizer: PreTrainedTokenizerBase, stage: dict[str, Any], files: dict[str, Any]
+    ) -> None:
+        """Write the adapters, or the whole model where there are none, see `checkpoint.save_checkpoint`."""
+        if (adapted := self.adapted) is not None:
+            weights = adapter_weights(adapted)
+            save_folder(output, lambda folder: write_adapter(adapted, folder, weights), stage, files)
+        elif isinstance(self.module, FSDPModule):
+            save_spread(output, self.model, tokenizer, stage, files)
+        else:
+            save_checkpoint(output, self.model, tokenizer, stage, files)
 
 
 def training_dtype(recovery: Recovery) -> torch.dtype:
@@ -254,13 +318,13 @@ def find_teacher(recovery: Recovery, pruned: Path) -> Path | None:
     return teacher
 
 
-def load_teacher(folder: Path, student: PreTrainedModel, recovery: Recovery) -> Teacher:
-    """The teacher, frozen, on the student's device.
+def load_teacher(folder: Path, device: torch.device, student: PreTrainedModel, recovery: Recovery) -> Teacher:
+    """The teacher, frozen, on this process's device.
 
     Raises:
         UserError: its vocabulary is another one.
     """
-    teacher, _ = load_language_model(folder, student.device, pick_dtype(recovery.dtype, "Teacher"))
+    teacher, _ = load_language_model(folder, device, pick_dtype(recovery.dtype, "Teacher"))
     sizes = [model.config.vocab_size for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(f"--teacher {folder}: it has {sizes[0]} tokens, allowed are the student's {sizes[1]}")

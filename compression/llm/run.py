@@ -161,6 +161,8 @@ class Finetuning(Settings):
     """Windows of the train part of --dataset that are trained on."""
     lora_r: Annotated[int, AtLeast(1), NO_EFFECT] = 8
     """Rank of the adapters."""
+    shard: Annotated[bool, NO_EFFECT] = False
+    """Spread the model over the processes while it is trained on, as post_training.py does."""
 
 
 class RunConfig(Protocol):
@@ -205,6 +207,7 @@ def recovery_after(config: RunConfig) -> Recovery:
         kd_weight=0.0,
         kd_temperature=2.0,
         teacher=None,
+        shard=finetuning.shard,
         training=Training(
             num_epochs=2,
             batch_size=8,
