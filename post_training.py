@@ -72,6 +72,10 @@ class PostTrainingConfig(Config):
     """Softening of both models' logits there."""
     teacher: Annotated[Path | None, NO_EFFECT] = None
     """The model to learn from; by default the one that the pruned model was made from."""
+    teacher_offload: Annotated[Literal["none", "cpu", "disk"], NO_EFFECT] = "none"
+    """Where the teacher's layers are that do not compute: none (on the device), cpu (in RAM), disk (in their files)."""
+    teacher_cache: Annotated[int, AtLeast(0)] = 0
+    """Keep this many of the teacher's largest predictions of each token on disk, and learn from these; 0: from all."""
 
     shard: Annotated[bool, NO_EFFECT] = False
     """Spread the model over the processes (FSDP): each holds a part of all weights, gradients and moments."""

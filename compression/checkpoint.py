@@ -6,7 +6,8 @@ mis-shaped or not finite passes.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from glob import escape
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -78,6 +80,27 @@ def save_checkpoint(
     """
     check_weights_finite(model, folder)
     return save_folder(folder, partial(write_model, model, tokenizer, max_shard_size), stage, files, new)
+
+
+@contextmanager
+def folder_of_all(target: Path, record: dict[str, Any], name: str = STAGE_FILE) -> Iterator[Path]:
+    """Yield an empty folder that several processes write to; once all are done it is sealed and takes its place.
+
+    Args:
+        record, name: see `integrity.seal`.
+    """
+    state = processes()
+    if state.is_main_process:
+        with new_folder(target) as temporary:
+            broadcast_object_list([str(temporary)])
+            yield temporary
+            state.wait_for_everyone()
+            seal(temporary, record, name)
+    else:
+        (path,) = broadcast_object_list([None])
+        yield Path(path)
+        state.wait_for_everyone()
+    state.wait_for_everyone()
 
 
 def check_weights_finite(model: PreTrainedModel, folder: Path) -> None:

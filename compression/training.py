@@ -69,6 +69,11 @@ class Training(Settings):
         if self.amp == "fp16" and not torch.cuda.is_available():
             raise UserError("--amp fp16: needs a CUDA GPU, and none was found; allowed here is no, bf16 or auto")
 
+    @property
+    def part_size(self) -> int:
+        """Rows that a process takes at once."""
+        return -(-self.batch_size // (processes().num_processes * self.gradient_accumulation_steps))
+
 
 class Recipe:
     """What one stage does in the loop. Steps count optimizer steps from 0 over the whole run, epochs from 1."""
@@ -307,9 +312,7 @@ class _Run:
 
     def _parts(self, rows: list[int]) -> list[list[int]]:
         """This process's share of a batch, in the parts that it takes one by one; at least one, which may be empty."""
-        world = self.accelerator.num_processes
-        mine = rows[self.accelerator.process_index :: world]
-        size = -(-self.training.batch_size // (world * self.training.gradient_accumulation_steps))
+        mine, size = rows[self.accelerator.process_index :: self.accelerator.num_processes], self.training.part_size
         return [mine[start : start + size] for start in range(0, len(mine), size)] or [[]]
 
     def _backward(self, train: TrainingData, part: list[int], total: float, pad_token_id: int) -> None:

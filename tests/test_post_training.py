@@ -376,6 +376,9 @@ def training_flags(folder):
         (TRAIN, "--kd_weight 0.5 --teacher nowhere", "--teacher nowhere: no checkpoint there; make it with"),
         (TRAIN, "--kd_weight 0.5 --pruned_model {}/dense", "dense does not say what it was made from (stage.json)"),
         (TRAIN, "--kd_weight 0.5 --teacher {}/wide", "wide: it has 121 tokens, allowed are the student's 120"),
+        (TRAIN, "--teacher_cache 8", "--teacher_cache 8: is used with --kd_weight above 0 alone; give that too"),
+        (TRAIN, "--teacher_offload cpu", "--teacher_offload cpu: is used with --kd_weight above 0 alone"),
+        (TRAIN, "--kd_weight 0.5 --teacher_cache 121", "--teacher_cache 121: allowed is 0 to 120"),
         (TRAIN, "--teacher {}/dense", "dense: is used with --kd_weight above 0 alone; give that too"),
         (
             TRAIN,

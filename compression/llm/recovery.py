@@ -32,8 +32,9 @@ from compression.checkpoint import (
     save_checkpoint,
     save_folder,
 )
-from compression.config import NO_EFFECT, Settings
+from compression.config import NO_EFFECT, AtLeast, Between, Settings
 from compression.decoder import decoder_of
+from compression.files import read_object
 from compression.integrity import digest_of
 from compression.llm.evaluate import Evaluation, evaluation_windows, measure, sizes
 from compression.llm.head import Within, before_predicted, in_blocks
@@ -41,9 +42,9 @@ from compression.llm.lora import PROJECTIONS, adapter_weights, add_lora, draw_ad
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
 from compression.llm.spread import load_unfilled, save_spread, spread
-from compression.llm.teacher import LiveTeacher, Teacher
+from compression.llm.teacher import KeptTeacher, LiveTeacher, Teacher, keep_largest
 from compression.llm.text import FILES, load_corpus, sample_windows, tokenize
-from compression.outputs import STATES_END, Output, owned
+from compression.outputs import KEPT_LOGITS, STATES_END, Output, owned
 from compression.quantization import nf4_base
 from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.sharding import fill, within
@@ -73,6 +74,8 @@ class Recovery(Settings):
     kd_weight: float
     kd_temperature: float
     teacher: Annotated[Path | None, NO_EFFECT]
+    teacher_offload: Annotated[Literal["none", "cpu", "disk"], NO_EFFECT]
+    teacher_cache: Annotated[int, AtLeast(0)]
     shard: Annotated[bool, NO_EFFECT]
     training: Training
     evaluation: Evaluation
@@ -97,8 +100,12 @@ class Recovery(Settings):
             raise UserError(
                 "--shard: not allowed with --load_in_4bit, whose weights are stored in blocks; leave one out"
             )
-        if self.teacher is not None and not self.kd_weight:
-            raise UserError(f"--teacher {self.teacher}: is used with --kd_weight above 0 alone; give that too")
+        off = {"teacher": None, "teacher_offload": "none", "teacher_cache": 0}
+        for flag, value in off.items():
+            if getattr(self, flag) != value and not self.kd_weight:
+                raise UserError(
+                    f"--{flag} {getattr(self, flag)}: is used with --kd_weight above 0 alone; give that too"
+                )
 
     def _check_texts(self) -> None:
         for flag in ("dataset", "validation_dataset"):
@@ -202,7 +209,7 @@ def recover(
     model, tokenizer = load_student(recovery, pruned, device)
     train, data = training_data(recovery, data_dir, tokenizer, model)
     inputs["data"] = {"name": data["name"], "sha256": train.digest()}
-    same = is_made_from(output, recovery.result_fields(), inputs)
+    same = is_made_from(output, recovery.result_fields(), inputs, modernized=lambda noted: {"teacher_cache": 0} | noted)
     if recovery.training.skip_existing and same and (earlier := read_stage(output)):
         log.info("%s exists and matches configuration and inputs: skipped", shown(output))
         return earlier["metrics"]
@@ -216,7 +223,7 @@ def recover(
         saved = SavedParts(parts, recovery.training.resume)
         bare = sizes(model)
         student = Student(recovery, model, pruned)
-        learned_from = load_teacher(teacher, device, model, recovery) if teacher else None
+        learned_from = make_teacher(recovery, teacher, train, output, parts) if teacher else None
         figures = partial(student.compute, partial(measure, model, tokenizer, tests, recovery.evaluation, data_dir))
         before = saved.json("before", lambda: figures() | bare)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -301,7 +308,7 @@ def find_teacher(recovery: Recovery, pruned: Path) -> Path | None:
     """The checkpoint to learn from, None where there is nothing to learn from it.
 
     Raises:
-        UserError: it is not there, or not known.
+        UserError: it is not there, or not known; its vocabulary is another one, or smaller than `teacher_cache`.
     """
     if not recovery.kd_weight:
         return None
@@ -315,20 +322,34 @@ def find_teacher(recovery: Recovery, pruned: Path) -> Path | None:
             )
         teacher = ROOT / parent
     require_language_model(teacher, "--teacher", "python download_model.py --only llm")
+    found, words = (read_object(folder / "config.json").get("vocab_size") for folder in (teacher, pruned))
+    if found != words:
+        raise UserError(f"--teacher {teacher}: it has {found} tokens, allowed are the student's {words}")
+    Between(0, words or 0).check("teacher_cache", recovery.teacher_cache)
     return teacher
 
 
-def load_teacher(folder: Path, device: torch.device, student: PreTrainedModel, recovery: Recovery) -> Teacher:
-    """The teacher, frozen, on this process's device.
+def make_teacher(recovery: Recovery, folder: Path, train: Sequences, output: Path, scratch: Path) -> Teacher:
+    """What is learned from: the teacher, frozen, or its largest predictions, which are computed unless they are kept.
 
-    Raises:
-        UserError: its vocabulary is another one.
+    Args:
+        folder: the teacher's checkpoint, see `find_teacher`.
+        output: beside which its predictions are kept. scratch: for what an offloaded teacher does not keep in memory.
     """
-    teacher, _ = load_language_model(folder, device, pick_dtype(recovery.dtype, "Teacher"))
-    sizes = [model.config.vocab_size for model in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        raise UserError(f"--teacher {folder}: it has {sizes[0]} tokens, allowed are the student's {sizes[1]}")
-    return LiveTeacher(teacher.requires_grad_(False), recovery.kd_temperature)
+    largest, temperature = recovery.teacher_cache, recovery.kd_temperature
+    dtype = pick_dtype(recovery.dtype, "Teacher")
+
+    def load() -> PreTrainedModel:
+        place, device = recovery.teacher_offload, processes().device
+        teacher, _ = load_language_model(folder, device, dtype, offload=place, scratch=scratch)
+        return teacher.requires_grad_(False)
+
+    if not largest:
+        return LiveTeacher(load(), temperature)
+    key = digest_of([identify(folder)["sha256"], train.digest(), largest, temperature, str(dtype)], 16)
+    kept = output.with_name(f"{KEPT_LOGITS}{key}")
+    keep_largest(kept, load, train, largest, temperature, recovery.training.part_size)
+    return KeptTeacher(kept, temperature)
 
 
 def training_data(

@@ -207,6 +207,8 @@ def recovery_after(config: RunConfig) -> Recovery:
         kd_weight=0.0,
         kd_temperature=2.0,
         teacher=None,
+        teacher_offload="none",
+        teacher_cache=0,
         shard=finetuning.shard,
         training=Training(
             num_epochs=2,
