@@ -21,6 +21,11 @@ CALIBRATION = "--num_samples 2 --repair_samples 4 --held_out_samples 1"
 REPAIRED, DEFAULT, WHOLE = "GQA-aware, Taylor, repaired", "H-GSP, default", "whole layers, by removal perplexity"
 # Benchmark -> its flags, values of a flag that have spaces in them, and what must hold of its JSON file.
 CASES = {
+    "distillation_memory": (
+        "--windows 2 --length 96 --layers 1",
+        ["--ways", "blocks"],
+        lambda found: len(found["steps"]) == 4 and all(step["bytes_above_the_models"] > 0 for step in found["steps"]),
+    ),
     "gqa_motivation": (
         f"{LLM} {CALIBRATION} --results_dir {{out}} --sequence_length 16 --analysis_samples 1 --analysis_length 16 "
         "--eval_length 16 --finetune_samples 4",
