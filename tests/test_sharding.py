@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import letters, save_decoder, tiny_decoder
+from conftest import VOCABULARY, letters, save_decoder, tiny_decoder
 from scripts import run_distributed, run_script
 from test_lora import pruned
 from test_post_training import settings
@@ -13,6 +13,7 @@ from test_training import Killed
 from compression.checkpoint import load_tensors, read_stage
 from compression.files import read_json
 from compression.llm.recovery import LanguageModelling, recover
+from compression.outputs import KEPT_LOGITS
 from compression.runtime import UserError
 
 TRAIN, STEP = "post_training.py", "compression.training.Recipe.after_step"
@@ -47,10 +48,11 @@ WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    """On one process without --shard, and on two with it, by method."""
+    """On one process without --shard, and on two with it, by method; adapters learn from all predictions, kept."""
+    kept = {"full": [], "lora": ["--teacher_cache", VOCABULARY]}
     for method, more in METHODS.items():
         run_script(*flags(folder, *more, "--output_name", f"{method}_one"))
-        run_distributed(*flags(folder, *more, "--output_name", f"{method}_two", "--shard"))
+        run_distributed(*flags(folder, *more, *kept[method], "--output_name", f"{method}_two", "--shard"))
     return folder
 
 
@@ -75,9 +77,15 @@ def check_same(one, two, method, tolerance):
 def test_two_processes_with_parts_of_the_model_agree_with_one(undisturbed, method):
     one, two = undisturbed / f"{method}_one", undisturbed / f"{method}_two"
     check_same(one, two, method, 1e-3)
-    assert not list(undisturbed.glob(".*"))
+    assert all(path.name.startswith(KEPT_LOGITS) for path in undisturbed.glob(".*")), "nothing to resume from is left"
     for name in ("config.json", "generation_config.json"):
         assert not (one / name).exists() or read_json(two / name) == read_json(one / name)
+
+
+def test_processes_share_the_rows_of_a_teacher(undisturbed):
+    (kept,) = undisturbed.glob(f"{KEPT_LOGITS}*")
+    rows = [set(load_tensors(part)) for part in kept.glob("part_*/words/model.safetensors")]
+    assert len(rows) == 2 and not rows[0] & rows[1] and rows[0] | rows[1] == {str(row) for row in range(24)}
 
 
 def test_killed_on_two_processes_and_resumed_on_two_or_on_one(undisturbed, tmp_path):

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from conftest import VOCABULARY, letters, save_decoder, tiny_decoder
-from scripts import run_distributed
 from test_lora import pruned
 from test_post_training import ALPACA, settings
-from test_sharding import flags
 from test_training import Killed
 
 from compression.checkpoint import load_tensors
@@ -81,18 +79,3 @@ def test_predictions_are_computed_once_for_killed_and_later_runs(folder, tmp_pat
     part.write_bytes(part.read_bytes()[:-1])
     run(folder, tmp_path / "damaged", teacher_cache=8)
     assert len(computed) == 3
-
-
-def test_processes_share_the_rows(folder, tmp_path):
-    """And learn from them what one process learns from the teacher itself."""
-    words = flags(folder, "--lora_r", 3, "--teacher_cache", VOCABULARY, "--dtype", "float32")
-    run_distributed(*words, "--results_dir", tmp_path)
-    (kept,) = tmp_path.glob(".teacher_logits_*")
-    parts = sorted(kept.glob("part_*/words/model.safetensors"))
-    rows = [set(load_tensors(part)) for part in parts]
-    assert len(rows) == 2 and not rows[0] & rows[1] and rows[0] | rows[1] == {str(row) for row in range(24)}
-    history = read_json(tmp_path / "recovered" / "training_history.json")
-    fields = dict(kd_weight=0.5, lora_r=3, learning_rate=1e-3, run_evaluation="none", validation_samples=3)
-    recover(settings(folder, **fields), folder / "pruned", tmp_path / "live")
-    for first, second in zip(read_json(tmp_path / "live" / "training_history.json"), history, strict=True):
-        assert second == pytest.approx(first, rel=1e-3)
