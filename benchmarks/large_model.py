@@ -289,7 +289,7 @@ def draw(runs: dict[str, dict[str, Any]]):
 def formulas(config: LargeModelConfig, shape: Shape) -> dict[str, int]:
     """What the formulas say of the peak on the device, in bytes."""
     return {
-        "in_memory_bytes": memory.pruning_in_memory(shape, config.ratio, config.length),
+        "in_memory_bytes": memory.pruning_in_memory(shape, config.length),
         "streamed_bytes": memory.pruning_streamed(shape, config.length),
         "weights": shape.weights,
     }

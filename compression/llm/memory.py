@@ -117,12 +117,11 @@ def repair_matrices(shape: Shape) -> int:
 # Peaks.
 
 
-def pruning_in_memory(shape: Shape, ratio: float = 0.5, length: int = 1024) -> int:
-    """Pruning with the whole model on the device: its bfloat16 weights, and the largest of what scores, the repair and
-    the smaller copy take."""
+def pruning_in_memory(shape: Shape, length: int = 1024) -> int:
+    """Pruning with the whole model on the device: its bfloat16 weights, which are cut down in place, and the larger of
+    what the scores and the repair take."""
     scores = shape.layers * layer_activations(shape, length) + head_activations(shape, length)
-    smaller = BF16 * shape.pruned_weights(ratio)
-    return BF16 * shape.weights + max(scores, repair_matrices(shape), smaller)
+    return BF16 * shape.weights + max(scores, repair_matrices(shape))
 
 
 def pruning_streamed(shape: Shape, length: int = 1024) -> int:
