@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from large_model.random_model import random_text, save_random_model
 from large_model.watch import Watch, peaks, thinned
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from compression.checkpoint import describe_stage, is_made_from, load_language_model
 from compression.config import AtLeast, Between, Config, FolderName, run_script
@@ -44,6 +46,8 @@ KNOWN = SHAPES | {"tiny": Shape(64, 4, 8, 4, 160, vocabulary=300, positions=512)
 TEXT, STATES = "text.txt", "states"
 # Points of a curve that are kept.
 POINTS = 400
+# Least share of a run that a phase takes whose name is drawn.
+NAMED = 0.04
 # Share of the disk's need that comes on top, for what is not weights.
 DISK_MARGIN = 0.02
 
@@ -264,26 +268,34 @@ def phase_table(found: dict[str, Any]) -> str:
     return text_table(columns, [*found["pruning"]["phases"], *passes])
 
 
-def draw(runs: dict[str, dict[str, Any]]):
-    """Memory over time of each pruning run, its phases named."""
+def draw(runs: dict[str, dict[str, Any]]) -> Figure:
+    """Memory over time of each pruning run; phases are marked, and those named that the axis has space for."""
     figure = new_figure(8, 3 * len(runs))
     grid = figure.subplots(len(runs), 1, squeeze=False)[:, 0]
     for axes, (name, found) in zip(grid, runs.items(), strict=True):
-        samples = found["pruning"]["samples"]
-        seconds = [sample["seconds"] for sample in samples]
-        kinds = {"rss": "resident", "anonymous": "anonymous", "file": "file pages", "device": "GPU"}
-        for colour, (kind, label) in zip(COLOURS, kinds.items(), strict=False):
-            if any(sample[kind] for sample in samples):
-                axes.plot(seconds, [sample[kind] / 1e9 for sample in samples], color=colour, label=label)
-        start = 0.0
-        for phase in found["pruning"]["phases"]:
-            axes.axvline(start, color="0.8", zorder=0)
-            axes.text(start, 1.0, f" {phase['phase']}", transform=axes.get_xaxis_transform(), rotation=30, fontsize=6)
-            start += phase["seconds"]
-        axes.set(xlabel=f"seconds ({name})", ylabel="GB", ylim=(0, None))
-        axes.legend(fontsize=7)
-        open_frame(axes)
+        draw_run(axes, name, found["pruning"])
     return figure
+
+
+def draw_run(axes: Axes, name: str, pruning: dict[str, Any]) -> None:
+    """One run of `draw`."""
+    samples, start = pruning["samples"], 0.0
+    kinds = {"rss": "resident", "anonymous": "anonymous", "file": "file pages", "device": "GPU"}
+    for colour, (kind, label) in zip(COLOURS, kinds.items(), strict=False):
+        if any(sample[kind] for sample in samples):
+            curve = [sample["seconds"] for sample in samples], [sample[kind] / 1e9 for sample in samples]
+            axes.plot(*curve, color=colour, label=label)
+    for phase in pruning["phases"]:
+        axes.axvline(start, color="0.8", zorder=0)
+        if phase["seconds"] > NAMED * pruning["seconds"]:
+            place = start + phase["seconds"] / 2, 1.0
+            axes.text(
+                *place, phase["phase"], transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=6
+            )
+        start += phase["seconds"]
+    axes.set(xlabel=f"seconds ({name})", ylabel="GB", ylim=(0, None))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    open_frame(axes)
 
 
 def formulas(config: LargeModelConfig, shape: Shape) -> dict[str, int]:
