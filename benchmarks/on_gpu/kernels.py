@@ -46,15 +46,14 @@ def operation(setting: Setting) -> Callable[[], Tensor]:
     """Causal attention alone, forward and backward, in bfloat16."""
     shape, generator = setting.sizes.decoder, torch.Generator(setting.device).manual_seed(0)
     size = (1, shape.heads, setting.sizes.prompt, shape.hidden // shape.heads)
-    query, key, value = (
+    inputs = [
         torch.randn(size, device=setting.device, dtype=torch.bfloat16, generator=generator).requires_grad_()
         for _ in range(3)
-    )
+    ]
 
     def call() -> Tensor:
-        query.grad = None
-        found = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        found.sum().backward()
+        found = F.scaled_dot_product_attention(*inputs, is_causal=True)
+        torch.autograd.grad(found.sum(), inputs)
         return found.detach()
 
     return call

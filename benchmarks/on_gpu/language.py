@@ -9,7 +9,6 @@ from compression.assets import ensure_llm
 from compression.checkpoint import load_language_model, read_stage
 from compression.files import read_json
 from compression.llm.text import load_corpus, tokenize
-from compression.runtime import MODELS
 from compression.sources import LLM_FOLDER
 from on_gpu.setting import Figures, Setting
 
@@ -87,7 +86,7 @@ def small_model(setting: Setting) -> tuple[Path, list[object], str]:
     """The dense small model, the flags that name its texts, and the texts that perplexity is measured on."""
     if setting.rehearse:
         return rehearsed_model(setting)
-    base = ensure_llm(setting.base_model, MODELS / LLM_FOLDER.name)
+    base = ensure_llm(setting.base_model, LLM_FOLDER)
     has_ptb = setting.data_dir is not None and (Path(setting.data_dir) / "ptb" / "ptb.test.txt").is_file()
     return (
         base,

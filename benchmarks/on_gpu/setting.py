@@ -101,14 +101,15 @@ class Setting:
 
     Attributes:
         work: folder for models and what scripts write.
-        base_model, teacher, student, sentiment_dir: named by the user, else None.
+        base_model: the small language model, a folder or a name on the hub.
+        teacher, student, sentiment_dir: for the classifier parts, where the user names them.
         data_dir: folder with texts, None asks the hub.
         recovery_tokens: that recovery trains on, all passes together.
     """
 
     rehearse: bool
     work: Path
-    base_model: Path | str
+    base_model: str
     data_dir: str | None
     teacher: Path | None
     student: Path | None
