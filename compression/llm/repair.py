@@ -125,7 +125,8 @@ def _solve(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
     """
     solved = torch.zeros_like(weight)
     if columns.any():
-        solve, lost = _solver(gram, columns), gram[columns][:, ~columns].double()
+        stay, go = columns.nonzero(), (~columns).nonzero()[:, 0]
+        solve, lost = _solver(gram, columns), gram[stay, go].double()  # in one step: no rows are copied whole
         for rows, old in zip(solved.split(BLOCK), weight.split(BLOCK), strict=True):
             change = solve(lost @ old[:, ~columns].double().T)
             rows[:, columns] = (old[:, columns].double() + change.T).to(weight.dtype)
@@ -139,11 +140,8 @@ def _solver(gram: Tensor, columns: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda sides: triangular(factor.mT, triangular(factor, sides, upper=False), upper=True)
 
     # In 16 bits the Gram matrix can be off by more than the ridge, and have a direction that counts below zero.
-    def solve(sides: Tensor) -> Tensor:
-        found, singular = torch.linalg.solve_ex(_damped(gram, columns), sides)
-        return found.masked_fill(singular != 0, torch.nan)
-
-    return solve
+    factors, pivots, singular = torch.linalg.lu_factor_ex(_damped(gram, columns))
+    return lambda sides: torch.linalg.lu_solve(factors, pivots, sides).masked_fill(singular != 0, torch.nan)
 
 
 def _damped(gram: Tensor, columns: Tensor) -> Tensor:
