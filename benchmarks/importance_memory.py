@@ -24,7 +24,8 @@ from compression.checkpoint import load_language_model
 from compression.config import Config, run_script
 from compression.files import write_json
 from compression.llm.perplexity import perplexity, token_losses
-from compression.llm.scoring import SCORES, score_structures
+from compression.llm.score_passes import score_structures
+from compression.llm.scoring import SCORES
 from compression.runtime import RESULTS, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM, LLM_FOLDER
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DECODERS, tiny_decoder
 
-from compression.llm.repair import RIDGE, repair
+from compression.llm.repair import RIDGE, _solve, repair
 from compression.structures import CHANNELS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
@@ -86,3 +86,19 @@ def test_repair_of_layers_that_lose_a_whole_part(model, windows):
     repair(model, kept, windows)
     repaired = shrink_decoder(model, kept)(windows).logits
     assert (repaired - expected).square().mean() < (plain - expected).square().mean()
+
+
+def test_a_gram_matrix_that_is_off_by_rounding_is_solved_all_the_same():
+    """In 16 bits it can have a direction that counts below zero, and then no Cholesky factor."""
+    draw = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(64, 40, generator=draw), torch.randn(2100, 40, generator=draw)
+    gram, kept = inputs.T @ inputs, torch.arange(40) < 25
+    gram[0, 0] -= 200
+    solved = _solve(weight, gram, kept)
+    damped = gram[kept][:, kept].double()
+    damped.diagonal().add_(RIDGE * damped.diagonal().mean())
+    assert torch.linalg.eigvalsh(damped)[0] < 0
+    lost = gram[kept][:, ~kept].double() @ weight[:, ~kept].double().T
+    expected = weight[:, kept].double() + torch.linalg.solve(damped, lost).T
+    torch.testing.assert_close(solved[:, kept], expected.float())
+    assert not solved[:, ~kept].any()

@@ -25,7 +25,7 @@ from compression.llm.gqa_pruning import Cuts, LayerwisePruning, compute_gqa_grou
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repair
-from compression.llm.scoring import score_structures
+from compression.llm.score_passes import score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError
 from compression.surgery import shrink_decoder

@@ -15,7 +15,8 @@ from compression.flops import encoder_macs_formula
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring, masked
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.scoring import SCORES, score_structures
+from compression.llm.score_passes import score_structures
+from compression.llm.scoring import SCORES
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of

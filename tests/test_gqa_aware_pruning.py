@@ -9,7 +9,7 @@ import torch
 from conftest import DECODERS, pruning_flags, tiny_decoder
 from scripts import run_killed, run_script
 
-import compression.llm.scoring as calibration
+import compression.llm.score_passes as calibration
 from compression.allocation import largest_ratio, split_budget, spread_rates
 from compression.checkpoint import load_language_model
 from compression.config import pick
@@ -26,7 +26,8 @@ from compression.llm.gqa_pruning import (
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repair
-from compression.llm.scoring import SCORES, score_layer, score_structures
+from compression.llm.score_passes import score_layer, score_structures
+from compression.llm.scoring import SCORES
 from compression.llm.text import CalibrationText, load_corpus, tokenize, windows
 from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of

@@ -13,7 +13,8 @@ from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import exp_of_mean, perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repair
-from compression.llm.scoring import SCORES, score_layer, score_structures
+from compression.llm.score_passes import score_layer, score_structures
+from compression.llm.scoring import SCORES
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of

@@ -13,7 +13,8 @@ from compression.checkpoint import load_language_model
 from compression.files import read_json
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.scoring import SCORES, score_structures
+from compression.llm.score_passes import score_structures
+from compression.llm.scoring import SCORES
 from compression.offload import free_ram, pick_offload
 from compression.runtime import UserError
 from compression.structures import DECODER_KINDS

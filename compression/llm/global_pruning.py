@@ -21,7 +21,8 @@ from compression.decoder import decoder_of
 from compression.hooks import hooked
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repairing
-from compression.llm.scoring import SCORES, ScoreName, score_structures
+from compression.llm.score_passes import score_structures
+from compression.llm.scoring import SCORES, ScoreName
 from compression.llm.text import CalibrationText
 from compression.offload import Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase

@@ -20,7 +20,8 @@ from compression.allocation import all_but_least, largest_ratio, split_budget, s
 from compression.decoder import decoder_of
 from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
-from compression.llm.scoring import ScoreName, score_layer
+from compression.llm.score_passes import score_layer
+from compression.llm.scoring import ScoreName
 from compression.llm.text import CalibrationText
 from compression.offload import LayerWriter, Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
