@@ -101,10 +101,9 @@ def layer_activations(shape: Shape, length: int) -> int:
     return BF16 * length * (11 * shape.hidden + 4 * shape.intermediate)
 
 
-def head_activations(shape: Shape, length: int) -> int:
-    """What the head keeps of a window for its backward pass, the softmax in float32, and what a block of tokens takes
-    besides: its logits, the same in float32, their gradient."""
-    return FP32 * shape.vocabulary * (length + 3 * LOGIT_ROWS)
+def head_activations(shape: Shape) -> int:
+    """What the head takes for a block of tokens: logits, softmax and gradient, in float32; none of it is kept."""
+    return 3 * FP32 * LOGIT_ROWS * shape.vocabulary
 
 
 def repair_matrices(shape: Shape) -> int:
@@ -120,7 +119,7 @@ def repair_matrices(shape: Shape) -> int:
 def pruning_in_memory(shape: Shape, length: int = 1024) -> int:
     """Pruning with the whole model on the device: its bfloat16 weights, which are cut down in place, and the larger of
     what the scores and the repair take."""
-    scores = shape.layers * layer_activations(shape, length) + head_activations(shape, length)
+    scores = shape.layers * layer_activations(shape, length) + head_activations(shape)
     return BF16 * shape.weights + max(scores, repair_matrices(shape))
 
 
@@ -128,7 +127,7 @@ def pruning_streamed(shape: Shape, length: int = 1024) -> int:
     """Pruning layer by layer: embeddings, head and two layers in bfloat16, and the larger of what the scores and the
     repair of one layer take."""
     weights = BF16 * (shape.table_weights + LAYERS_STREAMED * shape.layer_weights)
-    scores = layer_activations(shape, length) + head_activations(shape, length)
+    scores = layer_activations(shape, length) + head_activations(shape)
     return weights + max(scores, repair_matrices(shape))
 
 
@@ -144,16 +143,16 @@ def pruning_disk(shape: Shape, ratio: float = 0.5) -> int:
 
 def training_activations(shape: Shape, length: int) -> int:
     """What a training step keeps of one window with gradient checkpointing: the states between layers and one layer's
-    activations in bfloat16, and all logits with their gradient and softmax in float32."""
+    activations in bfloat16, and what the head takes."""
     between = BF16 * shape.layers * length * shape.hidden
-    return between + layer_activations(shape, length) + 3 * FP32 * length * shape.vocabulary
+    return between + layer_activations(shape, length) + head_activations(shape)
 
 
 def full_recovery(shape: Shape, devices: int = 1, ratio: float = 0.5, length: int = 512) -> int:
-    """Training all weights of the pruned model, sharded over devices; on several, one whole layer is gathered too, with
-    its gradient, and of the tables the largest."""
+    """Training all weights of the pruned model, spread over devices; on several, embeddings, head and one layer are
+    gathered too, with their gradients."""
     share = ADAMW * shape.pruned_weights(ratio) // devices
-    gathered = 0 if devices == 1 else 2 * FP32 * max(shape.layer_weights, shape.vocabulary * shape.hidden)
+    gathered = 0 if devices == 1 else 2 * FP32 * (shape.table_weights + shape.layer_weights)
     return share + gathered + training_activations(shape, length)
 
 
@@ -177,8 +176,8 @@ JOBS: dict[str, Callable[[Shape], int]] = {
     "LoRA beside bfloat16": lora_recovery,
     "LoRA beside 4 bits": lambda shape: lora_recovery(shape, four_bits=True),
     "training all weights, 1 device": full_recovery,
-    "training all weights, sharded over 8 devices": lambda shape: full_recovery(shape, 8),
-    "training all weights, sharded over 16 devices": lambda shape: full_recovery(shape, 16),
+    "training all weights, --shard over 8 devices": lambda shape: full_recovery(shape, 8),
+    "training all weights, --shard over 16 devices": lambda shape: full_recovery(shape, 16),
 }
 """The peak on each device by what is done there."""
 
