@@ -56,7 +56,10 @@ def setup_logging() -> None:
 
 
 def log_phase(name: str) -> None:
-    """Log that a part of a run begins, in a form that can be looked for."""
+    """Log that a part of a run begins, in a form that can be looked for, and what the one before took of a GPU."""
+    if torch.cuda.is_available():
+        log.info("Peak on the GPU: %.2f GB", torch.cuda.max_memory_allocated() / 1e9)
+        torch.cuda.reset_peak_memory_stats()
     log.info("Phase: %s", name)
 
 
