@@ -13,7 +13,6 @@ Writes results/OUTPUT_NAME.json and .png. The models are deleted at the end, or 
 
 import multiprocessing
 import shutil
-import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from large_model.random_model import random_text, save_random_model
-from large_model.watch import Watch, peaks, thinned
+from large_model.watch import Watch, measured, run_watched
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -39,13 +38,11 @@ from compression.llm.scoring import ScoreName
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.outputs import check_place, remove_states
 from compression.plots import COLOURS, new_figure, open_frame, save_figure
-from compression.runtime import RESULTS, ROOT, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
+from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.tables import Column, at, text_table
 
 KNOWN = SHAPES | {"tiny": Shape(64, 4, 8, 4, 160, vocabulary=300, positions=512)}
 TEXT, STATES = "text.txt", "states"
-# Points of a curve that are kept.
-POINTS = 400
 # Least share of a run that a phase takes whose name is drawn.
 NAMED = 0.04
 # Share of the disk's need that comes on top, for what is not weights.
@@ -174,35 +171,6 @@ def pruning_command(config: LargeModelConfig, name: str, offload: str, device: s
     return [sys.executable, "run_global_pruning.py", *words, *checkpointing, "--overwrite"]
 
 
-def prune(command: list[str], interval: float, device: str = "cpu") -> dict[str, Any]:
-    """Run a pruning command under watch; its phases, and its memory over time.
-
-    Raises:
-        UserError: it failed; says what its last line was.
-    """
-    watch, last = Watch(interval, device), ""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    watch.begin(process.pid)
-    try:
-        for line in process.stdout:
-            watch.read(line)
-            last = line.strip() or last
-            log.info("    %s", line.rstrip())
-        status = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-        seconds = watch.close()
-    if status:
-        raise UserError(f"run_global_pruning.py ended with status {status}: {last}")
-    return measured(watch, seconds)
-
-
-def measured(watch: Watch, seconds: float) -> dict[str, Any]:
-    """What a watch saw."""
-    return {"seconds": seconds, "phases": peaks(watch, seconds), "samples": thinned(watch.samples, POINTS)}
-
-
 def run_forward(folder: Path, text: Path, config: LargeModelConfig, offload: str, device: str, answers: Any) -> None:
     """Perplexity on one window, in a process of its own; answers with it and with CUDA's own peak in bytes."""
     where = pick_device(device)
@@ -241,7 +209,7 @@ def run_once(config: LargeModelConfig, offload: str, device: str) -> dict[str, A
     name = f"pruned_{offload}_{device.replace(':', '')}"
     folder = config.folder / name
     try:
-        pruning = prune(pruning_command(config, name, offload, device), config.interval, device)
+        pruning = run_watched(pruning_command(config, name, offload, device), config.interval, device)
         found = {"pruning": pruning, "forward": forward(config, folder / "models", offload, device)}
         return found | {"model": pruned_model(folder)}
     finally:

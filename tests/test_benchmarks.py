@@ -91,6 +91,14 @@ CASES = {
         [],
         lambda found: found["largest_relative_difference"] < 1e-5,
     ),
+    "streamed_pruning": (
+        "--base_model {world}/llm --data_dir {world} --length 16 --dtype float32",
+        ["--ways", "memory", "disk"],
+        lambda found: (
+            found["ways"]["disk"]["structures_that_differ"] == 0
+            and found["ways"]["disk"]["largest_weight_difference"] < 1e-3
+        ),
+    ),
 }
 
 

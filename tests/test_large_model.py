@@ -78,13 +78,12 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
 
 
 def test_a_pruning_run_is_watched_and_one_that_fails_ends_in_its_last_line():
-    prune = runpy.run_path(str(ROOT / "benchmarks" / "large_model.py"))["prune"]
     program = "import time; print('Phase: scores', flush=True); time.sleep(0.3); print('error: no good'); exit({})"
-    found = prune([sys.executable, "-c", program.format(0)], 0.01)
+    found = watch.run_watched([sys.executable, "-c", program.format(0)], 0.01)
     assert [phase["phase"] for phase in found["phases"]] == ["start", "scores"]
     assert 10 * MB > found["phases"][1]["peak_anonymous_bytes"] > 0.5 * MB and found["phases"][1]["seconds"] > 0.2
-    with pytest.raises(UserError, match="run_global_pruning.py ended with status 3: error: no good"):
-        prune([sys.executable, "-c", program.format(3)], 0.01)
+    with pytest.raises(UserError, match="ended with status 3: error: no good"):
+        watch.run_watched([sys.executable, "-c", program.format(3)], 0.01)
 
 
 def test_what_a_failed_run_leaves_is_removed(tmp_path):

@@ -1,6 +1,8 @@
 """The memory of a running process and its children, sampled, and the peaks of the phases that its log names."""
 
 import re
+import shlex
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -10,8 +12,12 @@ from typing import Any
 import psutil
 import torch
 
+from compression.runtime import ROOT, UserError, log
+
 PHASE = re.compile(r"Phase: (.+)")
 START = "start"
+# Points of a curve that are kept.
+POINTS = 400
 # What Linux says of a process's resident memory: the whole; of it what no file holds, so that it must be kept; of it
 # pages of mapped files, which the system can drop and read again; of it what processes share.
 STATUS = {"rss": "VmRSS", "anonymous": "RssAnon", "file": "RssFile", "shared": "RssShmem"}
@@ -121,3 +127,32 @@ def thinned(samples: list[dict[str, float]], count: int) -> list[dict[str, float
     size = -(-len(samples) // count) or 1
     parts = [samples[start : start + size] for start in range(0, len(samples), size)]
     return [max(part, key=lambda sample: sample["rss"]) for part in parts]
+
+
+def run_watched(command: list[str], interval: float, device: str = "cpu") -> dict[str, Any]:
+    """Run a command of this repository under watch: see `measured`. What it says is logged.
+
+    Raises:
+        UserError: it failed; says what its last line was.
+    """
+    watch, last = Watch(interval, device), ""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    watch.begin(process.pid)
+    try:
+        for line in process.stdout:
+            watch.read(line)
+            last = line.strip() or last
+            log.info("    %s", line.rstrip())
+        status = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+        seconds = watch.close()
+    if status:
+        raise UserError(f"{shlex.join(command[:3])} ended with status {status}: {last}")
+    return measured(watch, seconds)
+
+
+def measured(watch: Watch, seconds: float) -> dict[str, Any]:
+    """What a watch saw: its seconds, its phases and its memory over time."""
+    return {"seconds": seconds, "phases": peaks(watch, seconds), "samples": thinned(watch.samples, POINTS)}
