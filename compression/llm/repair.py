@@ -135,12 +135,11 @@ def _solve(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
 
 def _solver(gram: Tensor, columns: Tensor) -> Callable[[Tensor], Tensor]:
     """Solves for right-hand sides [columns that stay, count] with the damped Gram matrix of these columns."""
-    factor, failed = _cholesky(_damped(gram, columns))
-    if not failed:
+    factor = _cholesky(_damped(gram, columns))
+    if factor is not None:
         return lambda sides: triangular(factor.mT, triangular(factor, sides, upper=False), upper=True)
-
     # In 16 bits the Gram matrix can be off by more than the ridge, and have a direction that counts below zero.
-    factors, pivots, singular = torch.linalg.lu_factor_ex(_damped(gram, columns))
+    factors, pivots, singular = _lu(_damped(gram, columns))
     return lambda sides: torch.linalg.lu_solve(factors, pivots, sides).masked_fill(singular != 0, torch.nan)
 
 
@@ -153,8 +152,16 @@ def _damped(gram: Tensor, columns: Tensor) -> Tensor:
     return damp(kept, RIDGE)
 
 
-def _cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
-    """The lower factor of a symmetric matrix, in its place, and whether there is none."""
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower factor of a symmetric matrix, in its place; None where there is none."""
     factor, failed = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
-    return factor, bool(failed) or not bool(factor.diagonal().isfinite().all())
+    return None if failed or not factor.diagonal().isfinite().all() else factor
+
+
+def _lu(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of a symmetric matrix in its place, their pivots, and which pivot is zero, if any."""
+    factors, device = matrix.mT, matrix.device
+    pivots, singular = (torch.empty(size, dtype=torch.int32, device=device) for size in (len(matrix), ()))
+    torch.linalg.lu_factor_ex(factors, out=(factors, pivots, singular))
+    return factors, pivots, singular
