@@ -10,7 +10,7 @@ from compression.batching import TrainingData
 from compression.checkpoint import load_language_model
 from compression.decoder import decoder_of
 from compression.distillation import distillation_loss, largest_label_losses, soft_label_losses
-from compression.llm.head import LOGIT_ROWS, in_blocks
+from compression.llm.head import TRAINED_ROWS, in_blocks
 from compression.llm.lora import PROJECTIONS, add_lora
 from compression.llm.recovery import LanguageModelling
 from compression.llm.rows import of_instructions, of_windows
@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(folder, kind, rows):
     if rows == "instructions":
         train = of_instructions(load_language_model(folder / "pruned")[1], ALPACA, 128, train_on_inputs=True)
     batch = train.collate(list(range(len(train))), 0)
-    assert batch["targets"].sum() > 2 * LOGIT_ROWS
+    assert batch["targets"].sum() > TRAINED_ROWS
     teacher = tiny_decoder(seed=1, max_position_embeddings=128)
     expected = plain_terms(model, teacher, batch)
     expected["loss"].backward()
@@ -99,7 +99,7 @@ def test_no_more_logits_than_a_block_of_tokens_has(folder):
     decoder_of(teacher)
     seen.clear()
     recipe.loss(module, batch, 0)["loss"].backward()
-    assert max(seen) == LOGIT_ROWS and len(seen) == 2 * 2 * 3
+    assert max(seen) == TRAINED_ROWS and len(seen) == 2 * 2 * 2
 
 
 def test_divergence_of_the_largest_probabilities():

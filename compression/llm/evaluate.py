@@ -123,7 +123,11 @@ def measure(
     if evaluation.evaluates("zeroshot"):
         limit = evaluation.eval_zeroshot_limit or None
         answer = partial(zero_shot, model, tokenizer, evaluation.tasks, data_dir, limit)
-        found["zeroshot"] = answer() if is_spread(model) else from_main_process(answer)
+        if is_spread(model):  # all processes run it together
+            answers = answer()
+            found["zeroshot"] = from_main_process(lambda: answers)
+        else:
+            found["zeroshot"] = from_main_process(answer)
         for task, figures in found["zeroshot"].items():
             accuracy, error = figures["acc"], figures["acc_standard_error"]
             log.info("%s: %.1f ± %.1f %% of %d", task, 100 * accuracy, 100 * error, figures["n"])

@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 # Tokens whose logits are held at a time. In fp32 a vocabulary of 49,152 takes 25 MB for them: larger blocks are
 # slower on the CPU, for the allocator gives blocks above 32 MB back to the system and asks for them anew each time.
 LOGIT_ROWS = 128
+# The same in training: with small results kept between them, the allocator finds no place for the next of such blocks,
+# so that a step of 32 of them took 2.7 GB; blocks above 32 MB it gives back, and half a GB does.
+TRAINED_ROWS = 256
 
 
 def in_blocks(function: Callable[..., Tensor], *rows: Tensor, size: int = LOGIT_ROWS) -> Tensor:

@@ -37,7 +37,7 @@ from compression.decoder import decoder_of
 from compression.files import read_object
 from compression.integrity import digest_of
 from compression.llm.evaluate import Evaluation, evaluation_windows, measure, sizes
-from compression.llm.head import Within, before_predicted, in_blocks
+from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
 from compression.llm.lora import PROJECTIONS, adapter_weights, add_lora, draw_adapter, write_adapter
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
@@ -170,7 +170,7 @@ class LanguageModelling(Recipe):
 
         # Rows are padded behind their end: what is before the padding does not see it.
         states = before_predicted(decoder.final_states(ids), targets)
-        return in_blocks(losses, states, ids[targets], *known).mean(0)
+        return in_blocks(losses, states, ids[targets], *known, size=TRAINED_ROWS).mean(0)
 
 
 def recover(

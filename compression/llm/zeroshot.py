@@ -151,7 +151,7 @@ def zero_shot(
 
     Returns:
         By task: n, acc and its standard error, and acc_norm (answers compared by log-likelihood per byte) where the
-        task has it.
+        task has it. Nothing in a process that is not the first: the harness gives it no results.
 
     Raises:
         UserError: an unknown task, data that is not there or cannot be read, or the harness fails on it.
@@ -180,6 +180,8 @@ def zero_shot(
                 f"zero-shot tasks {', '.join(tasks)}: lm-evaluation-harness failed on {files} "
                 f"({type(error).__name__}: {(str(error) or 'no reason').splitlines()[0]}); leave one out to find it"
             ) from error
+    if found is None:
+        return {}
     return {task: _figures(found["results"][task], found["n-samples"][task]) for task in tasks}
 
 
