@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from compression.llm.head import LOGIT_ROWS
+from compression.llm.head import LOGIT_ROWS, TRAINED_ROWS
 from compression.llm.repair import BLOCK
 
 BF16, FP32, FP64 = 2, 4, 8
@@ -101,9 +101,9 @@ def layer_activations(shape: Shape, length: int) -> int:
     return BF16 * length * (11 * shape.hidden + 4 * shape.intermediate)
 
 
-def head_activations(shape: Shape) -> int:
+def head_activations(shape: Shape, rows: int = LOGIT_ROWS) -> int:
     """What the head takes for a block of tokens: logits, softmax and gradient, in float32; none of it is kept."""
-    return 3 * FP32 * LOGIT_ROWS * shape.vocabulary
+    return 3 * FP32 * rows * shape.vocabulary
 
 
 def repair_matrices(shape: Shape) -> int:
@@ -145,7 +145,7 @@ def training_activations(shape: Shape, length: int) -> int:
     """What a training step keeps of one window with gradient checkpointing: the states between layers and one layer's
     activations in bfloat16, and what the head takes."""
     between = BF16 * shape.layers * length * shape.hidden
-    return between + layer_activations(shape, length) + head_activations(shape)
+    return between + layer_activations(shape, length) + head_activations(shape, TRAINED_ROWS)
 
 
 def full_recovery(shape: Shape, devices: int = 1, ratio: float = 0.5, length: int = 512) -> int:
