@@ -6,6 +6,7 @@ that keeps a layer there while a whole text goes through it (see `llm.layerwise`
 """
 
 import math
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -289,10 +290,12 @@ def pick_offload(
 
 
 def free_ram() -> int:
-    """Bytes of RAM that this process may still take; a container's limit counts."""
+    """Bytes of RAM that this process may still take: a container's limit counts, and the others of a run have as much."""
     free = psutil.virtual_memory().available
     limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
-    return free if limit is None or used is None else min(free, limit - used)
+    if limit is not None and used is not None:
+        free = min(free, limit - used)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _cgroup_bytes(name: str) -> int | None:
