@@ -290,7 +290,7 @@ def pick_offload(
 
 
 def free_ram() -> int:
-    """Bytes of RAM that this process may still take: a container's limit counts, and the others of a run have as much."""
+    """Bytes of RAM that this process may still take; a container's limit counts, and that others run beside it."""
     free = psutil.virtual_memory().available
     limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
     if limit is not None and used is not None:
