@@ -124,16 +124,22 @@ def _cut_layers(decoder: Decoder, kept: dict[str, list[Tensor]], before: Callabl
     """Cut down layer after layer; yields the index of each while its weights are there."""
     if not any(mask.any() for mask in kept[GROUPS]):
         raise UserError("nothing is left of any layer's attention: choose a lower pruning ratio")
-    for index, parts in enumerate(layers_of(decoder.model)):
-        with decoder.present(index) as layer:
+    for index in range(len(decoder.layers)):
+        with decoder.present(index):
             before(index)
-            for kind in DECODER_KINDS:
-                if parts.count(kind):
-                    if kept[kind][index].any():
-                        shrink_layer(parts, {kind: kept[kind][index]})
-                    else:
-                        (remove_attention if kind == GROUPS else remove_mlp)(layer)
+            _cut_layer(decoder, index, {kind: kept[kind][index] for kind in DECODER_KINDS})
             yield index
+
+
+def _cut_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:
+    # What is taken out may be mapped from a file: nothing must refer to it behind this.
+    layer, parts = decoder.layers[index], layers_of(decoder.model)[index]
+    for kind, stays in kept.items():
+        if parts.count(kind):
+            if stays.any():
+                shrink_layer(parts, {kind: stays})
+            else:
+                (remove_attention if kind == GROUPS else remove_mlp)(layer)
 
 
 def _not_empty(model: PreTrainedModel) -> list[int]:

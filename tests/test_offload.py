@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from compression.checkpoint import load_language_model
 from compression.files import read_json
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
+from compression.llm.repair import repairing
 from compression.llm.score_passes import score_structures
 from compression.llm.scoring import SCORES
 from compression.offload import free_ram, pick_offload
 from compression.runtime import UserError
-from compression.structures import DECODER_KINDS
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS
+from compression.surgery import write_shrunk_decoder
 from compression.weights import Shards
 
 PLACES = ("cpu", "disk")
@@ -214,3 +217,28 @@ def test_the_search_keeps_no_model_of_a_trial(sharded, tmp_path):
         found.append(read_json(tmp_path / place / "analysis" / "rate_search.json"))
     for mine, other in zip(*found, strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
+
+
+def test_an_offloaded_layer_that_is_done_with_is_gone(folder, tmp_path):
+    """Whatever of it was kept, cut down or taken out; else a large model would be in memory at the end."""
+    model, fetched, load_weights = load(folder, "disk"), [], torch.nn.Module.load_state_dict
+    kept = {kind: [torch.ones(count).bool() for _ in range(4)] for kind, count in ((GROUPS, 4), (CHANNELS, 48))}
+    kept[GROUPS][1][:], kept[CHANNELS][2][:2], kept[CHANNELS][3][:] = False, False, False
+    repair_one = repairing(model, kept, token_ids(4))
+
+    def note(module, tensors, **options):
+        found = load_weights(module, tensors, **options)
+        fetched.append([weakref.ref(parameter) for parameter in module.parameters()])
+        return found
+
+    def before(index):
+        assert not any(reference() is not None for layer in fetched[:-1] for reference in layer)
+        repair_one(index)
+
+    gc.disable()
+    try:
+        with patch.object(torch.nn.Module, "load_state_dict", note):
+            write_shrunk_decoder(model, kept, tmp_path, 10**9, before)
+    finally:
+        gc.enable()
+    assert len(fetched) == 4
