@@ -123,10 +123,12 @@ class Offload:
             model.get_submodule(owner)._buffers[last] = buffer.to(self.placement.device)
 
     def _put(self, module: nn.Module, prefix: str, names: list[str], source: Source) -> None:
-        found = source.tensors(prefix + name for name in names)
+        wanted = [prefix + name for name in names]
         if prefix not in self._checked:
-            check_finite(found, str(self.shards.folder), "make or fetch that folder again")
+            # Tensors of their own, which are let go of: so that of the embeddings no more is read in than is used.
+            check_finite(source.tensors(wanted), str(self.shards.folder), "make or fetch that folder again")
             self._checked.add(prefix)
+        found = source.tensors(wanted)
         placed = {name: found[prefix + name].to(self.placement.device, self.placement.dtype) for name in names}
         module.load_state_dict(placed, strict=False, assign=True)
 
