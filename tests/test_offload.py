@@ -10,7 +10,7 @@ from conftest import LAYOUTS, letters, pruning_flags, save_decoder, tiny_decoder
 from safetensors.torch import load_file, save_file
 from scripts import run_killed, run_script
 
-from compression.checkpoint import load_language_model
+from compression.checkpoint import SavedParts, load_language_model
 from compression.files import read_json
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
@@ -209,14 +209,21 @@ def test_mistakes_end_in_one_line_and_write_nothing(sharded, tmp_path, flags, me
         assert not list(tmp_path.iterdir())
 
 
-def test_the_search_keeps_no_model_of_a_trial(sharded, tmp_path):
+def test_the_search_finds_the_same_and_keeps_no_model_of_a_trial(sharded, tmp_path, monkeypatch):
     flags = ["--target_perplexity", "300", "--search_steps", "2", "--protect_first", "0", "--protect_last", "0"]
-    found = []
+    found, kept, forget = [], [], SavedParts.forget
+
+    def note(self, prefix):
+        forget(self, prefix)
+        kept.extend(self.folder.glob("*model*"))
+
+    monkeypatch.setattr(SavedParts, "forget", note)
     for place in ("none", "disk"):
         prune("gqa_aware_pruning.py", sharded, tmp_path, place, *flags, "--offload", place)
         found.append(read_json(tmp_path / place / "analysis" / "rate_search.json"))
     for mine, other in zip(*found, strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
+    assert len(found[0]) > 1 and not kept
 
 
 def test_an_offloaded_layer_that_is_done_with_is_gone(folder, tmp_path):
