@@ -89,7 +89,7 @@ def stages(config: CostConfig) -> list[list[str]]:
 def measure(timer: Timer, command: list[str]) -> dict[str, Any]:
     """Run a stage in this process; its seconds, and those inside what `timer` watches."""
     timer.seconds.clear()
-    integrity._known_sha256.cache_clear()  # a stage is a process of its own otherwise
+    integrity._known_sha256.clear()  # a stage is a process of its own otherwise
     sys.argv = [str(ROOT / command[0]), *command[1:]]
     started = time.perf_counter()
     runpy.run_path(sys.argv[0], run_name="__main__")
