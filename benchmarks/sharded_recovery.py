@@ -6,9 +6,7 @@ Runs of post_training.py's own command line: on one process; with --shard on two
 way and resumed on two, and resumed on one. Writes results/sharded_recovery.json.
 """
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
 
 from compression.checkpoint import load_tensors, require_language_model
 from compression.config import AtLeast, Config, run_script
@@ -89,14 +89,15 @@ def run_killed(config: ShardedRecoveryConfig, name: str) -> int:
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     end, half, reached = time.monotonic() + SECONDS, config.steps // 2, 0
     while reached < half and process.poll() is None and time.monotonic() < end:
         saved = [path for states in states_of(config, name) for path in states.glob("step_*")]
         reached = max((int(path.name.split("_")[1]) for path in saved), default=0)
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    for one in [*launcher.children(recursive=True), launcher]:  # what a launcher starts outlives it
+        one.kill()
     process.wait()
     if reached < half:
         raise UserError(f"post_training.py ended before step {half}; run it alone to see why")
