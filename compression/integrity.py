@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.files import json_text, read_object
-from compression.runtime import UserError
+from compression.runtime import UserError, log
 
 STAGE_FILE, SOURCE_FILE, RUN_FILE, STATE_FILE = "stage.json", "source.json", "run.json", "state.json"
 RECORDS = (STAGE_FILE, SOURCE_FILE, RUN_FILE, STATE_FILE)
@@ -68,6 +68,16 @@ def verify(folder: Path) -> None:
             if not (Path(folder) / path).exists():
                 raise UserError(f"{folder}: {path} is missing, though {name} lists it; make or fetch the folder again")
             raise _damaged(Path(folder) / path, folder, name)
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether nothing of a folder is missing or damaged, see `verify`; what is, is logged."""
+    try:
+        verify(folder)
+    except UserError as problem:
+        log.info("%s", problem)
+        return False
+    return True
 
 
 def differing(folder: Path, name: str) -> list[str]:

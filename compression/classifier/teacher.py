@@ -10,9 +10,9 @@ from compression.classifier.data import Encoded
 from compression.classifier.metrics import predict
 from compression.classifier.tasks import SST2, Task
 from compression.files import new_folder
-from compression.integrity import digest_of, seal, verify
+from compression.integrity import digest_of, is_sound, seal
 from compression.outputs import KEPT_LOGITS
-from compression.runtime import UserError, log, processes
+from compression.runtime import log, processes
 
 LOGITS = "logits.safetensors"
 
@@ -31,20 +31,10 @@ def teacher_logits(
     stored = Path(cache) / f"{KEPT_LOGITS}{key}"
     # The first process computes, the others wait and read.
     with processes().main_process_first():
-        if not _is_whole(stored):
+        if not (is_sound(stored) and (stored / LOGITS).is_file()):
             log.info("Computing the teacher's logits on %d sentences, once", len(encoded))
             logits = {"logits": predict(model, encoded, pad_token_id, task=task)}
             with new_folder(stored) as temporary:
                 save_tensors(temporary / LOGITS, logits)
                 seal(temporary, {"stage": "teacher_logits"})
     return load_tensors(stored / LOGITS)["logits"]
-
-
-def _is_whole(stored: Path) -> bool:
-    """Whether kept logits are there and as they were written."""
-    try:
-        verify(stored)
-    except UserError as problem:
-        log.info("%s", problem)
-        return False
-    return (stored / LOGITS).is_file()

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from compression.checkpoint import folder_of_all
 from compression.decoder import Decoder, decoder_of
 from compression.distillation import largest_label_losses, soft_label_losses
-from compression.integrity import verify
+from compression.integrity import is_sound
 from compression.llm.head import LOGIT_ROWS, before_predicted
 from compression.llm.layerwise import final_states
 from compression.llm.rows import Sequences
-from compression.runtime import UserError, log, processes
+from compression.runtime import log, processes
 from compression.weights import MAX_SHARD_SIZE, Shards, ShardWriter
 
 # Rows that a teacher goes through together: of an offloaded one each layer is fetched once for them.
@@ -102,7 +102,7 @@ def keep_largest(
         largest: how many of each predicted token, K.
         batch_size: rows per forward pass.
     """
-    there = _is_whole(folder)
+    there = is_sound(folder) and folder.is_dir()
     processes().wait_for_everyone()  # all of them look before one writes
     if there:
         return
@@ -110,15 +110,6 @@ def keep_largest(
     with folder_of_all(folder, {"stage": "teacher_logits"}) as temporary:
         part = temporary / f"part_{processes().process_index:05}"
         _write_largest(part, load(), train, largest, temperature, batch_size)
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        verify(folder)
-    except UserError as problem:
-        log.info("%s", problem)
-        return False
-    return folder.is_dir()
 
 
 @torch.no_grad()
