@@ -19,11 +19,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.batching import TrainingData, length_grouped_order
-from compression.checkpoint import load_tensors, read_state, save_tensors
+from compression.checkpoint import load_tensors, save_tensors
 from compression.config import NO_EFFECT, AtLeast, Between, Settings
 from compression.files import new_folder, remove_folder
 from compression.integrity import STATE_FILE, seal
 from compression.runtime import UserError, log, processes, seed_step
+from compression.saved_parts import read_state
 from compression.schedule import warmup_then_linear_decay
 from compression.sharding import load_parts, save_parts, whole
 

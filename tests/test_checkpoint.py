@@ -9,7 +9,6 @@ from conftest import save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
 from safetensors.torch import load_file, save_file
 
 from compression.checkpoint import (
-    SavedParts,
     find_newest,
     identify,
     is_made_from,
@@ -22,6 +21,7 @@ from compression.classifier.data import Split, encode
 from compression.classifier.stage import require_classifier
 from compression.classifier.teacher import teacher_logits
 from compression.runtime import UserError
+from compression.saved_parts import SavedParts
 
 WEIGHT = {
     "language model": "model.layers.1.mlp.up_proj.weight",

@@ -10,7 +10,7 @@ from conftest import LAYOUTS, letters, pruning_flags, save_decoder, tiny_decoder
 from safetensors.torch import load_file, save_file
 from scripts import run_killed, run_script
 
-from compression.checkpoint import SavedParts, load_language_model
+from compression.checkpoint import load_language_model
 from compression.files import read_json
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
@@ -19,6 +19,7 @@ from compression.llm.score_passes import score_structures
 from compression.llm.scoring import SCORES
 from compression.offload import free_ram, pick_offload
 from compression.runtime import UserError
+from compression.saved_parts import SavedParts
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS
 from compression.surgery import write_shrunk_decoder
 from compression.weights import Shards

@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import (
-    SavedParts,
     check_positions,
     contents,
     describe_stage,
@@ -47,6 +46,7 @@ from compression.llm.text import FILES, load_corpus, sample_windows, tokenize
 from compression.outputs import KEPT_LOGITS, STATES_END, Output, owned
 from compression.quantization import nf4_base
 from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
+from compression.saved_parts import SavedParts
 from compression.sharding import fill, within
 from compression.training import Recipe, Training, clean_up, fit
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.assets import ensure_llm
 from compression.checkpoint import (
-    SavedParts,
     check_positions,
     check_weights_finite,
     contents,
@@ -61,6 +60,7 @@ from compression.runtime import (
     seed_everything,
     shown,
 )
+from compression.saved_parts import SavedParts
 from compression.sources import LLM, LLM_FOLDER, describe_source
 from compression.training import Training
 from compression.weights import Shards
