@@ -77,10 +77,9 @@ class Offload:
 
     def __init__(self, model: PreTrainedModel, shards: Shards, placement: Placement):
         self.shards, self.placement = shards, placement
-        names = {module: name for name, module in model.named_modules()}
-        layers = _layers(model)
+        name, layers = _layers(model)
         # By layer; weak, so that nothing but the model keeps its layers.
-        self._prefix = WeakKeyDictionary({layer: f"{names[layer]}." for layer in layers})
+        self._prefix = WeakKeyDictionary({layer: f"{name}.{index}." for index, layer in enumerate(layers)})
         self._users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary({layer: 0 for layer in layers})
         self._checked: set[str] = set()
         in_layers = [name for name in model.state_dict() if name.startswith(tuple(self._prefix.values()))]
@@ -218,8 +217,7 @@ class LayerWriter:
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path | None, max_shard_size: int):
-        names = {module: name for name, module in model.named_modules()}
-        self.prefix, self.count = f"{names[_layers(model)]}.", 0
+        self.prefix, self.count = f"{_layers(model)[0]}.", 0
         weights = model.state_dict()
         self._writer = folder and ShardWriter(folder, max_shard_size, len(weights))
         for name, tensor in weights.items():
@@ -245,8 +243,10 @@ class LayerWriter:
             self._writer.close()
 
 
-def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    return attrgetter(family_of(model, DECODERS).layers)(model)
+def _layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """A model's layers, and the name that they have in it."""
+    layers = attrgetter(family_of(model, DECODERS).layers)(model)
+    return next(name for name, module in model.named_modules() if module is layers), layers
 
 
 class Store(Protocol):

@@ -75,9 +75,7 @@ def shrink_decoder(
     decoder = decoder_of(model)
     for _ in _cut_layers(decoder, kept, before):
         pass
-    stay = _not_empty(model)
-    decoder.layers = nn.ModuleList(decoder.layers[index] for index in stay)
-    return to_pruned(model, stay)
+    return to_pruned(model, _drop_empty_layers(decoder))
 
 
 def write_shrunk_decoder(
@@ -98,9 +96,7 @@ def write_shrunk_decoder(
         if not layers_of(model)[index].empty:
             writer.add(decoder.layers[index])
     writer.close()
-    stay = _not_empty(model)
-    decoder.layers = nn.ModuleList(decoder.layers[index] for index in stay)
-    write_pruned_description(model, folder, stay)
+    write_pruned_description(model, folder, _drop_empty_layers(decoder))
 
 
 def write_pruned_description(
@@ -142,8 +138,11 @@ def _cut_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:
                 (remove_attention if kind == GROUPS else remove_mlp)(layer)
 
 
-def _not_empty(model: PreTrainedModel) -> list[int]:
-    return [index for index, parts in enumerate(layers_of(model)) if not parts.empty]
+def _drop_empty_layers(decoder: Decoder) -> list[int]:
+    """Take out the layers of which nothing is left; the indices of the others."""
+    stay = [index for index, parts in enumerate(layers_of(decoder.model)) if not parts.empty]
+    decoder.layers = nn.ModuleList(decoder.layers[index] for index in stay)
+    return stay
 
 
 def to_pruned(model: PreTrainedModel, stay: list[int] | range | None = None) -> PreTrainedModel:

@@ -34,6 +34,7 @@ from transformers import (
 
 from compression import structures
 from compression.checkpoint import save_checkpoint
+from compression.llm.repair import repairing
 from compression.runtime import ROOT, log
 
 # Tests that a script starts in the background ignore Ctrl-C, and what they start would inherit that.
@@ -116,6 +117,13 @@ def letters(count, seed=0):
     """A text of random letters."""
     draw = torch.randint(0, 26, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return " ".join(WORDS[letter] for letter in draw)
+
+
+def repair(model, kept, windows, batch_size=1):
+    """Repair all layers of a model before any is cut down."""
+    step = repairing(model, kept, windows, batch_size)
+    for index in range(len(kept[structures.GROUPS])):
+        step(index)
 
 
 def pruning_flags(base, output):

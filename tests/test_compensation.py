@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import DECODERS, tiny_decoder
+from conftest import DECODERS, repair, tiny_decoder
 
-from compression.llm.repair import RIDGE, _solve, repair
+from compression.llm.repair import RIDGE, _solve
 from compression.structures import CHANNELS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 

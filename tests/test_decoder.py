@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DECODERS, MIXED, tiny_decoder
+from conftest import DECODERS, MIXED, repair, tiny_decoder
 from test_decoder_surgery import KEPT
 from torch import nn
 from transformers import (
@@ -24,7 +24,6 @@ from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.gqa_pruning import Cuts, LayerwisePruning, compute_gqa_group_importance
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.repair import repair
 from compression.llm.score_passes import score_structures
 from compression.llm.text import CalibrationText
 from compression.runtime import UserError

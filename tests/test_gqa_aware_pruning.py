@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import DECODERS, pruning_flags, tiny_decoder
+from conftest import DECODERS, pruning_flags, repair, tiny_decoder
 from scripts import run_killed, run_script
 
 import compression.llm.score_passes as calibration
@@ -25,7 +25,6 @@ from compression.llm.gqa_pruning import (
 )
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import perplexity
-from compression.llm.repair import repair
 from compression.llm.score_passes import score_layer, score_structures
 from compression.llm.scoring import SCORES
 from compression.llm.text import CalibrationText, load_corpus, tokenize, windows

@@ -4,14 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import LAYOUTS, MIXED, tiny_decoder
+from conftest import LAYOUTS, MIXED, repair, tiny_decoder
 
 from compression.decoder import decoder_of
 from compression.importance import RIDGE
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.repair import repair
 from compression.llm.score_passes import score_layer, score_structures
 from compression.llm.scoring import SCORES
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_decoder
+from conftest import repair, tiny_decoder
 
 from compression.config import pick
 from compression.llm import removal
@@ -12,7 +12,6 @@ from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import exp_of_mean, perplexity
 from compression.llm.removal import removal_perplexities
-from compression.llm.repair import repair
 from compression.llm.score_passes import score_layer, score_structures
 from compression.llm.scoring import SCORES
 from compression.llm.text import CalibrationText

@@ -113,11 +113,12 @@ def final_states(
     """
     decoder = decoder_of(model)
     if decoder.offload is None:
-        for place in tqdm(own_batches(windows, batch_size), desc=description, leave=False, disable=None):
+        mine = own_batches(windows, batch_size)
+        for place in tqdm(mine, desc=description, leave=False, disable=None):
             ids = windows[place : place + batch_size].to(model.device)
             yield place, ids, decoder.final_states(ids)
-        batches, mine = -(-len(windows) // batch_size), len(own_batches(windows, batch_size))
-        if is_spread(model) and mine < -(-batches // processes().num_processes):
+        batches = -(-len(windows) // batch_size)
+        if is_spread(model) and len(mine) < -(-batches // processes().num_processes):
             # Processes gather a layer together: one that has no batch any more goes along with the others.
             decoder.final_states(windows[:1].to(model.device))
     else:

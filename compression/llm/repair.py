@@ -31,28 +31,21 @@ class StopForward(Exception):
     """The rest of a layer's forward pass is of no interest."""
 
 
-def repair(model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tensor, batch_size: int = 1) -> None:
-    """Solve the output projections of every pruned layer anew, in place; the columns of what goes become zero.
+def repairing(
+    model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tensor, batch_size: int = 1
+) -> Callable[[int], None]:
+    """Solve the output projections of pruned layers anew, in place; the columns of what goes become zero.
 
     The text should have many times as many tokens as a layer has channels: with few it is fitted, not the language.
 
     Args:
-        model: in memory.
         kept: for groups and channels one bool tensor [structures] per layer, True where the structure stays.
         windows: token ids [count, length].
 
-    Raises:
-        UserError: a projection has no finite solution.
+    Returns:
+        A function of a layer's index, to be called for one layer after the other. It raises UserError where a
+        projection has no finite solution.
     """
-    step = repairing(model, kept, windows, batch_size)
-    for index in range(len(layers_of(model))):
-        step(index)
-
-
-def repairing(
-    model: PreTrainedModel, kept: dict[str, list[Tensor]], windows: Tensor, batch_size: int = 1
-) -> Callable[[int], None]:
-    """As `repair`, for one layer after the other: a function of each layer's index, to be called in order."""
     stream = LayerStream(model, windows, batch_size)
     progress = tqdm(total=len(layers_of(model)), desc="repair", leave=False, disable=None)
 
@@ -67,7 +60,7 @@ def repairing(
 
 @torch.no_grad()
 def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], stream: LayerStream) -> None:
-    """As `repair`, of one layer.
+    """As `repairing`, of one layer.
 
     Args:
         kept: for groups and channels a bool tensor [structures], True where the structure stays.
