@@ -37,6 +37,9 @@ class GlobalPruningConfig(Config):
     """Number of leading layers never pruned."""
     protect_last: Annotated[int, AtLeast(0)] = 0
     """Number of trailing layers never pruned."""
+    keep_attention: bool = False
+    """At least one group (key-value head) stays in every layer that is not removed whole, for engines that refuse
+    layers without attention."""
     uniform: bool = False
     """The same sizes in every layer, so that the stock model class loads the result; no layer is protected then."""
     round_to: Annotated[int, AtLeast(1)] = 32

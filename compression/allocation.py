@@ -1,6 +1,6 @@
 """Scores and a budget -> which structures stay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,6 +41,11 @@ def reachable_sparsity(pools: list[Pool]) -> float:
     return sum(pool.parameters * (len(pool.scores) - pool.floor) for pool in pools) / total
 
 
+def _check_reach(pools: list[Pool], sparsity: float) -> None:
+    if sparsity > reachable_sparsity(pools) + 1e-9:
+        raise ValueError(f"sparsity {sparsity} is out of reach: the floors allow {reachable_sparsity(pools):.4f}")
+
+
 def keep(pools: list[Pool], sparsity: float) -> list[Tensor]:
     """Remove the blocks of least score per parameter, over all pools, until a share of the parameters is gone.
 
@@ -57,8 +62,7 @@ def keep(pools: list[Pool], sparsity: float) -> list[Tensor]:
     Raises:
         ValueError: the floors do not allow that sparsity.
     """
-    if sparsity > reachable_sparsity(pools) + 1e-9:
-        raise ValueError(f"sparsity {sparsity} is out of reach: the floors allow {reachable_sparsity(pools):.4f}")
+    _check_reach(pools, sparsity)
     sizes = [torch.tensor(pool.blocks(), dtype=torch.long) for pool in pools]
     block_scores, block_costs, block_pools = [], [], []
     for index, (pool, size) in enumerate(zip(pools, sizes, strict=True)):
@@ -86,15 +90,18 @@ def all_but_least(scores: Tensor, removed: int) -> Tensor:
     return kept
 
 
-def keep_or_drop_layers(layers: list[list[Pool]], sparsity: float, epsilon: float) -> list[list[Tensor]]:
+def keep_or_drop_layers(
+    layers: list[list[Pool]], sparsity: float, epsilon: float, lasting: Set[int] = frozenset()
+) -> list[list[Tensor]]:
     """As `keep`, but a layer that would keep less than a share epsilon of its parameters goes altogether.
 
     The weakest such layer goes first and the budget is met again with the others, so that what it had left is kept
-    elsewhere instead; and so on. A layer stays that is larger than the whole budget, and so does one with a pool that
-    may not be emptied (its floor is not 0).
+    elsewhere instead; and so on. A layer stays that is larger than the whole budget. The floors of its pools are those
+    of a layer that stays.
 
     Args:
         layers: for each layer its pools.
+        lasting: indices of the layers that may not go altogether.
 
     Returns:
         For each layer and pool a bool tensor [structures], True where the structure stays.
@@ -104,20 +111,22 @@ def keep_or_drop_layers(layers: list[list[Pool]], sparsity: float, epsilon: floa
     """
     budget = sparsity * sum(_parameters(pools) for pools in layers)
     dropped: set[int] = set()
-    staying = {index for index, pools in enumerate(layers) if any(pool.floor for pool in pools)}
+    staying = set(lasting)
     while True:
         # Nothing is cheaper than what is to go anyway.
         ranked = [
-            [replace(pool, scores=torch.full_like(pool.scores, -torch.inf)) for pool in pools]
+            [replace(pool, scores=torch.full_like(pool.scores, -torch.inf), minimum=0) for pool in pools]
             if index in dropped
             else pools
             for index, pools in enumerate(layers)
         ]
-        kept_of_pools = iter(keep([pool for pools in ranked for pool in pools], sparsity))
+        all_pools = [pool for pools in ranked for pool in pools]
+        kept_of_pools = iter(keep(all_pools, min(sparsity, reachable_sparsity(all_pools))))
         kept = [[next(kept_of_pools) for _ in pools] for pools in ranked]
         shares = {index: _kept_share(layers[index], kept[index]) for index in range(len(layers))}
         weak = [index for index, share in shares.items() if 0 < share < epsilon and index not in staying | dropped]
         if not weak:
+            _check_reach(all_pools, sparsity)
             return kept
         weakest = min(weak, key=shares.__getitem__)
         fits = sum(_parameters(layers[index]) for index in dropped | {weakest}) <= budget

@@ -1,5 +1,7 @@
 """Which structures stay under a budget."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -79,10 +81,29 @@ def test_a_weak_layer_goes_and_the_budget_is_met_with_the_others():
     assert kept_parameters(keep_or_drop_layers(layers, 0.4, epsilon=0.15)) == [0, 80, 100]
 
 
-def test_protected_layers_are_not_dropped():
+def test_layers_that_last_are_not_dropped():
     layers = layers_of_pools([[1] * 6, [5] * 6], minimum=1)
-    kept = keep_or_drop_layers(layers, 0.25, epsilon=0.9)
-    assert all(mask.any() for masks in kept for mask in masks)
+    sizes = [
+        kept_parameters(keep_or_drop_layers(layers, 0.5, epsilon=0.9, lasting=lasting)) for lasting in ((), {0}, {0, 1})
+    ]
+    assert sizes == [[0, 100], [100, 0], [40, 60]]
+
+
+def test_floors_hold_in_the_layers_that_stay_and_the_budget_is_met_all_the_same():
+    layers = layers_of_pools([[1, 1, 9, 9, 9, 9], [1, 1, 1, 1, 1, 1], [5, 5, 9, 9, 9, 9]])
+    layers = [[replace(heads, minimum=1), neurons] for heads, neurons in layers]
+    heads = [int(heads.sum()) for heads, _ in keep_or_drop_layers(layers, 0.5, epsilon=0.0)]
+    assert heads == [1, 1, 1]
+    kept = keep_or_drop_layers(layers, 0.5, epsilon=0.35)
+    assert kept_parameters(kept) == [70, 0, 70] and [int(heads.sum()) for heads, _ in kept] == [1, 0, 1]
+
+
+def test_what_the_floors_do_not_allow_is_met_with_whole_layers_or_refused():
+    layers = [[replace(heads, minimum=1), neurons] for heads, neurons in layers_of_pools([[2] * 6, [1] * 6])]
+    assert kept_parameters(keep_or_drop_layers(layers, 0.65, epsilon=0.5)) == [70, 0]
+    with pytest.raises(ValueError, match="0.75 is out of reach: the floors allow 0.7"):
+        keep_or_drop_layers(layers, 0.75, epsilon=0.3)
+    assert kept_parameters(keep_or_drop_layers(layers, 0.75, epsilon=0.31)) == [0, 50]
 
 
 def test_budget_is_met_to_within_one_structure_whatever_the_settings():

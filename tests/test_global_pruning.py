@@ -171,6 +171,73 @@ def test_protected_layers_stay_as_they_are(text):
         pruning_of(tiny_decoder(), config(pruning_ratio=0.6, protect_first=1, protect_last=1), text)
 
 
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+
+
+def with_cheap_parts(family="llama", cheap=ATTENTION, layers=(1, 2), **fields):
+    """By magnitude, nothing is cheaper than some parts of some layers."""
+    model = tiny_decoder(family, **fields)
+    with torch.no_grad():
+        for layer in layers:
+            for name in cheap:
+                model.get_submodule(f"model.layers.{layer}.{name}").weight.mul_(0.01)
+    return model
+
+
+def skipped(model):
+    """What layers lack, in any of them."""
+    return {part for layer in model.config.per_layer_config for part in layer.skip}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"iterative_steps": 3},
+        {"attention_factors": (0.1, 1.0)},
+        {"protect_first": 1, "protect_last": 1, "pruning_ratio": 0.3},
+        {"epsilon": 0.0},
+        {"compensation": "lstsq"},
+        {"round_to": 4, "pruning_ratio": 0.6},
+    ],
+    ids=str,
+)
+def test_kept_attention_leaves_a_group_in_every_layer_that_stays(text, fields):
+    settings = config(importance_method="magnitude", **fields)
+    assert "attention" in skipped(pruning_of(with_cheap_parts("qwen2"), settings, text).prune()), "without the flag"
+    model = with_cheap_parts("qwen2")
+    total, block = parameters(model), max(largest(model), 4 * layers_of(model)[0].structure_parameters(CHANNELS))
+    settings.keep_attention = True
+    pruning = pruning_of(model, settings, text)
+    small = pruning.prune()
+    assert "attention" not in skipped(small) and all(parts.groups for parts in layers_of(small))
+    assert 0 <= total - parameters(small) - settings.pruning_ratio * total < block
+    assert perplexity(small, text.held_out) < 1e4
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_whole_layers_still_go_with_kept_attention_unless_biases_would_stay(text, family):
+    cheap = [*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    model = with_cheap_parts(family, cheap, layers=[2])
+    settings = config(importance_method="magnitude", pruning_ratio=0.3, epsilon=0.3, keep_attention=True)
+    pruning = pruning_of(model, settings, text)
+    small = pruning.prune()
+    assert "attention" not in skipped(small)
+    if family == "qwen2":
+        assert pruning.origin == [0, 1, 3]
+    else:
+        assert layers_of(small)[2].biased and layers_of(small)[2].groups == 1
+
+
+def test_kept_attention_that_cannot_be_is_refused(text):
+    settings = config(pruning_ratio=0.9, epsilon=0.0, keep_attention=True)
+    with pytest.raises(UserError, match="--pruning_ratio 0.9: out of reach with --keep_attention; choose a lower one"):
+        pruning_of(tiny_decoder(), settings, text)
+    free = pruning_of(with_cheap_parts("qwen2"), config(importance_method="magnitude"), text).prune()
+    with pytest.raises(UserError, match="--keep_attention: layer 1 of the model has no attention; give a --base_model"):
+        pruning_of(free, config(keep_attention=True), text)
+
+
 def test_masked_model_is_the_smaller_one(text):
     model = tiny_decoder("qwen3")
     settings = config(pruning_ratio=0.5, attention_factors=(1.0,))

@@ -26,7 +26,7 @@ from compression.llm.scoring import SCORES, ScoreName
 from compression.llm.text import CalibrationText
 from compression.offload import Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
-from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of, spread
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of, spread
 from compression.surgery import shrink_decoder, stock_group_counts, write_shrunk_decoder
 
 Kept = dict[str, list[Tensor]]
@@ -57,6 +57,7 @@ class Budget:
     epsilon: float
     protect_first: int
     protect_last: int
+    keep_attention: bool
     attention_factors: tuple[float, ...]
     iterative_steps: int
     compensation: Literal["none", "lstsq"]
@@ -74,7 +75,7 @@ class GlobalPruning:
         store: where an offloaded model's smaller forms go.
 
     Raises:
-        UserError: the ratio cannot be reached with the protected layers left alone.
+        UserError: the ratio cannot be reached with the protected layers left alone, or with attention in every layer.
     """
 
     def __init__(
@@ -105,6 +106,20 @@ class GlobalPruning:
                 f"protected layers at most {1 - protected / self.total:.3f} can go; set --protect_first and "
                 "--protect_last lower"
             )
+        if budget.keep_attention:
+            self._check_attention_can_stay(layers)
+
+    def _check_attention_can_stay(self, layers: list[LayerParts]) -> None:
+        for index, parts in enumerate(layers):
+            if not parts.groups:
+                raise UserError(
+                    f"--keep_attention: layer {index} of the model has no attention; give a --base_model that has one "
+                    "in every layer"
+                )
+        if not self.budget.uniform:
+            # Where the floors decide, scores do not.
+            no_scores = {kind: [torch.zeros(len(places)) for places in self.places[kind]] for kind in DECODER_KINDS}
+            self._allocate(no_scores, self.budget.pruning_ratio, 1.0)
 
     def prune(self) -> PreTrainedModel:
         """Remove structures until the budget is met."""
@@ -139,6 +154,12 @@ class GlobalPruning:
         if offload_of(model) is None:
             return shrink_decoder(model, kept, repairs())
         return self.store(f"model_of_step_{step}", model, write)
+
+    def _least(self, layer: int, kind: str, count: int) -> int:
+        """How many of a layer's structures stay at least, if the layer does."""
+        if self._is_protected(layer):
+            return count
+        return int(kind == GROUPS and self.budget.keep_attention)
 
     def _is_protected(self, layer: int) -> bool:
         ends = layer < self.budget.protect_first or layer >= self.depth - self.budget.protect_last
@@ -208,12 +229,21 @@ class GlobalPruning:
             pools = []
             for kind, factor, multiple in ((GROUPS, attention_factor, 1), (CHANNELS, 1.0, self.budget.round_to)):
                 density = densities[kind][index]
-                least = len(density) if self._is_protected(layer) else 0
+                least = self._least(layer, kind, len(density))
                 pools.append(Pool(density * factor, self.parameters[kind][layer], least, multiple))
             layers.append(pools)
+        # Of a layer that goes its biases stay, and with them a layer without attention.
+        biased = {index for index, parts in enumerate(layers_of(self.model)) if parts.biased}
+        lasting = biased if self.budget.keep_attention else frozenset[int]()
         left = sum(pool.parameters * len(pool.scores) for pools in layers for pool in pools)
         target = max(0.0, 1 - (1 - ratio) * self.total / left)
-        kept = keep_or_drop_layers(layers, target, self.budget.epsilon)
+        try:
+            kept = keep_or_drop_layers(layers, target, self.budget.epsilon, lasting)
+        except ValueError:
+            raise UserError(
+                f"--pruning_ratio {self.budget.pruning_ratio}: out of reach with --keep_attention; choose a lower one, "
+                "or remove more layers whole: set --epsilon higher, --protect_first and --protect_last lower"
+            ) from None
         return {kind: [stay[place] for stay in kept] for place, kind in enumerate(DECODER_KINDS)}
 
     def _same_sizes(self, densities: Kept, ratio: float) -> dict[str, Kept]:
