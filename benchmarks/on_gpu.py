@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from on_gpu import classifier, kernels, language
+from on_gpu import classifier, kernels, language, serving
 from on_gpu.setting import Part, Setting
 
 from compression.config import AtLeast, Config, run_script
@@ -43,6 +43,7 @@ PARTS = {
     "large_streamed": Part("the same, one layer at a time on the GPU", language.large_streamed),
     "recovery": Part("SmolLM2-135M pruned by half, then all weights trained", language.recovery),
     "qlora": Part("adapters for it beside 4 bits and beside bfloat16", language.qlora),
+    "vllm": Part("SmolLM2-135M pruned by half, served by vLLM: the same as in transformers?", serving.vllm),
 }
 # Seconds that a part's process has to end by itself once its time is over.
 GRACE = 30

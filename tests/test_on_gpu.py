@@ -3,8 +3,13 @@
 import json
 import runpy
 import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from types import SimpleNamespace as Named
 
 import pytest
+import torch
 from scripts import ROOT, run_script
 from test_benchmarks import quick_processes  # noqa: F401 (a fixture)
 
@@ -32,6 +37,8 @@ def test_rehearsal_runs_every_part_and_a_rerun_none(tmp_path, quick_processes, o
     assert found["stage10"]["figures"]["matrices"] == 12
     large = found["large_streamed"]["figures"]
     assert large["layers with the sizes that they have when pruned in memory"] == large["layers"] == 4
+    if find_spec("vllm") is None:
+        assert found["vllm"]["figures"] == {"not run": "vLLM is not installed"}
     second = json.loads((tmp_path / "on_gpu_rehearsal" / "large_disk.json").read_text())
     assert second["seconds_to_make_the_dense_model"] is None, "both runs start from one model"
     assert (tmp_path / "on_gpu_rehearsal" / "large_disk.png").is_file()
@@ -39,6 +46,36 @@ def test_rehearsal_runs_every_part_and_a_rerun_none(tmp_path, quick_processes, o
     assert not (tmp_path / "on_gpu_rehearsal" / "work").exists()
     again = run_script(SCRIPT, *flags).stdout
     assert again.count("there already") == len(found)
+
+
+def test_served_model_is_compared_with_the_one_in_transformers(tmp_path, quick_processes, on_gpu, monkeypatch):  # noqa: F811
+    """With a stand-in for vLLM that answers as transformers does, but for one token."""
+    serving = on_gpu["serving"]
+
+    class LLM:
+        def __init__(self, model, **options):
+            assert (options["trust_remote_code"], options["model_impl"]) == (True, "transformers")
+            self.folder = Path(model)
+            layers = json.loads((self.folder / "config.json").read_text())["per_layer_config"]
+            assert not any("attention" in layer.get("skip", ()) for layer in layers.values())
+
+        def generate(self, prompts, wanted):
+            ids = torch.tensor([prompt["prompt_token_ids"] for prompt in prompts])
+            answers = serving.from_transformers(self.folder, ids)
+            answers[0][0][3] += 1
+            for row, (tokens, logprobs) in zip(ids.tolist(), answers, strict=True):
+                known = [{token: Named(logprob=value)} for token, value in zip(row[1:], logprobs, strict=True)]
+                outputs = [Named(token_ids=tokens)]
+                yield Named(prompt_token_ids=row, prompt_logprobs=[None, *known], outputs=outputs)
+
+    module = ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, Named
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(serving, "find_spec", lambda _: True)
+    figures = serving.vllm(on_gpu["OnGpuConfig"].make(rehearse=True, results_dir=tmp_path).setting())
+    assert (figures["prompts"], figures["continuations alike to the last token"]) == (8, 7)
+    assert figures["tokens until the first that differs, mean"] == (3 + 7 * 16) / 8
+    assert figures["log-probabilities of the prompts' tokens, largest difference"] == 0
 
 
 def test_parts_are_listed_and_unknown_ones_refused(tmp_path, on_gpu):

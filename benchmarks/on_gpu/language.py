@@ -113,9 +113,9 @@ def lengths(setting: Setting) -> list[object]:
     return ["--eval_length", length, *(["--eval_samples", 2] if setting.rehearse else [])]
 
 
-def pruned_small(setting: Setting) -> Path:
+def pruned_small(setting: Setting, name: str = "small", *more_flags: object) -> Path:
     """The small model pruned by half, as run_global_pruning.py writes it; made unless it is there."""
-    folder, sizes = setting.work / "small", setting.sizes
+    folder, sizes = setting.work / name, setting.sizes
     if not (folder / "run.json").is_file():
         base, texts, evaluated = small_model(setting)
         calibration = ["--num_samples", sizes.windows, "--repair_samples", 2 * sizes.windows]
@@ -123,7 +123,7 @@ def pruned_small(setting: Setting) -> Path:
         places = ["--base_model", base, "--results_dir", setting.work, "--output_name", folder.name]
         more = ["--run_evaluation", "ppl,efficiency", "--eval_ppl_datasets", evaluated]
         more += ["--efficiency_repeats", sizes.repeats]
-        flags = [*places, "--pruning_ratio", RATIO, *calibration, *windows, *more, *texts, "--resume"]
+        flags = [*places, "--pruning_ratio", RATIO, *calibration, *windows, *more, *texts, "--resume", *more_flags]
         setting.run("run_global_pruning.py", *flags)
     return folder
 
