@@ -1,6 +1,7 @@
 """Tiny random models and a tiny slice of real-looking data that the tests share."""
 
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -12,9 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Metaspace, Split, Whitespace
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -103,14 +106,78 @@ DECODER_FILES = (*DECODER_FILES.split(), "pruned_decoder.py")
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def save_decoder(folder, model, stage=None, **options):
-    """Save a language model with a tokenizer whose words are letters (a is id 4)."""
+def save_decoder(folder, model, stage=None, tokenizer=None, **options):
+    """Save a language model with a tokenizer, by default one whose words are letters (a is id 4)."""
+    return save_checkpoint(folder, model, tokenizer or letters_tokenizer(), stage or {"stage": "dense"}, **options)
+
+
+def letters_tokenizer():
     vocabulary = {word: place for place, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = Whitespace()
     special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    return save_checkpoint(folder, model, tokenizer, stage or {"stage": "dense"}, **options)
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+PROSE = [
+    "The river rises in the hills above the town and flows 1234 km to the sea. They'd said it's 20,000 years old.",
+    "Un café à Zürich coûte 4,50 €. Привет, мир!\n\n  def area(r):\n\treturn 3.14159 * r ** 2  \n",
+]
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+_WORDS += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+# As the tokenizer.json of models of that name splits text.
+SPLITS = {
+    "gpt-2": [ByteLevel(add_prefix_space=False)],
+    "smollm": [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)],
+    "llama-bpe": [Split(Regex(_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)],
+    "qwen2": [
+        Split(Regex(_WORDS.replace("{1,3}", "")), "isolated"),
+        ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+TOKENIZER_SIZE = 330
+
+
+def bytes_tokenizer(splits=SPLITS["gpt-2"], **options):
+    """A tokenizer of GPT-2's kind, with a few merges, which begins a text with <s>."""
+    words = Tokenizer(BPE())
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Sequence(splits), decoders.ByteLevel()
+    return _wrapped(_trained(words, ["<s>", "</s>"], ByteLevel.alphabet()), **options)
+
+
+def pieces_tokenizer(prefix="always", **options):
+    """A tokenizer of SentencePiece's kind, with byte fallback, which begins a text with <s>.
+
+    Args:
+        prefix: where a space is put before a text: always, first or never; normalizer: by Llama 2's older way.
+    """
+    words = Tokenizer(BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if prefix == "normalizer":
+        words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        words.pre_tokenizer = Metaspace(prepend_scheme=prefix, split=False)
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    words = _trained(words, ["<unk>", "<s>", "</s>"], [])
+    described = json.loads(words.to_str())
+    model = described["model"]
+    model["vocab"] |= {f"<0x{byte:02X}>": len(model["vocab"]) + byte for byte in range(256)}
+    # Every pair that makes a token: SentencePiece merges any two pieces whose whole is one.
+    cuts = ((token[:place], token[place:]) for token in model["vocab"] for place in range(1, len(token)))
+    model["merges"] = [pair for pair in cuts if model["vocab"].keys() >= set(pair)]
+    return _wrapped(Tokenizer.from_str(json.dumps(described)), unk_token="<unk>", **options)
+
+
+def _trained(words, special, alphabet):
+    trainer = BpeTrainer(
+        vocab_size=TOKENIZER_SIZE, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    words.train_from_iterator(PROSE, trainer)
+    return words
+
+
+def _wrapped(words, **options):
+    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", words.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", **options)
 
 
 def letters(count, seed=0):
