@@ -164,7 +164,7 @@ def _leaves(settings: Settings) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        return list(value)
+        return [_plain(each) for each in value]
     return relative_path(value) if isinstance(value, Path) else value
 
 

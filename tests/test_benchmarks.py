@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import KEPT, WORDS, letters, save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
+from conftest import KEPT, WORDS, bytes_tokenizer, letters, save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
 from scripts import ROOT, run_script, start_script
 
 from compression.checkpoint import describe_stage, save_checkpoint
@@ -31,6 +31,17 @@ CASES = {
         "--eval_length 16 --finetune_samples 4",
         ["--methods", REPAIRED],
         lambda found: 0.15 < found["perplexity"][REPAIRED]["removed"] < 0.25,
+    ),
+    "gguf_engines": (
+        "--models {world}/bytes {world}/bytes_pruned --data_dir {world} --precisions f32 q8_0 --fast",
+        [],
+        lambda found: (
+            [row["precision"] for row in found["perplexity"]] == ["f32", "q8_0"] * 2
+            and all(abs(row["difference"]) < 1e-3 for row in found["perplexity"] if row["precision"] == "f32")
+            and [row["decode"]["predicted"] == 1 for row in found["speed"]] == [True, True, False, False]
+            and all(row["prefill"]["predicted"] > 1.2 for row in found["speed"][2:])
+            and all(row["decode"]["tokens_per_second"] > 0 for row in found["speed"])
+        ),
     ),
     "importance_memory": (
         "--base_model {world}/llm --length 16 --dtype float32",
@@ -113,6 +124,9 @@ def world(tmp_path_factory, tokenizer):
         (world / name).parent.mkdir(exist_ok=True)
         (world / name).write_text(letters(1500))
     save_decoder(world / "llm", tiny_decoder(max_position_embeddings=512, num_hidden_layers=6, attention_bias=False))
+    for name, kept in (("bytes", 64), ("bytes_pruned", 32)):
+        model = tiny_decoder(vocab_size=340, intermediate_size=kept, max_position_embeddings=128)
+        save_decoder(world / name, model, tokenizer=bytes_tokenizer())
     pruned = shrink(tiny_distilbert(), KEPT)
     metrics = {"logit_difference": 0.0}
     for name, model in (("teacher_model", tiny_bert()), ("student_model", tiny_distilbert()), ("pruned", pruned)):
