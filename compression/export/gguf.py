@@ -16,6 +16,7 @@ package gguf cannot write); where it is the embeddings' too, so are they.
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,13 +44,11 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 MIXED = "deci"
 HALVES = ("qwen2", "qwen3")
 """Architectures that rotate halves of a head, as transformers does."""
-
-
+ROTARY = ("default", "linear", "yarn", "llama3")
+"""Types of rotary embeddings; the last one takes a tensor, for which the architectures of HALVES have no place."""
 # How far a stored value may be from the weight, in units of the tensor's largest: rounding, also of a block's scale.
 ROUNDING = {Type.F32: 0.0, Type.F16: 2**-11, Type.BF16: 2**-8, Type.Q8_0: 0.0045, Type.Q4_0: 0.126, Type.Q4_1: 0.068}
 SMALLEST = 2**-24  # of float16's numbers
-
-ROTARY = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Precision:
 
 
 PRECISIONS = {
-    "f32": Precision("32 bits", Type.F32, LlamaFileType.ALL_F32, 1e-4),
+    "f32": Precision("32 bits", Type.F32, LlamaFileType.ALL_F32, 1e-3),
     "f16": Precision("16 bits", Type.F16, LlamaFileType.MOSTLY_F16, 1e-2),
     "bf16": Precision("16 bits with float32's range", Type.BF16, LlamaFileType.MOSTLY_BF16, 5e-2),
     "q8_0": Precision("8 bits", Type.Q8_0, LlamaFileType.MOSTLY_Q8_0, 0.15),
@@ -145,7 +144,7 @@ class Plan:
     def architecture(self) -> str:
         family, first = ARCHITECTURES[self.family], self.layers[0]
         sizes = {(layer.query_heads, layer.groups, layer.channels) for layer in self.layers}
-        # That of Qwen2 takes heads to be as wide together as the state is.
+        # Qwen2's takes all heads together to be as wide as the state is.
         fits = family != "qwen2" or first.query_heads * self.head_size == self.config.hidden_size
         return family if fits and len(sizes) == 1 and all(*sizes) else MIXED
 
@@ -335,23 +334,21 @@ def write_gguf(folder: Path, target: Path, precision: str, pre_tokenizer: str | 
     plan, wanted = check_exportable(folder, pre_tokenizer), PRECISIONS[precision]
     if plan.context_length < plan.config.max_position_embeddings:
         log.info("Context: %d tokens, the window that layers attend to; llama.cpp has none here", plan.context_length)
-    writer = GGUFWriter(None, plan.architecture)
-    plan.write_header(writer, wanted)
     entries = [(entry, entry.type(wanted, plan.tied)) for entry in plan.entries()]
-    for entry, kind in entries:
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        writer.add_tensor_info(
-            entry.name, entry.shape, np.dtype(np.float32), math.prod(entry.shape) // block * size, kind
-        )
-    writer.write_header_to_file(target)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry, kind in entries:
-        values = entry.read(plan.shards)
-        if kind == Type.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-            raise UserError(f"{folder}: {entry.source} has values beyond float16's range; use --precision bf16")
-        writer.write_tensor_data(np.ascontiguousarray(gguf.quants.quantize(values, kind)))
-    writer.close()
+    with closing(GGUFWriter(target, plan.architecture)) as writer:
+        plan.write_header(writer, wanted)
+        for entry, kind in entries:
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            stored = math.prod(entry.shape) // block * size
+            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), stored, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry, kind in entries:
+            values = entry.read(plan.shards)
+            if kind == Type.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+                raise UserError(f"{folder}: {entry.source} has values beyond float16's range; use --precision bf16")
+            writer.write_tensor_data(np.ascontiguousarray(gguf.quants.quantize(values, kind)))
     wider = [entry.name for entry, kind in entries if kind == Type.F16 != wanted.type]
     if wider:
         log.info("In f16, as rows are no multiples of 32: %d tensors, the first %s", len(wider), wider[0])

@@ -61,7 +61,10 @@ class LlamaCpp:
         except (EOFError, OSError):
             answer, problem = None, self._last_words()
         if problem is not None:
-            raise UserError(f"{path}: llama.cpp cannot run it ({problem}); export the model again")
+            raise UserError(
+                f"{path}: llama.cpp cannot run it ({problem}); export the model again, with the xllamacpp of "
+                "requirements.txt"
+            )
         return answer
 
     def _last_words(self) -> str:
