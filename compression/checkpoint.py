@@ -244,11 +244,29 @@ def require(folder: Path, flag: str, command: str) -> None:
         raise UserError(f"{flag} {folder}: no checkpoint there; make it with: {command}")
 
 
-def require_language_model(folder: Path, flag: str, command: str = "python run_global_pruning.py") -> None:
-    """Raise UserError unless an unquantized language model is there; `flag` and `command` are for its text."""
-    config = require_type(folder, flag, command, DECODERS, "is no supported language model; allowed are")
-    if "quantization_config" in config:
+def require_language_model(
+    folder: Path, flag: str, command: str = "python run_global_pruning.py", quantized: bool = False
+) -> None:
+    """Raise UserError unless a language model is there.
+
+    Args:
+        flag, command: for the error text, see `require_type`.
+        quantized: whether it may be a quantized one.
+    """
+    require_type(folder, flag, command, DECODERS, "is no supported language model; allowed are")
+    if not quantized:
+        require_unquantized(folder, flag)
+
+
+def require_unquantized(folder: Path, flag: str) -> None:
+    """Raise UserError where a checkpoint is quantized; `flag` is for its text."""
+    if "quantization_config" in read_object(Path(folder) / "config.json"):
         raise UserError(f"{flag} {folder}: is quantized already; name the model it was made from")
+
+
+def is_language_model(folder: Path) -> bool:
+    """Whether a checkpoint is of a decoder's model type."""
+    return read_object(Path(folder) / "config.json").get("model_type") in DECODERS
 
 
 def require_type(folder: Path, flag: str, command: str, families: Collection[str], refusal: str) -> dict[str, Any]:
@@ -297,8 +315,7 @@ def find_unquantized(pruned_model_path: Path | None, models_dir: Path) -> Path:
     if folder is None:
         raise UserError(f"--models_dir {models_dir}: no pruned model there; make one with: {command}")
     require(folder, "--pruned_model_path", command)
-    if "quantization_config" in read_object(folder / "config.json"):
-        raise UserError(f"--pruned_model_path {folder}: is quantized already; name the model it was made from")
+    require_unquantized(folder, "--pruned_model_path")
     return folder
 
 
@@ -338,7 +355,7 @@ def load_classifier(
 def load_language_model(
     folder: Path,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     quantization: BitsAndBytesConfig | None = None,
     offload: Literal["none", "cpu", "disk"] = "none",
     scratch: Path | None = None,
@@ -346,6 +363,7 @@ def load_language_model(
     """Load a language model and its tokenizer, in evaluation mode: see `load_classifier`.
 
     Args:
+        dtype: of the weights that are not quantized; None: as the checkpoint has them (offloaded: float32).
         quantization: how to quantize the layers' weights while they are loaded, if at all.
         offload: where the layers stay while they do not compute, see `compression.offload`; none: on the device.
         scratch: folder for states between layers with disk; None: the system's for temporary files.
@@ -356,16 +374,21 @@ def load_language_model(
 
     def load() -> Loaded:
         _check_folder(folder)
-        options = dict(device_map={"": torch.device(device)}, quantization_config=quantization)
-        return _load(AutoModelForCausalLM, folder, dtype=dtype, **options)
+        options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype}
+        if quantization is not None:  # None would take the place of what the checkpoint says
+            options["quantization_config"] = quantization
+        return _load(AutoModelForCausalLM, folder, device_map={"": torch.device(device)}, **options)
 
     if offload != "none":
         _check_folder(folder)
-        placement = Placement(offload, torch.device(device), dtype, scratch or Path(gettempdir()))
+        placement = Placement(offload, torch.device(device), dtype or torch.float32, scratch or Path(gettempdir()))
         skeleton = open_offloaded(folder, placement)
         return skeleton, load_tokenizer(folder, skeleton)
     model, tokenizer, report = read_unchanged(folder, load)
     _check_weights(folder, report, _ANOTHER)
+    if dtype is not None:  # what a quantized checkpoint has unquantized comes in the type that it is stored in
+        for parameter in filter(torch.is_floating_point, model.parameters()):
+            parameter.data = parameter.to(dtype)
     fix_4bit_layers(model)
     return model.eval(), tokenizer
 

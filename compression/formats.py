@@ -76,11 +76,11 @@ class FourBit:
         return values.view_as(weight)
 
     def pack_linear(self, linear: nn.Linear, compute_dtype: torch.dtype) -> bnb.nn.Linear4bit:
-        """The layer of bitsandbytes that computes with the values of a plain fp32 layer."""
+        """The layer of bitsandbytes that computes with the `values` of a plain layer's weight, taken as fp32."""
         biased, settings = linear.bias is not None, (self.double_quant, self.quant_type)
         sizes = linear.in_features, linear.out_features
         layer = bnb.nn.Linear4bit(*sizes, biased, compute_dtype, *settings, device="meta")
-        codes, layer.quant_state = self._quantize(linear.weight.detach())
+        codes, layer.quant_state = self._quantize(linear.weight.detach().float())
         layer.weight = bnb.nn.Params4bit(
             codes,
             quant_state=layer.quant_state,
@@ -134,7 +134,7 @@ class EightBit:
     """Weights in 8 bits, one scale for each row (LLM.int8, Dettmers et al. 2022)."""
 
     def pack_linear(self, linear: nn.Linear, compute_dtype: torch.dtype) -> bnb.nn.Linear8bitLt:
-        """The layer of bitsandbytes that takes a plain fp32 layer's place; it computes in its input's type."""
+        """The layer of bitsandbytes that takes a plain layer's place; it computes in its input's type."""
         threshold = BitsAndBytesConfig().llm_int8_threshold
         settings = dict(has_fp16_weights=False, threshold=threshold, device="meta")
         layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, **settings)

@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from compression.config import Settings
 from compression.flops import part_of
 from compression.formats import TABLE_FORMATS, EightBit, FourBit, TableFormat, dequantized_weight
+from compression.modeling import fix_4bit_layers
 from compression.runtime import pick_dtype
 from compression.structures import ENCODER_KINDS, layers_of
 from compression.surgery import shrink
@@ -20,12 +21,13 @@ from compression.surgery import shrink
 QuantType = Literal["nf4", "fp4"]
 Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
+DEFAULT_EMBEDDING_BITS = 4
 EMBEDDINGS = re.compile(r"\b(word|position)_embeddings$")
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a classifier is stored: the Linear layers of its encoder, and its word and position tables."""
+    """How a model is stored: the Linear layers of its encoder or decoder, and a classifier's embedding tables."""
 
     linears: FourBit | EightBit = FourBit()
     tables: TableFormat = TABLE_FORMATS[4]
@@ -41,19 +43,19 @@ class Storage(Settings):
     """Number of weights that share one scale."""
     double_quant: bool = False
     """Quantize the scales too."""
-    embedding_bits: Literal[32, 16, 8, 4] = 4
-    """Bits per value of the word and position tables, which are most of a small 4-bit model."""
+    embedding_bits: Literal[32, 16, 8, 4] | None = None
+    """Bits per value of a classifier's word and position tables, which are most of a small 4-bit model; None: 4."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the 4-bit layers compute in; auto: bfloat16 where the hardware multiplies it, else float32."""
 
     def format(self, bits: int = 4) -> Format:
         """The format that these fields describe."""
         linears = FourBit(self.quant_type, self.blocksize, self.double_quant) if bits == 4 else EightBit()
-        return Format(linears, TABLE_FORMATS[self.embedding_bits])
+        return Format(linears, TABLE_FORMATS[self.embedding_bits or DEFAULT_EMBEDDING_BITS])
 
 
 def encoder_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The Linear layers of the encoder by name: what is quantized."""
+    """The Linear layers of the encoder or decoder by name: what is quantized."""
     linears = {id(linear) for layer in layers_of(model) for linear in layer.linears()}
     return {name: module for name, module in model.named_modules() if id(module) in linears}
 
@@ -64,7 +66,7 @@ def embedding_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
 
 
 def pack(model: PreTrainedModel, storage: Format, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """The model that is saved: its weights stored as `storage` says, ready for `save_checkpoint`.
+    """The classifier that is saved: its weights stored as `storage` says, ready for `save_checkpoint`.
 
     Args:
         model: a classifier with plain fp32 layers, dense or pruned; it is left as it is.
@@ -78,12 +80,25 @@ def pack(model: PreTrainedModel, storage: Format, compute_dtype: torch.dtype) ->
         UserError: an architecture that is not supported, or tables that cannot be stored with so many bits.
     """
     packed = _with_packed_tables(model, storage.tables)
-    linears = encoder_linears(packed)
-    heads = [n for n, module in packed.named_modules() if isinstance(module, nn.Linear) and n not in linears]
-    for name, linear in linears.items():
-        packed.set_submodule(name, storage.linears.pack_linear(linear, compute_dtype))
-    packed.config.quantization_config = storage.linears.quantization_config(compute_dtype, heads)
-    return packed.eval()
+    pack_linears(packed, storage.linears, compute_dtype)
+    return packed
+
+
+def pack_linears(model: PreTrainedModel, linears: FourBit | EightBit, compute_dtype: torch.dtype) -> None:
+    """Quantize the Linear layers of the encoder or decoder in place, one after the other; all else stays as it is.
+
+    Only one layer's weights are there twice, and none but that one in fp32.
+
+    Args:
+        model: of a pruned class, see `pack`.
+        compute_dtype: what the 4-bit layers compute in.
+    """
+    names = list(encoder_linears(model))
+    heads = [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in names]
+    for name in names:
+        model.set_submodule(name, linears.pack_linear(model.get_submodule(name), compute_dtype))  # type: ignore[arg-type]
+    model.config.quantization_config = linears.quantization_config(compute_dtype, heads)
+    fix_4bit_layers(model.eval())
 
 
 def _with_packed_tables(model: PreTrainedModel, tables: TableFormat) -> PreTrainedModel:
@@ -125,9 +140,13 @@ def check_exact(packed: PreTrainedModel, trained: dict[str, Tensor]) -> None:
 
 
 def bytes_by_part(model: PreTrainedModel) -> dict[str, int]:
-    """Bytes of what a model's checkpoint stores: total, and those of the embeddings, the encoder and the head."""
+    """Bytes of what a model's checkpoint stores: total, and those of embeddings, layers and head (the rest).
+
+    A head that shares the embeddings' table is not stored.
+    """
     sizes = {"total": 0, "embeddings": 0, "encoder": 0, "head": 0}
     for name, tensor in model.state_dict().items():
-        sizes["total"] += tensor.nbytes
-        sizes[part_of(name)] += tensor.nbytes
+        if name not in model.all_tied_weights_keys:
+            sizes["total"] += tensor.nbytes
+            sizes[part_of(name)] += tensor.nbytes
     return sizes

@@ -1,21 +1,24 @@
 """4-bit weights: bit for bit those of bitsandbytes, in training, in the packed model and in its checkpoint."""
 
 import copy
+import inspect
 import itertools
 import json
+import weakref
 from typing import get_args
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
-from conftest import KEPT, MODELS, tiny_distilbert
+from conftest import DECODERS, KEPT, MODELS, save_decoder, tiny_decoder, tiny_distilbert
 from safetensors.torch import load_file, save_file
-from scripts import run_elsewhere
+from scripts import run_elsewhere, start_program
 
-from compression.checkpoint import load_classifier, save_checkpoint
+from compression.checkpoint import load_classifier, load_language_model, save_checkpoint
 from compression.fake_quantization import FakeQuantizedLinear, add_fake_quantization, remove_fake_quantization
 from compression.flops import count_macs, count_parameters
 from compression.formats import TABLE_FORMATS, EightBit, FourBit, dequantized_weight
+from compression.modeling import pruned_decoder, pruned_encoder
 from compression.quantization import (
     Blocksize,
     Format,
@@ -26,9 +29,11 @@ from compression.quantization import (
     embedding_tables,
     encoder_linears,
     pack,
+    pack_linears,
 )
 from compression.runtime import UserError
-from compression.surgery import shrink
+from compression.structures import CHANNELS, GROUPS
+from compression.surgery import shrink, shrink_decoder, to_pruned
 
 # Widths that are no multiple of the blocksize, as pruned layers have; a tail of one; less than one block.
 SHAPES = [(64, 64), (48, 24), (33, 50), (31, 7), (1, 4096), (5, 258), (3, 65), (1, 63), (128, 384)]
@@ -320,3 +325,135 @@ def test_flags_name_the_formats():
     fields = Storage(quant_type="fp4", blocksize=128, double_quant=True, embedding_bits=16)
     assert fields.format() == Format(FourBit("fp4", 128, True), TABLE_FORMATS[16])
     assert fields.format(bits=8) == Format(EightBit(), TABLE_FORMATS[16])
+
+
+# Language models.
+
+
+def decoder(family, kind, dtype=torch.float32):
+    """Stock; or with layers that differ in width, one of them without attention and another without an MLP."""
+    model = tiny_decoder(family)
+    if kind == "pruned":
+        groups = [torch.tensor(row).bool() for row in ([1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1])]
+        channels = [torch.arange(48) < many for many in (48, 9, 0, 33)]
+        model = shrink_decoder(model, {GROUPS: groups, CHANNELS: channels})
+    for parameter in model.parameters():
+        parameter.data = parameter.to(dtype)
+    return model
+
+
+IDS = torch.randint(3, 120, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def decoder_logits(model):
+    return model(IDS).logits
+
+
+def packed_decoder(model, linears=None):
+    packed = to_pruned(model)
+    pack_linears(packed, linears or FourBit(), torch.float32)
+    return packed
+
+
+@pytest.mark.parametrize("kind", ["stock", "pruned"])
+@pytest.mark.parametrize("family", sorted(DECODERS))
+@pytest.mark.parametrize(
+    ("linears", "dtype"),
+    [
+        (FourBit(), torch.float32),
+        (FourBit("fp4", 128, double_quant=True), torch.bfloat16),
+        (EightBit(), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_decoder_keeps_all_but_its_layers_weights(family, kind, linears, dtype, tmp_path):
+    model = decoder(family, kind, dtype)
+    weights = {name: linear.weight.detach().float() for name, linear in encoder_linears(model).items()}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(tuple(weights))}
+    assert len(weights) == (28 if kind == "stock" else 21) and any("norm" in name for name in kept)
+    parameters, macs, before = count_parameters(model), count_macs(model, 16), bytes_by_part(model)
+
+    packed = packed_decoder(model, linears)
+    folder, expected = save_decoder(tmp_path / "packed", packed), decoder_logits(packed)
+    assert expected.dtype == dtype
+    stored, reloaded = load_file(folder / "model.safetensors"), load_language_model(folder, dtype=None)[0]
+    for name, tensor in kept.items():
+        assert name in model.all_tied_weights_keys or torch.equal(stored[name], tensor), name
+        assert reloaded.state_dict()[name].dtype == tensor.dtype == dtype
+    if isinstance(linears, FourBit):
+        for name, weight in weights.items():
+            assert torch.equal(dequantized_weight(reloaded.get_submodule(name)), linears.values(weight)), name
+    assert torch.equal(decoder_logits(reloaded), expected)
+    wide, _ = load_language_model(folder)
+    assert decoder_logits(wide).dtype == torch.float32
+    torch.testing.assert_close(decoder_logits(wide), expected.float(), atol=0.3, rtol=0)
+    assert (count_parameters(reloaded), count_macs(reloaded, 16)) == (parameters, macs)
+    after = bytes_by_part(packed)
+    assert after["total"] == sum(tensor.nbytes for tensor in stored.values())
+    assert (after["embeddings"], after["head"]) == (before["embeddings"], before["head"])
+
+
+def test_logits_are_those_of_the_values():
+    """Also in layers whose rows are no multiple of the blocksize: see `fix_4bit_layers`."""
+    model = decoder("llama", "pruned")
+    packed = packed_decoder(copy.deepcopy(model))
+    for linear in encoder_linears(model).values():
+        linear.weight.data = FourBit().values(linear.weight.detach())
+    torch.testing.assert_close(decoder_logits(packed), decoder_logits(model), atol=1e-5, rtol=0)
+
+
+def test_packed_decoders_generate_with_a_cache_what_they_do_without(tmp_path):
+    for family in DECODERS:
+        model, _ = load_language_model(save_decoder(tmp_path / family, packed_decoder(decoder(family, "pruned"))))
+        options = dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
+        assert torch.equal(model.generate(IDS, **options), model.generate(IDS, use_cache=False, **options))
+
+
+DECODERS_ELSEWHERE = """
+import sys
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+inputs = load_file(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    print((model(inputs["ids"]).logits - inputs[folder.rsplit("/")[-1]]).abs().max().item())
+"""
+IN_THE_PROJECT = DECODERS_ELSEWHERE.replace(
+    "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)", "load_language_model(folder)[0]"
+).replace("transformers import AutoModelForCausalLM", "compression.checkpoint import load_language_model")
+
+
+def test_packed_decoders_load_in_other_processes_with_the_same_logits(tmp_path):
+    folders, inputs = [], {"ids": IDS}
+    for family, kind in itertools.product(DECODERS, ("stock", "pruned")):
+        packed = packed_decoder(decoder(family, kind))
+        folders.append(save_decoder(tmp_path / f"{family}_{kind}", packed))
+        inputs[folders[-1].name] = decoder_logits(packed)
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    arguments = tmp_path / "inputs.safetensors", *folders
+    inside = start_program(IN_THE_PROJECT, *arguments)
+    outside = run_elsewhere(DECODERS_ELSEWHERE, tmp_path, *arguments)
+    for result in (inside.wait(), outside):
+        found = [float(line) for line in result.check().stdout.split()]
+        assert len(found) == 8 and max(found) < 1e-5
+
+
+def test_weights_go_as_their_packed_form_comes(monkeypatch):
+    model = to_pruned(decoder("llama", "stock"))
+    plain = [weakref.ref(linear.weight) for linear in encoder_linears(model).values()]
+    left, pack_linear = [], FourBit.pack_linear
+
+    def counted(*inputs):
+        left.append(sum(weight() is not None for weight in plain))
+        return pack_linear(*inputs)
+
+    monkeypatch.setattr(FourBit, "pack_linear", counted)
+    pack_linears(model, FourBit(), torch.float32)
+    assert left == list(range(28, 0, -1))
+
+
+@pytest.mark.parametrize("name", ["fix_4bit_layers", "forward_4bit"])
+def test_both_modeling_files_have_the_same_4_bit_layers(name):
+    sources = [inspect.getsource(getattr(file, name)) for file in (pruned_decoder, pruned_encoder)]
+    assert sources[0] == sources[1]

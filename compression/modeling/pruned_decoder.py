@@ -6,8 +6,10 @@ Heads keep the dense model's size, `head_dim`. Of a skipped part nothing is ther
 where the dense model has one; the norm before it is gone too.
 """
 
+from functools import partial
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -107,6 +109,35 @@ def pruned_layers(config, layer_class):
     return layers
 
 
+# These two functions are those of pruned_encoder.py: each file travels alone.
+def fix_4bit_layers(model, *_):
+    """Work around two faults of bitsandbytes 0.50 in 4-bit layers on CPUs with AVX-512.
+
+    It repacks weights where there are bf16 instructions, which rounds their scales, computes in bf16 whatever the
+    compute dtype, and fails on widths that are no multiples of 32 and 64. And where the rows of a weight are no
+    multiple of the blocksize, it reads the wrong scales. Pruned layers have such widths.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+            if layer.weight.device.type == "cpu" and layer.in_features % layer.weight.blocksize:
+                layer.forward = partial(forward_4bit, layer)
+
+
+def forward_4bit(layer, input):
+    """The forward pass of a 4-bit layer, its weight taken as one row: so it was quantized."""
+    state, operators = layer.weight.quant_state, torch.ops.bitsandbytes
+    absmax, dtype = state.absmax, layer.compute_dtype or input.dtype
+    if state.nested:
+        scale = state.state2
+        absmax = operators.dequantize_blockwise(absmax, scale.absmax, scale.code, scale.blocksize, torch.float32)
+        absmax = absmax + state.offset
+    shape = [1, layer.out_features * layer.in_features]
+    weight = operators.dequantize_4bit(layer.weight.data, absmax, state.blocksize, state.quant_type, shape, dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return nn.functional.linear(input.to(dtype), weight.view(layer.out_features, -1), bias).to(input.dtype)
+
+
 class PrunedModel:
     """What the stock models' constructors do, with layers that differ."""
 
@@ -119,6 +150,8 @@ class PrunedModel:
         self.rotary_emb = self.rotary_class(config=config)
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        if getattr(config, "quantization_config", None) is not None:
+            self.register_forward_pre_hook(fix_4bit_layers)
         self.post_init()
 
 
