@@ -1,10 +1,12 @@
-"""A model, the same with its LoRA adapter, and the two merged, side by side.
+"""A model, the same with its LoRA adapter, the two merged, and one in 4 bits, side by side.
 
     python evaluate_lora_model.py --pruned_model results/NAME/models --lora_dir results/NAME_lora [--merged_model DIR]
-        [--dense_model models/llm-local]
+        [--dense_model models/llm-local] [--quantized_model results/NAME_nf4]
+    python evaluate_lora_model.py --pruned_model results/NAME/models --lora_dir None
 
 Measures perplexity, zero-shot accuracy and efficiency; writes results/lora_evaluation.json (--output_file) and prints a
-table. Without --merged_model the adapter is merged in memory; with --dense_model that model is in the table too.
+table. Without --merged_model the adapter is merged in memory; the models of --dense_model and --quantized_model are in
+the table where they are given.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
@@ -32,19 +34,21 @@ from compression.quantization import nf4_base
 from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype, shown
 from compression.tables import Column, at, text_table
 
-DENSE, BASE, ADAPTED, MERGED = "dense", "base", "base+adapter", "merged"
+DENSE, BASE, ADAPTED, MERGED, QUANTIZED = "dense", "base", "base+adapter", "merged", "quantized"
 
 
 @dataclass
 class LoraEvaluationConfig(Config):
     pruned_model: Path = RESULTS / "hgsp" / "models"
-    """The model that the adapter was trained on."""
-    lora_dir: Path = RESULTS / "recovered"
-    """The adapter."""
+    """The model that the adapter was trained on; without an adapter any, also a quantized one."""
+    lora_dir: Path | None = RESULTS / "recovered"
+    """The adapter; None: the model alone."""
     merged_model: Path | None = None
     """The merged model; by default it is made in memory."""
     dense_model: Path | None = None
     """What it was pruned from, or any other model, to be measured beside them."""
+    quantized_model: Path | None = None
+    """The same in 4 or 8 bits, from 9_quantize_pruned_model.py, to be measured beside them."""
     load_in_4bit: bool = False
     """Base and base+adapter have their frozen weights in 4 bits."""
     dtype: Dtype = "auto"
@@ -59,12 +63,7 @@ class LoraEvaluationConfig(Config):
 
 
 def main(config: LoraEvaluationConfig) -> None:
-    require_language_model(config.pruned_model, "--pruned_model")
-    require_adapter(config.lora_dir, "--lora_dir")
-    if config.merged_model is not None:
-        require_language_model(config.merged_model, "--merged_model", "python merge_and_save_lora.py")
-    if config.dense_model is not None:
-        require_language_model(config.dense_model, "--dense_model", "python download_model.py --only llm")
+    check_models(config)
     folder, name = config.output_file.parent, config.output_file.name
     check_files(folder, [name], "--output_file")
     config.evaluation.check_zero_shot(config.data_dir)
@@ -80,14 +79,34 @@ def main(config: LoraEvaluationConfig) -> None:
         for role in models:
             figures[role]["efficiency"] = costs[role] | {"ratios": efficiency_ratios(costs[role], costs[BASE])}
 
-    inputs = {"base": identify(config.pruned_model), "adapter": identify(config.lora_dir)}
-    for role, path in (("merged", config.merged_model), ("dense", config.dense_model)):
-        if path is not None:
-            inputs[role] = identify(path)
+    paths = {
+        "base": config.pruned_model,
+        "adapter": config.lora_dir,
+        "merged": config.merged_model,
+        "dense": config.dense_model,
+        "quantized": config.quantized_model,
+    }
+    inputs = {role: identify(path) for role, path in paths.items() if path is not None}
     result = {"models": figures, "inputs": inputs, "config": config.as_dict(), "environment": fingerprint()}
     with new_files(folder, [name], "--output_file") as temporary:
         write_json(temporary / name, result)
     log.info("\n%s\n-> %s", table(figures), shown(config.output_file))
+
+
+def check_models(config: LoraEvaluationConfig) -> None:
+    """Raise UserError where a model or the adapter is not there, or is quantized and must not be."""
+    plain = config.lora_dir is None and not config.load_in_4bit
+    require_language_model(config.pruned_model, "--pruned_model", quantized=plain)
+    if config.lora_dir is not None:
+        require_adapter(config.lora_dir, "--lora_dir")
+    makers = {
+        "merged_model": "python merge_and_save_lora.py",
+        "dense_model": "python download_model.py --only llm",
+        "quantized_model": "python 9_quantize_pruned_model.py",
+    }
+    for name, command in makers.items():
+        if (path := getattr(config, name)) is not None:
+            require_language_model(path, f"--{name}", command, quantized=name == "quantized_model")
 
 
 def load_models(config: LoraEvaluationConfig) -> tuple[dict[str, PreTrainedModel], Any]:
@@ -96,14 +115,18 @@ def load_models(config: LoraEvaluationConfig) -> tuple[dict[str, PreTrainedModel
     dtype = pick_dtype(config.dtype, "Weights")
     four_bit = nf4_base() if config.load_in_4bit else None
     base, tokenizer = load_language_model(config.pruned_model, device, dtype, four_bit)
-    adapted, _ = load_language_model(config.pruned_model, device, dtype, four_bit)
-    load_adapter(adapted, config.lora_dir, "--lora_dir")
+    models = {BASE: base}
+    if config.lora_dir is not None:
+        adapted, _ = load_language_model(config.pruned_model, device, dtype, four_bit)
+        load_adapter(adapted, config.lora_dir, "--lora_dir")
+        models[ADAPTED] = adapted
     if config.merged_model is not None:
-        merged, _ = load_language_model(config.merged_model, device, dtype)
-    else:
+        models[MERGED], _ = load_language_model(config.merged_model, device, dtype)
+    elif config.lora_dir is not None:
         merged, _ = load_language_model(config.pruned_model, device)
-        merged = load_adapter(merged, config.lora_dir, "--lora_dir").merge_and_unload().to(dtype)
-    models = {BASE: base, ADAPTED: adapted, MERGED: merged}
+        models[MERGED] = load_adapter(merged, config.lora_dir, "--lora_dir").merge_and_unload().to(dtype)
+    if config.quantized_model is not None:
+        models[QUANTIZED], _ = load_language_model(config.quantized_model, device, dtype)
     if config.dense_model is not None:
         models = {DENSE: load_language_model(config.dense_model, device, dtype)[0]} | models
     return models, tokenizer

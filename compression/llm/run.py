@@ -23,6 +23,7 @@ from compression.checkpoint import (
     is_made_from,
     load_language_model,
     open_offloaded,
+    require_unquantized,
     write_model,
 )
 from compression.config import NO_EFFECT, AtLeast, FolderName, Settings
@@ -246,6 +247,7 @@ class Run:
     def __init__(self, kind: str, config: RunConfig):
         self.kind, self.config, run = kind, config, config.run
         self.base = ensure_llm(run.base_model, run.models_dir / LLM_FOLDER.name)
+        require_unquantized(self.base, "--base_model")
         config.evaluation.check_zero_shot(config.data_dir)
         self.inputs = {"parent": identify(self.base)}
         self.output = Output(run.folder, "--output_name", kind, RUN_FILE)
