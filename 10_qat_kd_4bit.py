@@ -16,6 +16,7 @@ from compression.checkpoint import find_unquantized, load_classifier
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
 from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
+from compression.hub import Publishing
 from compression.quantization import Storage, bytes_by_part, check_exact, pack
 from compression.runtime import MODELS, UserError, log, pick_dtype
 from compression.training import Training
@@ -45,6 +46,7 @@ class QATKDConfig(Config):
     )
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
     training: Flat[Training] = group(Training, num_epochs=2, batch_size=16, learning_rate=1e-5, max_grad_norm=1.0)
+    publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {
         "fast": dict(num_epochs=1, batch_size=32, train_fraction=0.3, max_length=64, beta_hidden=0.0, amp="auto")

@@ -17,6 +17,7 @@ from compression.assets import ensure_teacher
 from compression.batching import model_inputs
 from compression.classifier.stage import DataSettings, Stage
 from compression.config import NO_EFFECT, Config, Flat, group, run_script
+from compression.hub import Publishing
 from compression.runtime import MODELS
 from compression.sources import TEACHER
 from compression.training import Recipe, Training
@@ -32,6 +33,7 @@ class TeacherConfig(Config):
     """Replace an earlier result that was made with other settings or inputs."""
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
     training: Flat[Training] = group(Training, num_epochs=3, batch_size=32, learning_rate=5e-5)
+    publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {"fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto")}
 

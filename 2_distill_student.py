@@ -16,6 +16,7 @@ from compression.batching import model_inputs
 from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.config import NO_EFFECT, Between, Config, Flat, group, run_script
 from compression.distillation import distillation_loss
+from compression.hub import Publishing
 from compression.runtime import MODELS
 from compression.sources import STUDENT
 from compression.training import Recipe, Training
@@ -45,6 +46,7 @@ class DistillationConfig(Config):
     """Weight of the soft-label loss, cross-entropy has the rest; with soft_labels it counts as 1."""
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
     training: Flat[Training] = group(Training, num_epochs=3, batch_size=32, learning_rate=5e-5)
+    publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {"fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto")}
 

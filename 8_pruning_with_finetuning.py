@@ -22,6 +22,7 @@ from compression.classifier.gradual_pruning import (
 )
 from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
+from compression.hub import Publishing
 from compression.runtime import MODELS, UserError, log
 from compression.schedule import EarlyStopping
 from compression.training import Training
@@ -90,6 +91,7 @@ class GradualPruningWithFinetuningConfig(Config):
 
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
     training: Flat[Training] = group(Training, num_epochs=15, batch_size=32, learning_rate=5e-5)
+    publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {
         "fast": dict(num_epochs=4, pruning_start_epoch=1, pruning_end_epoch=2, patience=2)

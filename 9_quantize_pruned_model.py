@@ -26,6 +26,7 @@ from compression.checkpoint import (
     save_checkpoint,
 )
 from compression.config import NO_EFFECT, Config, Flat, group, run_script
+from compression.hub import Publishing
 from compression.outputs import Output, owned
 from compression.quantization import DEFAULT_EMBEDDING_BITS, Storage, bytes_by_part, pack, pack_linears
 from compression.runtime import MODELS, UserError, log, pick_device, pick_dtype, shown
@@ -50,6 +51,7 @@ class QuantizationConfig(Config):
     storage: Flat[Storage] = group(
         Storage, quant_type="nf4", blocksize=64, double_quant=False, embedding_bits=None, compute_dtype="auto"
     )
+    publishing: Flat[Publishing] = group(Publishing)
 
     # Quantization takes seconds: the quick settings are the usual ones.
     presets: ClassVar = {"fast": {}}
@@ -106,11 +108,13 @@ def main(config: QuantizationConfig) -> None:
     same = is_made_from(path, config.result_fields(), inputs)
     if config.skip_existing and same:
         log.info("%s exists and matches configuration and inputs: skipped", shown(path))
+        config.publishing.publish(path)
         return
     output.check([folder], shared=[config.models_dir])
     output.check_same(same, config.overwrite)
     with owned(path):
         quantize(config, folder, output, inputs)
+    config.publishing.publish(path)
 
 
 def quantize(config: QuantizationConfig, folder: Path, output: Output, inputs: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from compression.config import AtLeast, Between, Config, Flat, formerly, group, pick, run_script
 from compression.files import write_json
+from compression.hub import Publishing
 from compression.llm.evaluate import Evaluation
 from compression.llm.gqa_pruning import (
     SWEEP,
@@ -94,6 +95,7 @@ class GQAAwarePruningConfig(Config):
     )
     evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
     finetuning: Flat[Finetuning] = group(Finetuning, finetune=False)
+    publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {"fast": FAST | dict(search_steps=3)}
 

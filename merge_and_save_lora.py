@@ -21,7 +21,8 @@ from compression.checkpoint import (
     require_language_model,
     save_checkpoint,
 )
-from compression.config import Config, run_script
+from compression.config import Config, Flat, group, run_script
+from compression.hub import Publishing
 from compression.llm.lora import load_adapter, require_adapter
 from compression.outputs import Output, owned
 from compression.runtime import RESULTS, UserError, log, pick_device, shown
@@ -44,6 +45,7 @@ class MergeConfig(Config):
     """Replace an earlier result that was merged from another model or adapter."""
     seed: int = 0
     """Fixes the tokens that the two models are compared on."""
+    publishing: Flat[Publishing] = group(Publishing)
 
 
 def main(config: MergeConfig) -> None:
@@ -55,6 +57,7 @@ def main(config: MergeConfig) -> None:
     output.check_same(is_made_from(config.output_dir, {}, inputs), config.overwrite)
     with owned(config.output_dir):
         merge(config, inputs)
+    config.publishing.publish(config.output_dir)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, FolderName, group, pick, run_script
+from compression.hub import Publishing
 from compression.llm.evaluate import FAST_EVALUATION, Evaluation
 from compression.llm.recovery import Recovery, recover
 from compression.outputs import check_place
@@ -83,6 +84,7 @@ class PostTrainingConfig(Config):
         Training, num_epochs=2, batch_size=8, learning_rate=5e-5, amp="auto", save_steps=100
     )
     evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
+    publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {
         "fast": dict(finetune_samples=64, num_epochs=1, max_length=128, validation_samples=4) | FAST_EVALUATION
@@ -99,6 +101,7 @@ def main(config: PostTrainingConfig) -> None:
     check_place(output, flag, shared=[config.results_dir])
     recovery = pick(Recovery, config)
     recover(recovery, config.pruned_model, output, flag, config.data_dir, config.overwrite, config.as_dict())
+    config.publishing.publish(output)
 
 
 if __name__ == "__main__":

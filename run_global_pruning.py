@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from compression.config import AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.files import write_json
+from compression.hub import Publishing
 from compression.llm.evaluate import Evaluation
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.plots import plot_removal, plot_retained
@@ -72,6 +73,7 @@ class GlobalPruningConfig(Config):
     )
     evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
     finetuning: Flat[Finetuning] = group(Finetuning, finetune=False)
+    publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {
         "fast": FAST,

@@ -21,7 +21,7 @@ from pathlib import Path
 from compression.embedded import make_embedded_llm, make_embedded_student, make_embedded_teacher
 from compression.files import read_object, real_path, restore_replaced
 from compression.integrity import SOURCE_FILE
-from compression.runtime import UserError, log, processes, shown
+from compression.runtime import UserError, first_line, log, processes, shown
 from compression.sources import (
     LLM,
     LLM_FOLDER,
@@ -232,7 +232,7 @@ def hub_answers() -> bool:
             HfApi().model_info(STUDENT, timeout=PROBE_SECONDS)
             problems.append(None)
         except Exception as error:  # of several libraries; whichever it is, the hub is of no use
-            problems.append(_first_line(error))
+            problems.append(first_line(error))
 
     # A name server that does not answer ignores the timeout of the request, so the wait itself is bounded.
     thread = threading.Thread(target=ask, daemon=True)
@@ -270,9 +270,5 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str], use_hub: bool) 
     try:
         return Path(snapshot_download(name, repo_type=repo_type, allow_patterns=patterns, local_files_only=not online))
     except Exception as error:  # of several libraries; whichever it is, the name was not fetched
-        reason = _first_line(error) if online else "the hub is not reachable and its cache does not hold it"
+        reason = first_line(error) if online else "the hub is not reachable and its cache does not hold it"
         raise NotOnHub(reason) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

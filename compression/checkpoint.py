@@ -31,9 +31,18 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from compression.files import link_or_copy, new_folder, read_object, read_unchanged, restore_replaced, write_json
+from compression.files import (
+    link_or_copy,
+    new_folder,
+    read_object,
+    read_unchanged,
+    real_path,
+    restore_replaced,
+    write_json,
+)
 from compression.flops import part_of
-from compression.integrity import STAGE_FILE, digest_of, read_record, seal, sha256_of, verify
+from compression.integrity import CARD, STAGE_FILE, read_record, seal, sha256_of, verify, weights_digest
+from compression.model_card import model_card
 from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.offload import Placement, offload_of, put_offloaded
 from compression.outputs import Output, some
@@ -144,9 +153,19 @@ def save_folder(
             write(temporary)
             for name, value in (files or {}).items():
                 write_json(temporary / name, value)
-            seal(temporary, stage)
+            finish_folder(temporary, stage, folder)
     state.wait_for_everyone()
     return Path(folder)
+
+
+def finish_folder(folder: Path, stage: dict[str, Any], target: Path) -> None:
+    """Write what a checkpoint's folder has besides the model: its card, then the `stage.json` that lists all files.
+
+    Args:
+        target: where the folder will be.
+    """
+    (folder / CARD).write_text(model_card(folder, stage, real_path(target)), encoding="utf-8")
+    seal(folder, stage)
 
 
 def describe_stage(
@@ -179,16 +198,16 @@ def identify(folder: Path) -> dict[str, str]:
     """
     restore_replaced(Path(folder))
     digests = read_unchanged(folder, lambda: _digests(Path(folder)))
-    return {"path": relative_path(Path(folder).resolve()), "sha256": digest_of(digests, 16)}
+    return {"path": relative_path(Path(folder).resolve()), "sha256": weights_digest(digests)}
 
 
-def _digests(folder: Path) -> bytes:
-    """The sha256 of all weight files, one after the other."""
+def _digests(folder: Path) -> list[str]:
+    """The sha256 of all weight files, in the order of their names."""
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{folder}: no checkpoint there (no model.safetensors)")
     verify(folder)
-    return b"".join(bytes.fromhex(sha256_of(path)) for path in weights)
+    return [sha256_of(path) for path in weights]
 
 
 def contents(inputs: Any) -> dict[str, Any]:

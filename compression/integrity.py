@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from compression.runtime import UserError, log
 STAGE_FILE, SOURCE_FILE, RUN_FILE, STATE_FILE = "stage.json", "source.json", "run.json", "state.json"
 RECORDS = (STAGE_FILE, SOURCE_FILE, RUN_FILE, STATE_FILE)
 RECORD_SHA256 = "record_sha256"
+CARD = "README.md"
+"""A checkpoint's model card: text that its reader may change or delete."""
 SETTLED_NANOSECONDS = 2 * 10**9
 
 
@@ -58,13 +61,16 @@ def _damaged(path: Path, folder: Path, record: str) -> UserError:
 
 
 def verify(folder: Path) -> None:
-    """Check a folder's files against its record, where it has one. A file is read once until it changes.
+    """Check a folder's files against its record, where it has one; model cards may differ. A file is read once until it
+    changes.
 
     Raises:
         UserError: a file is missing or differs; names it.
     """
     for name in RECORDS:
         for path in differing(folder, name):
+            if Path(path).name == CARD:
+                continue
             if not (Path(folder) / path).exists():
                 raise UserError(f"{folder}: {path} is missing, though {name} lists it; make or fetch the folder again")
             raise _damaged(Path(folder) / path, folder, name)
@@ -127,6 +133,19 @@ _known_sha256: dict[tuple[int, ...], str] = {}
 
 def _entry(path: Path) -> dict[str, str | int]:
     return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def weights_digest(sha256s: Iterable[str]) -> str:
+    """A hash of weights, of the sha256 of their files in the order of the files' names."""
+    return digest_of(b"".join(map(bytes.fromhex, sha256s)), 16)
+
+
+def recorded_weights(record: dict[str, Any]) -> str | None:
+    """The hash of the weights that a folder's record lists; None where it lists none."""
+    files = record.get("files")
+    listed = files if isinstance(files, dict) else {}
+    weights = [name for name in sorted(listed) if name.endswith(".safetensors") and "/" not in name]
+    return weights_digest(listed[name]["sha256"] for name in weights) if weights else None
 
 
 def _digest_of(record: dict[str, Any]) -> str:

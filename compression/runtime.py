@@ -35,6 +35,11 @@ class UserError(Exception):
     """An error that the user can mend: one line naming the flag or path, what was found and what is allowed."""
 
 
+def first_line(error: Exception) -> str:
+    """The kind of an exception of whatever library, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def relative_path(path: str | Path) -> str:
     """A path inside the repository without the repository's own, any other path as it is."""
     path = Path(path)

@@ -102,7 +102,7 @@ def tiny_decoder(family: str = "llama", seed: int = 0, **fields):
 
 # What a checkpoint of a pruned language model holds.
 DECODER_FILES = "config.json generation_config.json model.safetensors stage.json tokenizer.json tokenizer_config.json"
-DECODER_FILES = (*DECODER_FILES.split(), "pruned_decoder.py")
+DECODER_FILES = (*DECODER_FILES.split(), "pruned_decoder.py", "README.md")
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 
 

@@ -334,6 +334,7 @@ def test_command_writes_an_ordinary_checkpoint_and_its_analysis(base, tmp_path):
     logs = [name for name in files if name.startswith("logs/")]
     assert len(logs) == 1 and "Gone:" in (folder / logs[0]).read_text()
     assert files == {
+        "models/README.md",
         "models/config.json",
         "models/generation_config.json",
         "models/model.safetensors",

@@ -469,6 +469,7 @@ def test_command_writes_a_checkpoint_and_what_led_to_it(base, tmp_path):
     logs = [name for name in files if name.startswith("logs/")]
     assert len(logs) == 1 and "are gone" in (folder / logs[0]).read_text()
     assert files == {
+        "models/README.md",
         "models/config.json",
         "models/generation_config.json",
         "models/model.safetensors",

@@ -29,7 +29,8 @@ from compression.runtime import UserError, setup_logging
 from compression.training import fit
 from post_training import PostTrainingConfig
 
-ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "stage.json", "training_history.json"}
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+ADAPTER_FILES |= {"stage.json", "training_history.json"}
 ALPACA = [
     {"instruction": f"{WORDS[row]} b", "input": "c d" if row % 3 else "", "output": " ".join(WORDS[: 1 + row % 7])}
     for row in range(20)

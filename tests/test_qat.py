@@ -200,6 +200,7 @@ def test_script_writes_the_model_that_was_trained(models, common):
     folder = find_newest(models, "pruned_qkd4bit")
     assert re.fullmatch(r"pruned_qkd4bit_\d{8}_\d{6}", folder.name)
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

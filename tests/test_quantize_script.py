@@ -42,6 +42,7 @@ def test_newest_pruned_model_is_quantized(models):
     result = run("--models_dir", models, "--double_quant", "--compute_dtype", "float32")
     folder = models / "pruned_quantized_final"
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

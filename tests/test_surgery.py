@@ -106,6 +106,7 @@ def test_checkpoint_holds_exactly_these_files(tiny_model, tokenizer, tmp_path):
     small = shrink(tiny_model, KEPT)
     folder = save_checkpoint(tmp_path / "small", small, tokenizer, {"stage": "pruned"}, {"history.json": []})
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

@@ -28,8 +28,8 @@ def drawn_in_no_time(monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: Path(file).write_bytes(b"figure"))
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, tokenizer):
+@pytest.fixture(scope="module", name="world")
+def inputs_of_every_script(tmp_path_factory, tokenizer):
     """What every script finds its inputs in; read only."""
     world = tmp_path_factory.mktemp("world")
     (world / "data").mkdir()

@@ -111,7 +111,9 @@ def cases(context) -> Iterable[Case]:
         root = target.prepared or context.template
         folder = target.folder(root / "clone")
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        for number, file in enumerate(file for file in files if not file.endswith(".lock")):
+        # A model card may be changed or deleted.
+        damaged = [file for file in files if not file.endswith((".lock", "README.md"))]
+        for number, file in enumerate(damaged):
             for what, change in damages(context.seed + number).items():
                 found.append(
                     Case(f"{target.name}: {file}: {what}", attack(target, file, change), " ".join(target.read))

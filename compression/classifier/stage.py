@@ -26,6 +26,7 @@ from compression.classifier.metrics import predict, score
 from compression.classifier.tasks import SST2, Task
 from compression.classifier.teacher import teacher_logits
 from compression.config import NO_EFFECT, Between, Settings
+from compression.hub import Publishing
 from compression.integrity import digest_of
 from compression.outputs import STATES_END, Output, fresh_path, owned
 from compression.runtime import UserError, log, pick_device, processes, seed_everything, shown
@@ -51,6 +52,7 @@ class StageConfig(Protocol):
     models_dir: Path
     data: DataSettings
     training: Training
+    publishing: Publishing
 
     def as_dict(self) -> dict[str, Any]: ...
 
@@ -148,6 +150,7 @@ class Stage:
             if is_made_from(output, self.config.result_fields(), self.inputs):
                 log.info("%s exists and matches configuration and inputs: skipped", shown(output))
                 clean_up(self.work_dir)  # left if the run was killed right after saving its result
+                self.config.publishing.publish(output)
                 return True
         return False
 
@@ -195,7 +198,7 @@ class Stage:
         return fit(model, recipe, task.train, task.evaluate, self.work_dir, pad_token_id, self.config.as_dict())
 
     def save(self, model: PreTrainedModel, task: TokenizedTask, history: list[dict[str, Any]], **metrics: Any) -> None:
-        """Write the checkpoint with its metrics, then drop the states to resume from."""
+        """Write the checkpoint with its metrics, drop the states to resume from, upload it where that is asked for."""
         metrics = task.evaluate(model) | metrics
         stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, self.data.describe())
         output = fresh_path(self.config.models_dir, self.prefix) if self.prefix else self.output.path
@@ -205,3 +208,4 @@ class Stage:
         title, value = self.task.metrics[self.task.primary].title, metrics[self.task.primary]
         sentences = len(task.validation)
         log.info("%s %.4f on %s (%d sentences) -> %s", title, value, self.data.name, sentences, shown(output))
+        self.config.publishing.publish(output)

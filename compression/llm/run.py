@@ -19,6 +19,7 @@ from compression.checkpoint import (
     check_weights_finite,
     contents,
     describe_stage,
+    finish_folder,
     identify,
     is_made_from,
     load_language_model,
@@ -29,6 +30,7 @@ from compression.checkpoint import (
 from compression.config import NO_EFFECT, AtLeast, FolderName, Settings
 from compression.decoder import decoder_of
 from compression.files import link_or_copy, read_json, write_json
+from compression.hub import Publishing
 from compression.integrity import RUN_FILE, digest_of, seal
 from compression.llm.evaluate import (
     FAST_EVALUATION,
@@ -174,6 +176,7 @@ class RunConfig(Protocol):
     calibration: Calibration
     evaluation: Evaluation
     finetuning: Finetuning
+    publishing: Publishing
 
     def as_dict(self) -> dict[str, Any]: ...
 
@@ -292,7 +295,10 @@ class Run:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The folder is this run's alone while it lasts, and the log is kept; the dense model is measured first."""
+        """The folder is this run's alone while it lasts, and the log is kept; the dense model is measured first.
+
+        In the end the pruned model is uploaded where that is asked for.
+        """
         run = self.config.run
         with owned(run.folder, self._states):
             self.saved = SavedParts(self._states, run.resume)
@@ -301,6 +307,7 @@ class Run:
                 self.dense = self.saved.json("dense", lambda: self._measure(self.model))
                 yield
             self.saved.remove()
+        self.config.publishing.publish(run.folder / "models")
 
     def _measure(self, model: PreTrainedModel) -> dict[str, Any]:
         config = self.config
@@ -349,7 +356,7 @@ class Run:
                 models = folder / "models"
                 models.mkdir()
                 write_model(model, self.tokenizer, self.config.run.shard_bytes, models)
-                seal(models, stage)
+                finish_folder(models, stage, self.config.run.folder / models.name)
                 if self.config.run.save_bin:
                     torch.save(all_weights(model), models / "pruned_model.bin")
                 write_analysis(folder / "analysis")
