@@ -196,6 +196,14 @@ def dequantized_weight(layer: bnb.nn.Linear4bit) -> Tensor:
     return dequantize_4bit(layer.weight.data, state).view(layer.out_features, layer.in_features)
 
 
+def block_scales(layer: bnb.nn.Linear4bit) -> Tensor:
+    """The scales of a packed 4-bit layer's blocks in memory order, fp32 [blocks], also where they are quantized too."""
+    state = layer.weight.quant_state  # type: ignore[attr-defined]
+    if not state.nested:
+        return state.absmax
+    return bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+
+
 # Formats of embedding tables: what a modeling file's `PackedEmbedding` reads.
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -79,7 +79,7 @@ def pack(model: PreTrainedModel, storage: Format, compute_dtype: torch.dtype) ->
     Raises:
         UserError: an architecture that is not supported, or tables that cannot be stored with so many bits.
     """
-    packed = _with_packed_tables(model, storage.tables)
+    packed = with_packed_tables(model, storage.tables)
     pack_linears(packed, storage.linears, compute_dtype)
     return packed
 
@@ -101,7 +101,7 @@ def pack_linears(model: PreTrainedModel, linears: FourBit | EightBit, compute_dt
     fix_4bit_layers(model.eval())
 
 
-def _with_packed_tables(model: PreTrainedModel, tables: TableFormat) -> PreTrainedModel:
+def with_packed_tables(model: PreTrainedModel, tables: TableFormat) -> PreTrainedModel:
     """A copy of the model, of the pruned class of its family, with its tables in this format."""
     layers, device = layers_of(model), model.device
     everything = {
@@ -117,6 +117,13 @@ def _with_packed_tables(model: PreTrainedModel, tables: TableFormat) -> PreTrain
     packed = type(small)(config)
     packed.load_state_dict(weights)
     return packed.to(device).eval()  # type: ignore[arg-type]
+
+
+def compute_in_fp32(model: nn.Module) -> None:
+    """Let a model's 4-bit layers compute in fp32, whatever its config says, in place."""
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = torch.float32
 
 
 def nf4_base() -> BitsAndBytesConfig:
@@ -137,6 +144,16 @@ def check_exact(packed: PreTrainedModel, trained: dict[str, Tensor]) -> None:
         layer = packed.get_submodule(name)
         if not (isinstance(layer, Linear4bit) and torch.equal(dequantized_weight(layer), values)):
             raise RuntimeError(f"{name}: the packed weight differs from the one that was trained; nothing was saved")
+
+
+def compute_type(model: PreTrainedModel) -> str:
+    """The data type that a model's encoder computes in, whatever its weights are stored in."""
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            return "int8"
+        if isinstance(module, Linear4bit) and module.compute_dtype is not None:
+            return str(module.compute_dtype).removeprefix("torch.")
+    return str(model.dtype).removeprefix("torch.")
 
 
 def bytes_by_part(model: PreTrainedModel) -> dict[str, int]:

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import KEPT, WORDS, bytes_tokenizer, letters, save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
 from scripts import ROOT, run_script, start_script
 
 from compression.checkpoint import describe_stage, save_checkpoint
+from compression.quantization import Format, pack
 from compression.surgery import shrink
 
 TRAIN = "--data_dir {world} --models_dir {world}/models --train_fraction 1"
@@ -87,6 +89,17 @@ CASES = {
         [],
         lambda found: found["inside_against_outside"] < 1e-6,
     ),
+    "onnx_engines": (
+        "--models {world}/models/pruned --quantized {world}/models/pruned_quantized --data_dir {world} "
+        "--max_length 16 --calibration 8 --latency_repeats 2 --throughput_repeats 2 --batch_size 4",
+        [],
+        lambda found: (
+            [row["engine"] for row in found["rows"]]
+            == ["PyTorch", "ORT fp32", "ORT int8", "ORT int8_static", "PyTorch", "ORT nf4"]
+            and all(row["largest_logit_difference"] < 1e-5 for row in found["rows"] if "int8" not in row["engine"])
+            and found["rows"][1]["throughput_speed_up_on_fp32"] == 1
+        ),
+    ),
     "pruning_overhead": (
         "--student_path {world}/models/student_model --models student --rounds 2 --batch_size 2",
         [],
@@ -132,6 +145,8 @@ def world(tmp_path_factory, tokenizer):
     for name, model in (("teacher_model", tiny_bert()), ("student_model", tiny_distilbert()), ("pruned", pruned)):
         stage = describe_stage(name.removesuffix("_model"), {}, {}, metrics, {"name": "x"})
         save_checkpoint(world / "models" / name, model, tokenizer, stage)
+    packed = pack(pruned, Format(), torch.float32)
+    save_checkpoint(world / "models" / "pruned_quantized", packed, tokenizer, {"stage": "pruned_quantized"})
     for name, make in (("bert", tiny_bert), ("distilbert", tiny_distilbert)):
         model = make(max_position_embeddings=128)
         model.base_model.save_pretrained(world / name)

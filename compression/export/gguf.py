@@ -31,6 +31,7 @@ from gguf import GGUFReader, GGUFWriter, LlamaFileType, RopeScalingType
 from torch import Tensor
 
 from compression.checkpoint import load_skeleton, load_tokenizer, require_language_model
+from compression.export import TEXTS
 from compression.export.gguf_vocabulary import FLAG, Vocabulary, vocabulary_of
 from compression.export.llama_cpp import LlamaCpp, is_installed
 from compression.offload import Placement, put_offloaded
@@ -300,7 +301,7 @@ def _constant(name: str, values: np.ndarray) -> Entry:
     return Entry(name, values.shape, constant=values)
 
 
-def check_exportable(folder: Path, pre_tokenizer: str | None = None, flag: str = "--model_path") -> Plan:
+def check_exportable(folder: Path, pre_tokenizer: str | None = None, flag: str = "--model") -> Plan:
     """Check that a checkpoint can be written to GGUF.
 
     Args:
@@ -397,13 +398,6 @@ class ExportedWeights:
         return worst
 
 
-# Letters of several scripts, numbers, spaces, lines, code: where ways to split text differ.
-TEXTS = (
-    "The river rises in the hills above the town and flows 1234 km to the sea; its mouth is 3.5 km wide.",
-    "In 1987, they'd sold 20,000 copies. \"It's all we've got,\" she said, and I'll never forget it!",
-    "Un café à Zürich coûte 4,50 €. Привет, мир! こんにちは世界 🙂 naïve façade",
-    "def area(r):\n    # two spaces  and\ttabs\n\n    return 3.14159 * r ** 2\n\n\nprint(area(10))  \n",
-)
 WINDOWS, LENGTH = 2, 64
 
 
