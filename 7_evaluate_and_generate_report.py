@@ -2,11 +2,12 @@
 
     python 7_evaluate_and_generate_report.py [--fast]
 
-Reads what exists of MODELS_TO_EVALUATE under models/ and the validation sentences; writes results/final_report.json,
-.md and .png. A model that is missing is listed with the command that makes it.
+Reads what exists of MODELS_TO_EVALUATE under models/, their ONNX exports, and the validation sentences; writes
+results/final_report.json, .md and .png. A model that is missing is listed with the command that makes it.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
+import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compression.checkpoint import check_positions, find_all, load_classifier
+from compression.checkpoint import check_positions, find_all, find_exports, load_classifier, load_tokenizer, read_stage
 from compression.classifier.data import encode, load_data
 from compression.classifier.metrics import classification_metrics, paired_difference, predict
 from compression.classifier.models import BASELINE, EVALUATED
@@ -30,8 +32,10 @@ from compression.classifier.report import (
     write_report,
 )
 from compression.config import AtLeast, Between, Config, run_script
+from compression.export.onnx import PRECISIONS, OnnxClassifier
 from compression.flops import count_macs, count_parameters
 from compression.outputs import check_files
+from compression.quantization import bytes_by_part, compute_type
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device, shown
 from compression.timing import measure_latency, size_on_disk
 
@@ -67,37 +71,92 @@ class EvaluationConfig(Config):
     presets: ClassVar = {"fast": dict(max_length=64, latency_repeats=30, throughput_repeats=8)}
 
 
-def measure(name: str, folder: Path, model, tokenizer, validation, config: EvaluationConfig) -> tuple[Entry, Tensor]:
-    """Quality and cost of one model, all but its timings; and which sentences it gets right."""
-    encoded = encode(tokenizer, validation, config.max_length)
-    logits = predict(model, encoded, tokenizer.pad_token_id)
+@dataclass
+class Candidate:
+    """A model as one engine runs it.
+
+    Attributes:
+        folder: the checkpoint or export.
+        model: what is called; an `OnnxClassifier` where ONNX Runtime runs it.
+        engine: what computes, and in which data type.
+        size: its bytes, see `size_on_disk`.
+        same_as: another candidate that does the same arithmetic in another form.
+    """
+
+    folder: Path
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    engine: dict[str, str]
+    size: dict[str, int | None]
+    same_as: str | None = None
+
+
+def load_candidates(found: dict[str, Path], models_dir: Path, device: torch.device) -> dict[str, Candidate]:
+    """Every model in PyTorch, behind it its exports; the baseline in bfloat16, too."""
+    candidates = {}
+    for name, folder in found.items():
+        model, tokenizer = load_classifier(folder, device)
+        candidates[name] = Candidate(folder, model, tokenizer, pytorch(model), size_on_disk(folder))
+        if name == BASELINE:
+            halved = copy.deepcopy(model).to(torch.bfloat16)
+            size = {"weights_bytes": bytes_by_part(halved)["total"], "folder_bytes": None}
+            candidates[f"{name}, bfloat16"] = Candidate(folder, halved, tokenizer, pytorch(halved), size, name)
+        for export in find_exports(folder, models_dir, "onnx"):
+            session = OnnxClassifier(export, torch.get_num_threads())
+            precision = (read_stage(export) or {})["config"]["precision"]
+            engine = {"name": "ONNX Runtime", "type": PRECISIONS[precision].computes_in}
+            title = f"{name}, ONNX {precision}"
+            title = f"{title}, {export.name}" if title in candidates else title
+            tokenizer = load_tokenizer(export, model)
+            candidates[title] = Candidate(export, session, tokenizer, engine, size_on_disk(export), name)
+    return candidates
+
+
+def pytorch(model: PreTrainedModel) -> dict[str, str]:
+    """PyTorch as the engine, and what a model computes in there."""
+    return {"name": "PyTorch", "type": compute_type(model)}
+
+
+def measure(name: str, candidate: Candidate, validation, config: EvaluationConfig) -> tuple[Entry, Tensor]:
+    """Quality and size of one model; and which sentences it gets right."""
+    encoded = encode(candidate.tokenizer, validation, config.max_length)
+    logits = predict(candidate.model, encoded, candidate.tokenizer.pad_token_id)
     entry = {
         "name": name,
-        "folder": str(folder),
+        "folder": str(candidate.folder),
+        "engine": candidate.engine,
         "quality": classification_metrics(logits, encoded.labels),
-        "parameters": count_parameters(model),
-        "macs": count_macs(model, config.flops_sequence_length).as_dict(),
-        "size": size_on_disk(folder),
+        "size": candidate.size,
     }
     return entry, logits.argmax(-1) == encoded.labels
 
 
+def count_work(candidates: dict[str, Candidate], sequence_length: int) -> dict[str, Entry]:
+    """Parameters and MACs of each model: other forms of one have the same."""
+    counted = {
+        name: {"parameters": count_parameters(one.model), "macs": count_macs(one.model, sequence_length).as_dict()}
+        for name, one in candidates.items()
+        if one.same_as is None
+    }
+    return {name: counted[one.same_as or name] for name, one in candidates.items()}
+
+
 def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: EvaluationConfig) -> dict[str, Any]:
     """Measure every model that was found."""
-    lineages = {name: {"lineage": describe_lineage(folder)} for name, folder in found.items()}
     device, data = pick_device(), load_data(config.data_dir)
-    loaded = {name: load_classifier(folder, device) for name, folder in found.items()}
-    for model, _ in loaded.values():
+    candidates = load_candidates(found, config.models_dir, device)
+    lineages = {name: {"lineage": describe_lineage(one.folder)} for name, one in candidates.items()}
+    for one in candidates.values():
         for length in ("flops_sequence_length", "latency_sequence_length"):
-            check_positions(model, length, getattr(config, length))
+            check_positions(one.model, length, getattr(config, length))
+    work = count_work(candidates, config.flops_sequence_length)
     measured: dict[str, tuple[Entry, Tensor]] = {}
-    for name, (model, tokenizer) in loaded.items():
+    for name, one in candidates.items():
         log.info("Evaluating %s on %d sentences of %s", name, len(data.validation), data.name)
-        measured[name] = measure(name, found[name], model, tokenizer, data.validation, config)
+        measured[name] = measure(name, one, data.validation, config)
     log.info("Timing, the models taking turns")
-    models = {name: model for name, (model, _) in loaded.items()}
     timings = measure_latency(
-        models,
+        {name: one.model for name, one in candidates.items()},
         device,
         config.latency_sequence_length,
         config.latency_repeats,
@@ -105,7 +164,7 @@ def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: 
         config.throughput_batch_size,
         config.seed,
     )
-    entries = {name: entry | lineages[name] | timings[name] for name, (entry, _) in measured.items()}
+    entries = {name: entry | work[name] | lineages[name] | timings[name] for name, (entry, _) in measured.items()}
     for name, entry in entries.items():
         if BASELINE in entries:
             paired = paired_difference(measured[name][1], measured[BASELINE][1])
@@ -115,7 +174,7 @@ def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: 
         "baseline": BASELINE,
         "models": list(entries.values()),
         "missing": missing,
-        "warnings": data_warnings(list(entries.values()), data.name),
+        "warnings": data_warnings([entries[name] for name in found], data.name),
         "config": config.as_dict(),
         "environment": fingerprint(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",

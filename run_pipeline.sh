@@ -7,8 +7,8 @@
 #
 # The flags of all stages are checked before the first one works. A stage is skipped if its output exists and was made
 # with the same settings from the same inputs, and a stage that was killed continues where it was. --overwrite replaces
-# outputs of the same stage with other settings (the quantized models, which take seconds, always follow the models they
-# are made from); --fresh runs all stages again, with --overwrite.
+# outputs of the same stage with other settings (quantized models and exports, which take seconds, always follow the
+# models they are made from); --fresh runs all stages again, with --overwrite.
 set -euo pipefail
 
 train=() data=() models=() fast=() teacher=() student=() preset=() skip=(--skip_existing) resume=(--resume) overwrite=()
@@ -46,6 +46,8 @@ every_stage() {
         --output_dir "$models_dir/student_quantized_model" "${models[@]}" "${skip[@]}" --overwrite
     "$1" 9_quantize_pruned_model.py "${models[@]}" "${skip[@]}" --overwrite
     "$1" 10_qat_kd_4bit.py "${common[@]}"
+    "$1" export_model.py --precision int8 "${models[@]}" "${skip[@]}" --overwrite
+    "$1" export_model.py --precision nf4 "${models[@]}" "${skip[@]}" --overwrite
     "$1" 7_evaluate_and_generate_report.py "${fast[@]}" "${everywhere[@]}"
     "$1" evaluate_plot.py "${fast[@]}" "${everywhere[@]}"
 }

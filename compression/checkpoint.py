@@ -45,7 +45,7 @@ from compression.integrity import CARD, STAGE_FILE, read_record, seal, sha256_of
 from compression.model_card import model_card
 from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.offload import Placement, offload_of, put_offloaded
-from compression.outputs import Output, some
+from compression.outputs import Output, exports_of, is_export, some
 from compression.runtime import UserError, fingerprint, processes, relative_path
 from compression.structures import DECODERS
 from compression.weights import MAX_SHARD_SIZE, Shards, check_finite
@@ -123,17 +123,17 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_
 
 
 def write_description(model: PreTrainedModel, folder: Path) -> None:
-    """Write everything of a language model but its weights and tokenizer: configurations, a pruned class's code."""
+    """Write everything of a model but its weights and tokenizer: configurations, a pruned class's code."""
     add_modeling_code(model, folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    if model.generation_config is not None:
+    if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
 
 
 def save_folder(
     folder: Path,
-    write: Callable[[Path], None],
+    write: Callable[[Path], dict[str, Any] | None],
     stage: dict[str, Any],
     files: dict[str, Any] | None = None,
     new: bool = False,
@@ -142,7 +142,7 @@ def save_folder(
     """Write a folder with its `stage.json`: see `save_checkpoint`.
 
     Args:
-        write: puts the weights into the path it gets.
+        write: puts the weights into the path it gets; what it returns are further metrics.
         others: what the other processes do meanwhile.
     """
     state = processes()
@@ -150,7 +150,8 @@ def save_folder(
         others()
     else:
         with Output(folder, "", None if new else stage.get("stage")).written() as temporary:
-            write(temporary)
+            if measured := write(temporary):
+                stage = stage | {"metrics": stage["metrics"] | measured}
             for name, value in (files or {}).items():
                 write_json(temporary / name, value)
             finish_folder(temporary, stage, folder)
@@ -311,16 +312,32 @@ def require_type(folder: Path, flag: str, command: str, families: Collection[str
 def find_all(models_dir: Path, stage: str) -> list[Path]:
     """The checkpoints of a stage under `models_dir`, newest first, by the creation time in their `stage.json`."""
     found = []
-    for path in Path(models_dir).glob(f"[!.]*/{STAGE_FILE}"):
-        record = read_record(path.parent) or {}
+    for path in _folders_in(models_dir):
+        record = read_record(path) or {}
         if record.get("stage") == stage:
-            found.append((str(record.get("created", "")), path.parent))
+            found.append((str(record.get("created", "")), path))
     return [path for _, path in sorted(found, reverse=True)]
+
+
+def _folders_in(models_dir: Path) -> list[Path]:
+    """The folders of checkpoints and exports right under `models_dir`."""
+    return [path.parent for path in Path(models_dir).glob(f"[!.]*/{STAGE_FILE}")]
 
 
 def find_newest(models_dir: Path, stage: str) -> Path | None:
     """The newest checkpoint of a stage under `models_dir`, None where there is none."""
     return next(iter(find_all(models_dir, stage)), None)
+
+
+def find_exports(folder: Path, models_dir: Path, format: str) -> list[Path]:
+    """The exports of a checkpoint, by the hash of its weights: in its folder and among the checkpoints."""
+    digest = identify(folder)["sha256"]
+    stages = ((path, read_stage(path) or {}) for path in [*exports_of(folder), *_folders_in(models_dir)])
+    return sorted(
+        path
+        for path, stage in stages
+        if is_export(stage.get("stage"), format) and contents(stage.get("inputs")).get("parent") == digest
+    )
 
 
 def find_unquantized(pruned_model_path: Path | None, models_dir: Path) -> Path:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from compression.files import (
     locked,
@@ -25,7 +26,7 @@ from compression.files import (
     writing,
 )
 from compression.integrity import STAGE_FILE, differing, files_in, read_record, sha256_of
-from compression.runtime import MODELS, RESULTS, ROOT, UserError, log, processes
+from compression.runtime import MODELS, RESULTS, ROOT, UserError, log, processes, shown
 
 # In a folder for loose files that a user names: the sha256 of those that this project wrote there.
 WRITTEN_FILE = ".written.json"
@@ -33,6 +34,7 @@ STATES_END = ".resume"
 """The end of the hidden folders that hold what a killed run goes on from."""
 KEPT_LOGITS = ".teacher_logits_"
 """The beginning of the hidden folders that hold teachers' logits, computed once."""
+EXPORT_FORMATS = ("onnx", "gguf")
 FETCHED = "fetched"
 """The kind of every folder with a `source.json`, wherever it came from."""
 
@@ -86,10 +88,14 @@ class Output:
             raise self._refusal(
                 f"holds a result whose {self.record} has no checksums, so what else is there is unknown"
             )
-        if foreign := [name for name in files_in(path) if name not in known and name != self.record]:
+        exports = exports_of(path)
+        own = [name for name in files_in(path) if not any((path / name).is_relative_to(export) for export in exports)]
+        if foreign := [name for name in own if name not in known and name != self.record]:
             raise self._refusal(f"holds files that were put there by hand ({some(foreign)})")
         if changed := [name for name in differing(path, self.record) if (path / name).exists()]:
             raise self._refusal(f"holds files that were changed since they were written ({some(changed)})")
+        for export in exports:
+            Output(export, self.flag, (read_record(export) or {}).get("stage")).check_replaceable()
 
     def check_same(self, same: bool, overwrite: bool) -> None:
         """Raise UserError where a result with other settings or inputs would be replaced unasked."""
@@ -106,8 +112,31 @@ class Output:
     @contextmanager
     def written(self) -> Iterator[Path]:
         """Yield an empty temporary folder; on success it takes the output's place, see `files.new_folder`."""
+        outdated = exports_of(self.path)
         with new_folder(self.path, self.check_replaceable) as temporary:
             yield temporary
+        for export in outdated:
+            log.info("%s went with the model that it was made of: export the new one", shown(export))
+
+
+def exports_of(folder: Path) -> list[Path]:
+    """The exports that lie in a checkpoint's folder or below: made of it later, they are replaced along with it."""
+    folders = (Path(folder, name).parent for name in files_in(folder) if Path(name).name == STAGE_FILE)
+    return [path for path in folders if path != Path(folder) and is_export(read_object(path / STAGE_FILE).get("stage"))]
+
+
+def export_stage(parent: str | None, format: str) -> str:
+    """What the `stage.json` of an export says it is.
+
+    Args:
+        parent: what the checkpoint's own says.
+    """
+    return f"{parent}_{format}" if parent else format
+
+
+def is_export(stage: Any, *formats: str) -> bool:
+    """Whether a stage's name is that of an export, to one of these formats where any are given."""
+    return isinstance(stage, str) and stage.rpartition("_")[2] in (formats or EXPORT_FORMATS)
 
 
 def some(names: Sequence[str]) -> str:

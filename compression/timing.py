@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from compression.outputs import exports_of
+
 WARM_UP_CALLS = 3
+WEIGHT_FILES = (".safetensors", ".onnx", ".gguf")
 
 
 def interleaved_times(
@@ -152,7 +155,9 @@ def _spread(values: np.ndarray, unit: str) -> dict[str, float]:
 
 
 def size_on_disk(folder: Path) -> dict[str, int]:
-    """Bytes of a checkpoint: its weight files (`*.safetensors`) and the whole folder."""
-    sizes = {path: path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()}
-    weights = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
+    """Bytes of a checkpoint or an export: its weight files, and the whole folder without the exports in it."""
+    exports = exports_of(folder)
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    sizes = {path: path.stat().st_size for path in files if not any(map(path.is_relative_to, exports))}
+    weights = sum(size for path, size in sizes.items() if path.suffix in WEIGHT_FILES)
     return {"weights_bytes": weights, "folder_bytes": sum(sizes.values())}

@@ -14,6 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.classifier.gradual_pruning import MODES
+from compression.export import gguf, onnx
 from compression.files import write_text
 from compression.llm import scoring
 from compression.llm.memory import JOBS, SHAPES, Shape, fits, pruning_disk
@@ -22,12 +23,9 @@ from compression.tables import Column, markdown_table
 DOCS = Path(__file__).resolve().parent
 
 
-def choices_table(title: str, entries: Mapping[str, Any]) -> str:
+def choices_table(title: str, entries: Mapping[str, Any], about: str = "score of a structure") -> str:
     """A table of a registry: the name of each entry, and its `help`."""
-    columns = [
-        Column(title, lambda entry: f"`{entry[0]}`"),
-        Column("score of a structure", lambda entry: entry[1].help),
-    ]
+    columns = [Column(title, lambda entry: f"`{entry[0]}`"), Column(about, lambda entry: entry[1].help)]
     return markdown_table(columns, list(entries.items()), align="---")
 
 
@@ -63,6 +61,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scores": lambda: scoring.scores_markdown(),
     "memory": memory_table,
     "disk": disk_table,
+    "onnx": lambda: choices_table("--precision", onnx.PRECISIONS, "what is stored and computed"),
+    "gguf": lambda: choices_table("--precision", gguf.PRECISIONS, "what matrices are stored in"),
 }
 
 

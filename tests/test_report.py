@@ -35,6 +35,7 @@ def entry(name, accuracy, gflops, megabytes, throughput, data="SST-2 (GLUE)"):
     return {
         "name": name,
         "folder": f"models/{name.split()[0].lower()}",
+        "engine": {"name": "PyTorch", "type": "float32"},
         "quality": {
             "n": 800,
             "accuracy": accuracy,
@@ -120,7 +121,8 @@ def test_markdown_shows_the_numbers_of_the_json(report):
     assert shown["Latency (ms)"] == "12.34 (11.11–15.67)" and shown["Samples/s"] == "160.0 (144.0–176.0)"
     markdown = build_markdown(report)
     against = markdown[markdown.index("## Against Distilled Student (Baseline)") :]
-    assert row(against, "Pruned Student")[1:5] == ["-0.50 ± 0.31", "×0.75", "×0.50", "×0.50"]
+    assert row(against, "Pruned Student")[1:3] == row(table, "Pruned Student")[1:3] == ["PyTorch", "float32"]
+    assert row(against, "Pruned Student")[3:7] == ["-0.50 ± 0.31", "×0.75", "×0.50", "×0.50"]
     assert row(against, "Pruned Student")[-2:] == ["×1.60", "0.80"]
     confusion = markdown[markdown.index("## Confusion matrices") :]
     assert row(confusion, "Teacher") == ["Teacher", "351", "49", "38", "362"]
@@ -149,7 +151,7 @@ def test_markdown_without_the_baseline(report):
     report["models"][0]["quality"]["roc_auc"] = None
     markdown = build_markdown(report)
     assert "No comparison with Distilled Student (Baseline): it is missing." in markdown
-    assert row(markdown, "Teacher")[3] == "undefined"
+    assert dict(zip(row(markdown, "Model"), row(markdown, "Teacher"), strict=True))["ROC-AUC"] == "undefined"
 
 
 def test_other_training_data_is_warned_of():
@@ -305,8 +307,12 @@ def test_script_measures_every_model_there_is(script, models_dir, data_dir, tmp_
     assert report["config"] == config.as_dict()
     assert report["data"] == {"name": "SST-2 (GLUE)", "source": "a local folder", "n": 20}
 
-    teacher, student, pruned = report["models"]
-    assert [model["lineage"]["stage"] for model in report["models"]] == ["teacher", "student", "pruned"]
+    teacher, student, halved, pruned = report["models"]
+    assert [model["lineage"]["stage"] for model in report["models"]] == ["teacher", "student", "student", "pruned"]
+    assert student["engine"] == {"name": "PyTorch", "type": "float32"}
+    assert halved["name"] == f"{BASELINE}, bfloat16" and halved["engine"] == {"name": "PyTorch", "type": "bfloat16"}
+    assert halved["macs"] == student["macs"]
+    assert halved["size"]["weights_bytes"] == 2 * student["parameters"]["total"]
     assert student["macs"] == count_macs(tiny_distilbert(), 16).as_dict()
     assert pruned["macs"]["total"] < student["macs"]["total"]
     assert pruned["size"]["weights_bytes"] == (models_dir / "pruned_model" / "model.safetensors").stat().st_size

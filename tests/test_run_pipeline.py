@@ -90,6 +90,8 @@ def test_stages_run_in_order_and_only_what_changed(commands):
         " --output_dir models/student_quantized_model --skip_existing --overwrite",
         "9_quantize_pruned_model.py --skip_existing --overwrite",
         "10_qat_kd_4bit.py --fast --skip_existing --resume",
+        "export_model.py --precision int8 --skip_existing --overwrite",
+        "export_model.py --precision nf4 --skip_existing --overwrite",
         "7_evaluate_and_generate_report.py --fast",
         "evaluate_plot.py --fast",
     ]
@@ -97,21 +99,22 @@ def test_stages_run_in_order_and_only_what_changed(commands):
 
 def test_fresh_runs_everything_again(commands):
     lines = stages(commands("--fresh")[1])
-    assert not any("--skip_existing" in line or "--resume" in line for line in lines) and len(lines) == 10
+    assert not any("--skip_existing" in line or "--resume" in line for line in lines) and len(lines) == 12
 
 
 @pytest.mark.parametrize("flag", ["--overwrite", "--fresh"])
 def test_overwrite_goes_to_the_stages_whose_output_has_one_name(commands, flag):
+    always = ["9", "9", "export", "export"]
     lines = stages(commands(flag)[1])
-    assert [line.split("_")[0] for line in lines if "--overwrite" in line] == ["1", "2", "2", "9", "9"]
-    assert [line.split("_")[0] for line in stages(commands()[1]) if "--overwrite" in line] == ["9", "9"]
+    assert [line.split("_")[0] for line in lines if "--overwrite" in line] == ["1", "2", "2", *always]
+    assert [line.split("_")[0] for line in stages(commands()[1]) if "--overwrite" in line] == always
 
 
 @pytest.mark.parametrize("flags", [("--data_dir", "/a b", "--models_dir", "m"), ("--data_dir=/a b", "--models_dir=m")])
 def test_data_and_models_reach_every_stage(commands, flags):
     lines = stages(commands(*flags)[1])
-    assert len(lines) == 10 and all("--models_dir m" in line for line in lines)
-    assert all("--data_dir /a b" in line for line in lines if not line.startswith("9_"))
+    assert len(lines) == 12 and all("--models_dir m" in line for line in lines)
+    assert all("--data_dir /a b" in line for line in lines if not line.startswith(("9_", "export_")))
     assert sum("--pruned_model_path m/student_model --output_dir m/student_quantized" in line for line in lines) == 1
 
 

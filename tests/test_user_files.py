@@ -51,6 +51,7 @@ OUTPUTS = {
     "soft labels": ("2_distill_student.py", "models_dir", "student_softlabel_model"),
     "quantized, default": ("9_quantize_pruned_model.py", "models_dir", "pruned_quantized_final"),
     "quantized": ("9_quantize_pruned_model.py", "output_dir", "."),
+    "export": ("export_model.py", "output_dir", "."),
     "report": ("7_evaluate_and_generate_report.py", "output_dir", "."),
     "comparison": ("evaluate_plot.py", "output_dir", "."),
     "downloaded": ("download_model.py", "models_dir", "bert-local"),
@@ -63,7 +64,7 @@ OUTPUTS = {
 }
 KINDS = {case: case.replace(" ", "_") for case in ("teacher", "student", "global pruning", "gqa pruning", "merged")}
 KINDS |= {"soft labels": "student_softlabel", "recovery": "recovery", "recovery, elsewhere": "recovery"}
-KINDS |= {"quantized, default": "pruned_quantized", "quantized": "pruned_quantized"}
+KINDS |= {"quantized, default": "pruned_quantized", "quantized": "pruned_quantized", "export": "pruned_onnx"}
 
 
 def config_of(case, world, target):

@@ -98,6 +98,7 @@ def _trained_on(entry: Entry) -> str | None:
 
 # What the tables show of an entry: a new column is a line here.
 MODEL = Column("Model", at("name"))
+ENGINE = [Column("Engine", at("engine", "name")), Column("Computes in", at("engine", "type"))]
 
 
 def results_columns(flops_sequence_length: int, task: Task) -> list[Column]:
@@ -105,6 +106,7 @@ def results_columns(flops_sequence_length: int, task: Task) -> list[Column]:
     metrics = ((name, metric) for name, metric in task.metrics.items() if name != "accuracy")
     return [
         MODEL,
+        *ENGINE,
         Column("Accuracy (%)", _percent("accuracy", "accuracy_standard_error"), "{:.2f} ± {:.2f}"),
         *(Column(metric.title, at("quality", name), "{:.4f}") for name, metric in metrics),
         Column("ROC-AUC", at("quality", "roc_auc"), "{:.4f}", missing="undefined"),
@@ -121,6 +123,7 @@ def results_columns(flops_sequence_length: int, task: Task) -> list[Column]:
 
 RELATIVE_COLUMNS = [
     MODEL,
+    *ENGINE,
     Column("Accuracy (points)", _points, "{:+.2f} ± {:.2f}"),
     *(Column(title, at("relative", name), "×{:.2f}") for name, title, _ in RATIOS),
     Column("Throughput ÷ MAC reduction", at("relative", "throughput_per_mac_reduction"), "{:.2f}"),
@@ -242,7 +245,9 @@ def _definitions(report: Report) -> str:
     return (
         "Accuracy ± one binomial standard error. GFLOPs are counted on the model for one sequence, attention included;"
         " 1 MAC = 2 FLOPs. Weight-only quantization does not change them: 4-bit weights become numbers again before"
-        " they are multiplied; what it changes is the size. 1 MB = 10^6 bytes of safetensors. Latency at batch 1,"
+        " they are multiplied; what it changes is the size. A speed is that of its engine in the type it computes in:"
+        " compare 4-bit weights that are multiplied in bfloat16 with the baseline in bfloat16, not with float32."
+        " 1 MB = 10^6 bytes of weights in safetensors or ONNX. Latency at batch 1,"
         " samples per second at batch"
         f" {config['throughput_batch_size']}: median (10th–90th percentile) of {config['latency_repeats']} and"
         f" {config['throughput_repeats']} passes over full-length sequences, the models taking turns."
@@ -255,9 +260,9 @@ def _relative_section(report: Report) -> str:
         return f"No comparison with {name}: it is missing."
     table = markdown_table(RELATIVE_COLUMNS, report["models"])
     reading = (
-        "Accuracy difference ± one standard error over the paired sentences; all else are ratios to the baseline. The"
-        " last column compares the gain in throughput with the reduction in MACs: 1 says that all of the saved"
-        " arithmetic shows as speed."
+        "Accuracy difference ± one standard error over the paired sentences; all else are ratios to the baseline."
+        " Throughput ÷ MAC reduction compares the gain in throughput with the reduction in MACs: in one engine and"
+        " type, 1 says that all of the saved arithmetic shows as speed."
     )
     return f"## Against {name}\n\n{table}\n\n{reading}"
 
