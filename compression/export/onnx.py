@@ -416,7 +416,7 @@ def _run(session: onnxruntime.InferenceSession, batch: Batch) -> Tensor:
 def _arrays(batch: Batch, names: Iterable[str]) -> dict[str, np.ndarray]:
     """The named inputs of a batch; token types that it does not have are all 0."""
     given = {"token_type_ids": torch.zeros_like(batch["input_ids"])} | dict(batch)
-    return {name: given[name].numpy() for name in names}
+    return {name: given[name].cpu().numpy() for name in names}
 
 
 def _logits(path: Path, data: Sequence[dict[str, np.ndarray]]) -> Tensor:
