@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import count
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from compression.plots import bar_style, new_figure, open_frame, require_finite
 LARGEST_MARKER = 450.0
 """Area of the largest marker in square points; the others are to scale."""
 LEGEND_MARKER = 90.0
+LEGEND_WIDTH = 42
+"""Characters of a model's name on a line."""
+LEGEND_LINE = 0.22
+"""Height of a line of the legend in inches, with its share of the space between models."""
 
 
 def plot_accuracy_against_cost(report: dict[str, Any], models: Sequence[EvaluatedModel] = EVALUATED) -> Figure:
@@ -32,15 +37,16 @@ def plot_accuracy_against_cost(report: dict[str, Any], models: Sequence[Evaluate
     for entry in report["models"]:
         quality = (entry["quality"][name] for name in ("accuracy", "accuracy_standard_error"))
         require_finite(entry["name"], *quality, entry["macs"]["gflops"], entry["size"]["weights_bytes"])
-    figure = new_figure(14, 5.6)
     entries, length = report["models"], report["config"]["flops_sequence_length"]
+    lines = sum(1 + len(_legend_name(entry).splitlines()) for entry in entries)
+    figure = new_figure(14, max(5.6, LEGEND_LINE * lines + 2))
     against_gflops, against_size = figure.subplots(1, 2, sharey=True)
     gflops = [entry["macs"]["gflops"] for entry in entries]
     megabytes = [entry["size"]["weights_bytes"] / 1e6 for entry in entries]
     styles = list(looks([entry["name"] for entry in entries], models))
     _draw_models(against_gflops, entries, styles, gflops)
     _draw_models(against_size, entries, styles, megabytes)
-    against_gflops.set_xlabel(f"GFLOPs per sequence of {length} tokens (1 MAC = 2 FLOPs, attention included)")
+    against_gflops.set_xlabel(f"GFLOPs per sequence of {length} tokens\n(1 MAC = 2 FLOPs, attention included)")
     against_gflops.set_ylabel("Accuracy (%), ± 1 standard error")
     against_size.set_xlabel("Weights on disk (MB)")
     figure.suptitle(f"{report['data']['name']} validation, n = {report['data']['n']}", fontsize=11)
@@ -53,9 +59,13 @@ def _style(colour: str, shape: str) -> dict[str, Any]:
     return {"marker": shape, "facecolor": to_rgba(colour, 0.35), "edgecolor": colour, "linewidth": 1.4}
 
 
+def _legend_name(entry: dict[str, Any]) -> str:
+    return fill(entry["name"], LEGEND_WIDTH)
+
+
 def _legend_marker(axes: Axes, entry: dict[str, Any], colour: str, shape: str) -> PathCollection:
     accuracy, megabytes = 100 * entry["quality"]["accuracy"], entry["size"]["weights_bytes"] / 1e6
-    label = f"{entry['name']}\n{accuracy:.2f} %, {entry['macs']['gflops']:.2f} GFLOPs, {megabytes:.1f} MB"
+    label = f"{_legend_name(entry)}\n{accuracy:.2f} %, {entry['macs']['gflops']:.2f} GFLOPs, {megabytes:.1f} MB"
     return axes.scatter([], [], s=LEGEND_MARKER / _unit_area(shape), label=label, **_style(colour, shape))
 
 
