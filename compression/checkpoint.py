@@ -151,7 +151,7 @@ def save_folder(
     else:
         with Output(folder, "", None if new else stage.get("stage")).written() as temporary:
             if measured := write(temporary):
-                stage = stage | {"metrics": stage["metrics"] | measured}
+                stage = stage | {"metrics": stage.get("metrics", {}) | measured}
             for name, value in (files or {}).items():
                 write_json(temporary / name, value)
             finish_folder(temporary, stage, folder)

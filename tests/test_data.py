@@ -134,7 +134,7 @@ def test_a_tasks_own_metrics():
     assert score(logits, labels, COLA) == metrics["mcc"] == pytest.approx(1 / 3**0.5)
     assert score(logits, labels, MRPC) == pytest.approx(0.8) and score(logits, labels) == metrics["accuracy"] == 0.75
     titles = [column.title for column in results_columns(128, COLA)]
-    assert titles[:4] == ["Model", "Accuracy (%)", "Matthews", "ROC-AUC"]
+    assert titles[:6] == ["Model", "Engine", "Computes in", "Accuracy (%)", "Matthews", "ROC-AUC"]
     assert [column.title for column in confusion_columns(COLA.labels)][1:3] == ["True wrong", "False right"]
 
 

@@ -204,8 +204,17 @@ def test_the_same_result_has_the_same_card(tokenizer, tmp_path):
     assert text_of(one) == text_of(two)
 
 
+def holding(name):
+    """Writes a folder with a file of this name."""
+
+    def write(folder):
+        (folder / name).write_bytes(b"none")
+
+    return write
+
+
 def test_a_folder_of_no_known_kind_has_a_card_too(tmp_path):
-    folder = save_folder(tmp_path / "odd", lambda path: (path / "model.safetensors").write_bytes(b"none"), {"stage": 3})
+    folder = save_folder(tmp_path / "odd", holding("model.safetensors"), {"stage": 3})
     assert "A model." in text_of(folder) and header_of(folder).base_model is None
 
 
@@ -278,7 +287,7 @@ def test_loading_code_of_an_onnx_export_works(classifier, tokenizer, tmp_path):
 def test_gguf_names_the_command(tmp_path):
     dense = save_decoder(tmp_path / "dense", tiny_decoder())
     stage = stage_of("dense_gguf", dense)
-    folder = save_folder(dense / "gguf", lambda path: (path / "model.gguf").write_bytes(b"GGUF"), stage)
+    folder = save_folder(dense / "gguf", holding("model.gguf"), stage)
     assert 'llama-cli -m "dense/gguf/model.gguf"' in text_of(folder)
     assert (header_of(folder).library_name, header_of(folder).pipeline_tag) == ("gguf", "text-generation")
 

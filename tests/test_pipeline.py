@@ -120,11 +120,12 @@ def test_report_lists_what_is_there_and_what_is_missing(models, common, tmp_path
     result = run_command_line(REPORT, "--fast", *common[3:], "--output_dir", tmp_path, *repeats.split())
     report = json.loads((tmp_path / "final_report.json").read_text())
     names = [entry["name"] for entry in report["models"]]
-    assert names[:3] == ["Teacher", "Distilled Student (Baseline)", "Pruned Student (KGSP + MSP)"] and len(names) == 4
+    student = "Distilled Student (Baseline)"
+    assert names[:4] == ["Teacher", student, f"{student}, bfloat16", "Pruned Student (KGSP + MSP)"] and len(names) == 5
     assert report["data"]["name"] == "SST-2 (GLUE)" and report["data"]["n"] == 60
-    assert report["models"][2]["relative"]["encoder_macs"] < 0.8
+    assert report["models"][3]["relative"]["encoder_macs"] < 0.8
     assert (
-        report["models"][2]["quality"]["accuracy"] == read_stage(find_newest(models, "pruned"))["metrics"]["accuracy"]
+        report["models"][3]["quality"]["accuracy"] == read_stage(find_newest(models, "pruned"))["metrics"]["accuracy"]
     )
     assert "python 2_distill_student.py --variant soft_labels" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {
