@@ -18,8 +18,8 @@ from compression.checkpoint import (
     describe_stage,
     find_unquantized,
     identify,
+    is_done,
     is_language_model,
-    is_made_from,
     load_classifier,
     load_language_model,
     read_stage,
@@ -105,13 +105,9 @@ def main(config: QuantizationConfig) -> None:
     config, path = with_embedding_bits(config, folder), output_path(config, folder)
     output = Output(path, "--output_dir", stage_name(folder))
     inputs = {"parent": identify(folder)}
-    same = is_made_from(path, config.result_fields(), inputs)
-    if config.skip_existing and same:
-        log.info("%s exists and matches configuration and inputs: skipped", shown(path))
+    if is_done(output, config, inputs, reads=[folder], shared=[config.models_dir]):
         config.publishing.publish(path)
         return
-    output.check([folder], shared=[config.models_dir])
-    output.check_same(same, config.overwrite)
     with owned(path):
         quantize(config, folder, output, inputs)
     config.publishing.publish(path)

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,10 +21,8 @@ from compression.checkpoint import (
     describe_stage,
     find_newest,
     identify,
-    is_made_from,
+    is_done,
     load_classifier,
-    load_skeleton,
-    load_tokenizer,
     read_stage,
     require,
     save_folder,
@@ -134,12 +131,11 @@ def calibration(config: ExportConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def write_gguf(config: ExportConfig, folder: Path, target: Path) -> dict[str, Any]:
     """As `write_onnx`, of a language model."""
-    file = target / GGUF_FILE
-    metrics = gguf.write_gguf(folder, file, config.precision, config.tokenizer_pre)
-    model, _ = load_skeleton(folder, torch.float32)
-    write_description(model, target)
-    load_tokenizer(folder, model).save_pretrained(target)
-    return metrics | gguf.check_gguf(folder, file, config.precision, config.tokenizer_pre)
+    plan, file = gguf.check_exportable(folder, config.tokenizer_pre), target / GGUF_FILE
+    metrics = gguf.write_gguf(plan, file, config.precision)
+    write_description(plan.model, target)
+    plan.tokenizer.save_pretrained(target)
+    return metrics | gguf.check_gguf(plan, file, config.precision)
 
 
 def main(config: ExportConfig) -> None:
@@ -149,13 +145,9 @@ def main(config: ExportConfig) -> None:
     path = config.output_dir or folder / config.format
     output = Output(path, "--output_dir", export_stage(parent.get("stage"), config.format))
     inputs = {"parent": identify(folder)}
-    same = is_made_from(path, config.result_fields(), inputs)
-    if config.skip_existing and same:
-        log.info("%s exists and matches configuration and inputs: skipped", shown(path))
+    if is_done(output, config, inputs, reads=[], shared=[folder, config.models_dir]):
         config.publishing.publish(path)
         return
-    output.check(shared=[folder, config.models_dir])
-    output.check_same(same, config.overwrite)
     write = {"onnx": write_onnx, "gguf": write_gguf}[config.format]
     with owned(path):
         stage = describe_stage(output.kind, config.as_dict(), inputs, {}, parent.get("data"))

@@ -90,7 +90,7 @@ def export(config: EnginesConfig, folder: Path, work: Path) -> list[File]:
     plan, files = check_exportable(folder, flag="--models"), []
     for precision in dict.fromkeys((*config.precisions, *config.timed_precisions)):
         path = work / f"{len(list(work.iterdir()))}.gguf"
-        metrics = write_gguf(folder, path, precision)
+        metrics = write_gguf(plan, path, precision)
         sizes = {name: metrics[name] for name in ("bytes", "architecture")} | costs(config, plan, path)
         files.append(File(relative_path(folder), precision, path, sizes))
     return files

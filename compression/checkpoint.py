@@ -6,7 +6,7 @@ mis-shaped or not finite passes.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -46,7 +46,7 @@ from compression.model_card import model_card
 from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.offload import Placement, offload_of, put_offloaded
 from compression.outputs import Output, exports_of, is_export, some
-from compression.runtime import UserError, fingerprint, processes, relative_path
+from compression.runtime import UserError, fingerprint, log, processes, relative_path, shown
 from compression.structures import DECODERS
 from compression.weights import MAX_SHARD_SIZE, Shards, check_finite
 
@@ -245,6 +245,25 @@ def is_made_from(
         return False
     verify(folder)
     return True
+
+
+def is_done(output: Output, config: Any, inputs: dict[str, Any], reads: Sequence[Path], shared: Sequence[Path]) -> bool:
+    """Whether `--skip_existing` is given and the result is there, made with these settings from these inputs.
+
+    Args:
+        config: has `skip_existing` and `overwrite`.
+        reads, shared: see `Output.check`.
+
+    Raises:
+        UserError: it is to be made, and what lies in its place must stay.
+    """
+    same = is_made_from(output.path, config.result_fields(), inputs)
+    if config.skip_existing and same:
+        log.info("%s exists and matches configuration and inputs: skipped", shown(output.path))
+        return True
+    output.check(reads, shared)
+    output.check_same(same, config.overwrite)
+    return False
 
 
 def read_stage(folder: Path) -> dict[str, Any] | None:

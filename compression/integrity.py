@@ -20,6 +20,8 @@ STAGE_FILE, SOURCE_FILE, RUN_FILE, STATE_FILE = "stage.json", "source.json", "ru
 RECORDS = (STAGE_FILE, SOURCE_FILE, RUN_FILE, STATE_FILE)
 RECORD_SHA256 = "record_sha256"
 CARD = "README.md"
+WEIGHT_FILES = (".safetensors", ".onnx", ".gguf")
+"""Ends of the names of weight files, of checkpoints and exports."""
 """A checkpoint's model card: text that its reader may change or delete."""
 SETTLED_NANOSECONDS = 2 * 10**9
 

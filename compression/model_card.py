@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from compression.embedded import BERT_PACKAGE, LLM_PACKAGE
 from compression.files import read_object
+from compression.integrity import WEIGHT_FILES
 from compression.lineage import Ancestor, Record, ancestors, as_object, input_of, public, public_path, short_name
 from compression.runtime import ROOT, UserError
 from compression.sources import LLM, STUDENT, TEACHER
@@ -190,8 +191,6 @@ FORMATS = [
 ]
 TRANSFORMERS = Format("transformers", "config.json", load_transformers)
 """What is none of the others."""
-WEIGHTS = (".safetensors", ".onnx", ".onnx.data", ".onnx_data", ".gguf")
-"""Ends of the names of weight files."""
 
 
 # Figures.
@@ -480,7 +479,7 @@ SIZES = ("parameters", "bytes of weights", "layers")
 
 def sizes_in(folder: Path, config: Record) -> dict[str, int]:
     """What is known of `SIZES`; values of stored 4- and 8-bit weights are no parameters, and other formats not read."""
-    files = [path for path in folder.glob("*") if path.name.endswith(WEIGHTS)]
+    files = [path for path in folder.glob("*") if path.suffix in WEIGHT_FILES]
     found = {"bytes of weights": sum(path.stat().st_size for path in files)} if files else {}
     if "quantization_config" not in config and (count := parameters_in(folder)):
         found["parameters"] = count

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from compression.integrity import WEIGHT_FILES
 from compression.outputs import exports_of
 
 WARM_UP_CALLS = 3
-WEIGHT_FILES = (".safetensors", ".onnx", ".gguf")
 
 
 def interleaved_times(

@@ -86,7 +86,7 @@ def mixed(tmp_path_factory):
 def test_logits_in_llama_cpp_are_the_models(family, fields, kept, architecture, llama, tmp_path):
     model = small_model(family, kept, **fields)
     folder, target = save_decoder(tmp_path / "model", model, tokenizer=bytes_tokenizer()), tmp_path / "model.gguf"
-    metrics = write_gguf(folder, target, "f32")
+    metrics = write_gguf(check_exportable(folder), target, "f32")
     assert (metrics["architecture"], metrics["bytes"]) == (architecture, target.stat().st_size)
     ids = torch.randint(SIZES["vocab_size"], (100,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -98,8 +98,8 @@ def test_logits_in_llama_cpp_are_the_models(family, fields, kept, architecture, 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_each_precision_stores_the_weights_but_for_rounding(precision, tmp_path, mixed):
     target = tmp_path / "model.gguf"
-    metrics = write_gguf(mixed, target, precision)
-    found = check_gguf(mixed, target, precision)
+    metrics = write_gguf(check_exportable(mixed), target, precision)
+    found = check_gguf(check_exportable(mixed), target, precision)
     assert metrics["in_f16_instead"] == []
     assert found["engine"] == "llama.cpp"
     assert (found["weight_difference"] == 0) == (precision == "f32")
@@ -114,23 +114,23 @@ def test_each_precision_stores_the_weights_but_for_rounding(precision, tmp_path,
 def test_rows_that_blocks_do_not_fit_into_are_named_and_stored_in_f16(tmp_path):
     model = small_model("mistral", intermediate_size=40)
     folder, target = save_decoder(tmp_path / "model", model, tokenizer=bytes_tokenizer()), tmp_path / "model.gguf"
-    metrics = write_gguf(folder, target, "q4_0")
+    metrics = write_gguf(check_exportable(folder), target, "q4_0")
     assert metrics["in_f16_instead"] == [f"blk.{index}.ffn_down.weight" for index in range(4)]
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(target).tensors}
     assert [kinds[name] for name in ("token_embd.weight", "output.weight")] == ["Q4_0", "Q8_0"]
-    assert check_gguf(folder, target, "q4_0")["engine"] == "llama.cpp"
+    assert check_gguf(check_exportable(folder), target, "q4_0")["engine"] == "llama.cpp"
 
 
 def test_context_is_no_longer_than_the_window_that_layers_attend_to(llama, tmp_path):
     model = small_model("mistral", sliding_window=16)
     folder, target = save_decoder(tmp_path / "model", model, tokenizer=bytes_tokenizer()), tmp_path / "model.gguf"
-    assert write_gguf(folder, target, "f32")["context_length"] == 16
-    assert check_gguf(folder, target, "f32")["logit_difference"] < 1e-3
+    assert write_gguf(check_exportable(folder), target, "f32")["context_length"] == 16
+    assert check_gguf(check_exportable(folder), target, "f32")["logit_difference"] < 1e-3
 
 
 def test_perplexity_in_llama_cpp_is_the_models(llama, mixed, tmp_path):
     target = tmp_path / "model.gguf"
-    write_gguf(mixed, target, "f32")
+    write_gguf(check_exportable(mixed), target, "f32")
     model, _ = load_language_model(mixed)
     windows = torch.randint(SIZES["vocab_size"], (2, 60), generator=torch.Generator().manual_seed(2))
     assert llama.perplexity(target, windows) == pytest.approx(perplexity(model, windows), rel=1e-3)
@@ -159,7 +159,7 @@ def test_text_is_split_in_llama_cpp_as_by_the_tokenizer(name, llama, tmp_path):
     tokenizer = make(*arguments, chat_template="{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
     model = small_model(vocab_size=600, num_hidden_layers=1)
     folder, target = save_decoder(tmp_path / "model", model, tokenizer=tokenizer), tmp_path / "model.gguf"
-    write_gguf(folder, target, "f16")
+    write_gguf(check_exportable(folder), target, "f16")
     # To a text that begins with a space llama.cpp adds another, the tokenizers of these two names do not.
     texts = [text.lstrip(" ") if name in ("pieces, always", "pieces, first") else text for text in TEXTS]
     for text in texts:
@@ -182,7 +182,7 @@ def test_the_fetched_models_text_is_split_in_llama_cpp_as_by_its_tokenizer(llama
     tokenizer = AutoTokenizer.from_pretrained(LLM_FOLDER)
     model = small_model(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1)
     folder, target = save_decoder(tmp_path / "model", model, tokenizer=tokenizer), tmp_path / "model.gguf"
-    write_gguf(folder, target, "f16")
+    write_gguf(check_exportable(folder), target, "f16")
     for text in TEXTS:
         assert llama.tokenize(target, text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
 
@@ -194,12 +194,12 @@ def test_other_ways_to_split_text_are_named_by_the_user(tmp_path):
     with pytest.raises(UserError, match="splits text in a way that is not one of gpt-2, .*: --tokenizer_pre NAME"):
         check_exportable(folder)
     target = tmp_path / "model.gguf"
-    write_gguf(folder, target, "f16", pre_tokenizer="gpt-2")
+    write_gguf(check_exportable(folder, "gpt-2"), target, "f16")
     with pytest.raises(UserError, match="llama.cpp splits .* into other tokens than the tokenizer does"):
-        check_gguf(folder, target, "f16", pre_tokenizer="gpt-2")
-    write_gguf(folder, target, "f16", pre_tokenizer="nonsense")
+        check_gguf(check_exportable(folder, "gpt-2"), target, "f16")
+    write_gguf(check_exportable(folder, "nonsense"), target, "f16")
     with pytest.raises(UserError, match="llama.cpp cannot run it .*unknown pre-tokenizer type: 'nonsense'"):
-        check_gguf(folder, target, "f16", pre_tokenizer="nonsense")
+        check_gguf(check_exportable(folder, "nonsense"), target, "f16")
 
 
 # What is refused.
@@ -209,9 +209,9 @@ def test_values_in_another_order_are_not_let_through(mixed, tmp_path, monkeypatc
     target = tmp_path / "model.gguf"
     with monkeypatch.context() as patch:
         patch.setattr(export, "to_pairs", lambda rows, heads: rows)
-        write_gguf(mixed, target, "q8_0")
+        write_gguf(check_exportable(mixed), target, "q8_0")
     with pytest.raises(UserError, match="q_proj.weight was written with other values"):
-        check_gguf(mixed, target, "q8_0")
+        check_gguf(check_exportable(mixed), target, "q8_0")
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16", "q4_0"])
@@ -220,16 +220,16 @@ def test_a_file_that_computes_otherwise_is_not_let_through(precision, mixed, tmp
     for name in ("to_pairs", "to_halves"):
         monkeypatch.setattr(export, name, lambda rows, heads: rows)
     target = tmp_path / "model.gguf"
-    write_gguf(mixed, target, precision)
+    write_gguf(check_exportable(mixed), target, precision)
     with pytest.raises(UserError, match=f"llama.cpp's logits differ .* with --precision {precision}"):
-        check_gguf(mixed, target, precision)
+        check_gguf(check_exportable(mixed), target, precision)
 
 
 def test_without_llama_cpp_the_values_are_compared(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "is_installed", lambda: False)
     target = tmp_path / "model.gguf"
-    write_gguf(mixed, target, "q8_0")
-    found = check_gguf(mixed, target, "q8_0")
+    write_gguf(check_exportable(mixed), target, "q8_0")
+    found = check_gguf(check_exportable(mixed), target, "q8_0")
     assert found.keys() == {"engine", "weight_difference"}
     assert (found["engine"], 0 < found["weight_difference"] < 0.01) == ("none", True)
 
@@ -296,7 +296,7 @@ def test_values_beyond_float16_are_refused(tmp_path):
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
     folder = save_decoder(tmp_path / "model", model, tokenizer=bytes_tokenizer())
     with pytest.raises(UserError, match="up_proj.weight has values beyond float16's range; use --precision bf16"):
-        write_gguf(folder, tmp_path / "model.gguf", "f16")
+        write_gguf(check_exportable(folder), tmp_path / "model.gguf", "f16")
 
 
 def test_what_llama_cpp_says_is_one_line(tmp_path):

@@ -318,21 +318,21 @@ def check_exportable(folder: Path, pre_tokenizer: str | None = None, flag: str =
     return Plan(folder, flag, pre_tokenizer)
 
 
-def write_gguf(folder: Path, target: Path, precision: str, pre_tokenizer: str | None = None) -> dict[str, Any]:
+def write_gguf(plan: Plan, target: Path, precision: str) -> dict[str, Any]:
     """Write a checkpoint as a GGUF file.
 
     Args:
+        plan: of `check_exportable`.
         target: the file, which is written anew.
         precision: see PRECISIONS. A matrix whose rows are no multiple of the type's block is in f16.
-        pre_tokenizer: see `vocabulary_of`.
 
     Returns:
         Metrics: bytes, architecture, context length, and which tensors are in f16 that were to be in less.
 
     Raises:
-        UserError: see `check_exportable`; a weight is not finite, or too large for f16.
+        UserError: a weight is not finite, or too large for f16.
     """
-    plan, wanted = check_exportable(folder, pre_tokenizer), PRECISIONS[precision]
+    wanted = PRECISIONS[precision]
     if plan.context_length < plan.config.max_position_embeddings:
         log.info("Context: %d tokens, the window that layers attend to; llama.cpp has none here", plan.context_length)
     entries = [(entry, entry.type(wanted, plan.tied)) for entry in plan.entries()]
@@ -348,7 +348,9 @@ def write_gguf(folder: Path, target: Path, precision: str, pre_tokenizer: str | 
         for entry, kind in entries:
             values = entry.read(plan.shards)
             if kind == Type.F16 and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-                raise UserError(f"{folder}: {entry.source} has values beyond float16's range; use --precision bf16")
+                raise UserError(
+                    f"{plan.folder}: {entry.source} has values beyond float16's range; use --precision bf16"
+                )
             writer.write_tensor_data(np.ascontiguousarray(gguf.quants.quantize(values, kind)))
     wider = [entry.name for entry, kind in entries if kind == Type.F16 != wanted.type]
     if wider:
@@ -401,7 +403,7 @@ class ExportedWeights:
 WINDOWS, LENGTH = 2, 64
 
 
-def check_gguf(folder: Path, target: Path, precision: str, pre_tokenizer: str | None = None) -> dict[str, Any]:
+def check_gguf(plan: Plan, target: Path, precision: str) -> dict[str, Any]:
     """Read a GGUF file back, run it in llama.cpp, and compare both with the PyTorch model in fp32.
 
     Its values must be the weights but for rounding. In llama.cpp its tokens of a few texts must be the tokenizer's, and
@@ -417,7 +419,6 @@ def check_gguf(folder: Path, target: Path, precision: str, pre_tokenizer: str | 
     Raises:
         UserError: the file does not compute what the model does.
     """
-    plan = check_exportable(folder, pre_tokenizer)
     stored = ExportedWeights(plan, target)
     metrics: dict[str, Any] = {"engine": "none", "weight_difference": stored.check()}
     if not is_installed():
@@ -432,7 +433,7 @@ def check_gguf(folder: Path, target: Path, precision: str, pre_tokenizer: str | 
     allowed = PRECISIONS[precision].tolerance
     if not relative <= allowed:
         raise UserError(
-            f"{folder}: llama.cpp's logits differ from PyTorch's by {relative:.2g} of their spread, allowed is "
+            f"{plan.folder}: llama.cpp's logits differ from PyTorch's by {relative:.2g} of their spread, allowed is "
             f"{allowed:g} with --precision {precision}; nothing is kept of the file"
         )
     return metrics | {
