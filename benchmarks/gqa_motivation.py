@@ -93,7 +93,8 @@ def generic(model, ratio: float):
         layer.self_attn.num_key_value_groups = parts.query_heads // parts.groups
         attention = parts.parameters - parts.channels * parts.structure_parameters(CHANNELS)
         left = int((budget - attention) / parts.structure_parameters(CHANNELS))
-        scores = l2([parts.gate.weight.detach(), parts.up.weight.detach()], parts.down.weight.detach(), parts.channels)
+        inner = [rows.module.weight.detach() for rows in parts.ffn]
+        scores = l2(inner, parts.down.weight.detach(), parts.channels)
         gone = select_gqa_groups_to_prune(scores, max(parts.channels - left, 0))
         shrink_layer(parts, {CHANNELS: ~gone})
     return to_pruned(model)
@@ -105,7 +106,8 @@ def prune_attention_channels(parts: LayerParts, ratio: float) -> None:
 
     left = int((1 - ratio) * parts.groups * parts.head_size)
     groups, per_group = left // parts.head_size, parts.query_heads // parts.groups
-    for linear, heads in ((parts.q, groups * per_group), (parts.k, groups), (parts.v, groups)):
+    kept = (groups * per_group, groups, groups)
+    for linear, heads in zip((rows.module for rows in parts.attention), kept, strict=True):
         weakest = linear.weight.detach().norm(dim=1).argsort()
         prune_linear_out_channels(linear, weakest[: int(ratio * linear.out_features)].tolist())
         prune_linear_out_channels(linear, list(range(heads * parts.head_size, linear.out_features)))

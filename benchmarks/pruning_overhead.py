@@ -85,10 +85,10 @@ def naive_scores(recipe: GradualPruning) -> None:
     for kind in ENCODER_KINDS:
         for parts in recipe.layers:
             rows, outer = parts.split(kind)
-            size = outer.in_features // parts.count(kind)
+            linears, size = [part.module for part in rows], outer.in_features // parts.count(kind)
             for index in range(parts.count(kind)):
                 place = slice(index * size, (index + 1) * size)
-                score = sum((linear.weight[place] * linear.weight.grad[place]).abs().sum() for linear in rows)
+                score = sum((linear.weight[place] * linear.weight.grad[place]).abs().sum() for linear in linears)
                 score = score + (outer.weight[:, place] * outer.weight.grad[:, place]).abs().sum()
 
 

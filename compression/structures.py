@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compression.runtime import UserError
@@ -22,53 +23,50 @@ GROUPS, CHANNELS = DECODER_KINDS = ("groups", "channels")
 
 @dataclass(frozen=True)
 class Family:
-    """Where one architecture keeps its layers and their Linear modules (dotted paths)."""
+    """Where one architecture keeps its layers and the modules of their structures (dotted paths)."""
 
     kinds: tuple[str, str]
     """Of structures: the attention's and the FFN's."""
     layers: str
-    q: str
-    k: str
-    v: str
+    attention: tuple[str, ...]
+    """Linear modules whose rows are the attention's structures': of queries, keys and values, and of whatever else a
+    head has its share of; or one alone, in which queries, keys and values are fused in this order."""
     o: str
-    up: str
+    """The attention's output projection."""
+    ffn: tuple[str, ...]
+    """Linear modules whose rows are the FFN's structures'; where gate and up are fused, one with two rows of each."""
     down: str
+    """The FFN's output projection."""
     head_size: str | None = None
     """None: the config says it (`head_dim`)."""
-    gate: str | None = None
+    norms: tuple[str, ...] = ()
+    """Norms over the queries or the keys of all heads together: a structure has its share of their weights."""
 
 
 BERT = Family(
     kinds=ENCODER_KINDS,
     layers="base_model.encoder.layer",
-    q="attention.self.query",
-    k="attention.self.key",
-    v="attention.self.value",
+    attention=("attention.self.query", "attention.self.key", "attention.self.value"),
     o="attention.output.dense",
-    up="intermediate.dense",
+    ffn=("intermediate.dense",),
     down="output.dense",
     head_size="attention.self.attention_head_size",
 )
 DISTILBERT = Family(
     kinds=ENCODER_KINDS,
     layers="base_model.transformer.layer",
-    q="attention.q_lin",
-    k="attention.k_lin",
-    v="attention.v_lin",
+    attention=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
     o="attention.out_lin",
-    up="ffn.lin1",
+    ffn=("ffn.lin1",),
     down="ffn.lin2",
     head_size="attention.attention_head_size",
 )
 DECODER = Family(
     kinds=DECODER_KINDS,
     layers="base_model.layers",
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     o="self_attn.o_proj",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
+    ffn=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
 )
 ENCODERS = {"bert": BERT, "pruned_bert": BERT, "distilbert": DISTILBERT, "pruned_distilbert": DISTILBERT}
@@ -78,28 +76,49 @@ FAMILIES = ENCODERS | DECODERS
 
 
 @dataclass(frozen=True)
-class LayerParts:
-    """The Linear modules of one layer; None where the layer's attention or FFN was removed.
+class Rows:
+    """A Linear module, or a norm, whose rows belong to structures.
 
-    q: [query heads * head_size, hidden]; k, v: [heads or groups * head_size, hidden];
-    o: [hidden, query heads * head_size]; gate, up: [neurons or channels, hidden]; down: [hidden, neurons or channels].
+    Args:
+        module: with a weight [rows, ...].
+        shares: how many rows belong to each of the things that the module computes (queries, keys and values where
+            they are fused, else one thing). Within a share each structure has an equal number of rows, next to one
+            another.
+    """
+
+    module: Any
+    shares: tuple[int, ...]
+
+    def split(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Values [rows, ...] of the module by share."""
+        return values.split(self.shares)
+
+    def spread(self, kept: Tensor) -> Tensor:
+        """Which rows stay, bool [rows], from which structures do."""
+        return torch.cat([spread(kept, share) for share in self.shares])
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The modules of one layer's structures; where the layer's attention or FFN was removed, none of it.
+
+    attention: [rows of queries, keys, values..., hidden]; o: [hidden, query heads * head_size];
+    ffn: [rows, hidden]; down: [hidden, neurons or channels].
     """
 
     kinds: tuple[str, str]
-    q: nn.Linear | None
-    k: nn.Linear | None
-    v: nn.Linear | None
+    attention: tuple[Rows, ...]
     o: nn.Linear | None
-    up: nn.Linear | None
+    ffn: tuple[Rows, ...]
     down: nn.Linear | None
     head_size: int
-    gate: nn.Linear | None = None
+    norms: tuple[Rows, ...] = ()
     biased: bool = False
     """Whether an output projection has a bias, which stays also where the attention or FFN was removed."""
 
     @property
     def query_heads(self) -> int:
-        return 0 if self.q is None else self.q.out_features // self.head_size
+        return 0 if self.o is None else self.o.in_features // self.head_size
 
     @property
     def heads(self) -> int:
@@ -124,8 +143,10 @@ class LayerParts:
         Raises:
             ValueError: a kind that the layer's family does not have.
         """
-        rows, size = (self.k, self.head_size) if self.is_attention(kind) else (self.up, 1)
-        return 0 if rows is None else rows.out_features // size
+        if not self.is_attention(kind):
+            return 0 if self.down is None else self.down.in_features
+        # The last share is never the queries', of which a structure may have more.
+        return self.attention[-1].shares[-1] // self.head_size if self.attention else 0
 
     def is_attention(self, kind: str) -> bool:
         """Whether a kind is the attention's, not the FFN's.
@@ -142,13 +163,15 @@ class LayerParts:
         if not self.count(kind):
             return 0
         inner, outer = self.split(kind)
-        rows = sum(linear.out_features * (linear.in_features + (linear.bias is not None)) for linear in inner)
+        linears = [rows.module for rows in inner]
+        weights = sum(linear.out_features * (linear.in_features + (linear.bias is not None)) for linear in linears)
+        norms = sum(sum(rows.shares) for rows in self.norms) if self.is_attention(kind) else 0
         # By the layers' sizes: 4-bit weights are two to an element.
-        return (rows + outer.in_features * outer.out_features) // self.count(kind)
+        return (weights + norms + outer.in_features * outer.out_features) // self.count(kind)
 
     @property
     def parameters(self) -> int:
-        """Parameters of all structures of the layer (norms are not counted: they belong to none)."""
+        """Parameters of all structures of the layer (norms of the hidden states belong to none)."""
         return sum(self.count(kind) * self.structure_parameters(kind) for kind in self.kinds)
 
     @property
@@ -156,21 +179,20 @@ class LayerParts:
         """Whether nothing is left that the layer could add to the residual stream."""
         return not (any(map(self.count, self.kinds)) or self.biased)
 
-    def split(self, kind: str) -> tuple[tuple[nn.Linear, ...], nn.Linear]:
+    def split(self, kind: str) -> tuple[tuple[Rows, ...], nn.Linear]:
         """The Linear modules that hold a kind's rows, and the one that holds its columns.
 
         Raises:
             ValueError: the layer has none of the kind, or its family does not.
         """
-        attention = self.is_attention(kind)
-        inner, outer = ((self.q, self.k, self.v), self.o) if attention else ((self.gate, self.up), self.down)
+        inner, outer = (self.attention, self.o) if self.is_attention(kind) else (self.ffn, self.down)
         if outer is None:
             raise ValueError(f"this layer's {kind} were removed")
-        return tuple(linear for linear in inner if linear is not None), outer
+        return inner, outer
 
     def linears(self) -> list[nn.Linear]:
         """All Linear modules that the layer has."""
-        parts = (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
+        parts: list[Any] = [*(r.module for r in self.attention), self.o, *(r.module for r in self.ffn), self.down]
         return [linear for linear in parts if linear is not None]
 
 
@@ -198,14 +220,36 @@ def layers_of(model: nn.Module) -> list[LayerParts]:
 
 
 def _parts(family: Family, layer: nn.Module, model: nn.Module) -> LayerParts:
-    paths = {name: getattr(family, name) for name in ("q", "k", "v", "o", "up", "down", "gate")}
-    linears = {name: path and _find(layer, path) for name, path in paths.items()}
+    o, down = _find(layer, family.o), _find(layer, family.down)
     head_size = attrgetter(family.head_size)(layer) if family.head_size else head_dim(model.config)
     biased = any(_bias(layer, path) is not None for path in (family.o, family.down))
-    return LayerParts(family.kinds, **linears, head_size=head_size, biased=biased)
+    attention = tuple(_attention_rows(layer, family, o))
+    norms = tuple(Rows(norm, (len(norm.weight),)) for norm in _found(layer, family.norms))
+    ffn = tuple(_ffn_rows(layer, family, down))
+    return LayerParts(family.kinds, attention, o, ffn, down, head_size, norms, biased)
 
 
-def _find(layer: nn.Module, path: str) -> nn.Linear | None:
+def _attention_rows(layer: nn.Module, family: Family, o: nn.Linear | None) -> Iterator[Rows]:
+    for linear in _found(layer, family.attention):
+        rows = linear.out_features
+        if o is None:
+            continue
+        queries, others = o.in_features, (rows - o.in_features) // 2
+        yield Rows(linear, (queries, others, others) if len(family.attention) == 1 else (rows,))
+
+
+def _ffn_rows(layer: nn.Module, family: Family, down: nn.Linear | None) -> Iterator[Rows]:
+    for linear in _found(layer, family.ffn):
+        if down is not None:
+            yield Rows(linear, (down.in_features,) * (linear.out_features // down.in_features))
+
+
+def _found(layer: nn.Module, paths: tuple[str, ...]) -> Iterator[Any]:
+    """The modules of a layer that are there, of these paths."""
+    return (module for module in (_find(layer, path) for path in paths) if module is not None)
+
+
+def _find(layer: nn.Module, path: str) -> Any:
     parent, _, name = path.rpartition(".")
     return getattr(attrgetter(parent)(layer), name, None)
 

@@ -248,18 +248,23 @@ def shrink_layer(parts: LayerParts, kept: dict[str, Tensor]) -> None:
         if not parts.count(kind):
             continue
         inner, outer = parts.split(kind)
-        for linear in inner:
-            slice_linear(linear, rows=spread(stays, linear.out_features))
-        slice_linear(outer, columns=spread(stays, outer.in_features))
+        for rows in (*inner, *(parts.norms if parts.is_attention(kind) else ())):
+            slice_rows(rows.module, rows.spread(stays))
+        slice_columns(outer, spread(stays, outer.in_features))
 
 
 @torch.no_grad()
-def slice_linear(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Cut a Linear layer down in place to the rows (outputs) or columns (inputs) that a bool mask keeps."""
-    if rows is not None:
-        linear.weight = nn.Parameter(linear.weight[rows].clone())
-        if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias[rows].clone())
-    if columns is not None:
-        linear.weight = nn.Parameter(linear.weight[:, columns].clone())
-    linear.out_features, linear.in_features = linear.weight.shape
+def slice_rows(module: Any, rows: Tensor) -> None:
+    """Cut a Linear module or a norm down in place to the rows (outputs) that a bool mask keeps."""
+    module.weight = nn.Parameter(module.weight[rows].clone())
+    if getattr(module, "bias", None) is not None:
+        module.bias = nn.Parameter(module.bias[rows].clone())
+    if isinstance(module, nn.Linear):
+        module.out_features = len(module.weight)
+
+
+@torch.no_grad()
+def slice_columns(linear: nn.Linear, columns: Tensor) -> None:
+    """Cut a Linear module down in place to the columns (inputs) that a bool mask keeps."""
+    linear.weight = nn.Parameter(linear.weight[:, columns].clone())
+    linear.in_features = linear.weight.shape[1]

@@ -38,7 +38,7 @@ def plain_loss(model, ids):
 
 def rows_of(parts, kind, index):
     """(matrix, slice of its rows) that belong to one structure."""
-    for linear in parts.split(kind)[0]:
+    for linear in (rows.module for rows in parts.split(kind)[0]):
         size = linear.out_features // parts.count(kind)
         yield linear, slice(index * size, (index + 1) * size)
 

@@ -170,8 +170,9 @@ def test_pruned_layers_compute_what_masked_ones_do(ids, heads, family):
     prune_mlp_channels(model, 1, channels)
     parts = layers_of(model)[1]
     assert parts.groups == groups - int(gone.sum()) and parts.query_heads * groups == parts.groups * query_heads
-    assert parts.q.weight.shape == (8 * parts.query_heads, 32) and parts.o.weight.shape == (32, 8 * parts.query_heads)
-    assert parts.k.weight.shape == parts.v.weight.shape == (8 * parts.groups, 32) and parts.channels == 32
+    q, k, v = (rows.module for rows in parts.attention)
+    assert q.weight.shape == (8 * parts.query_heads, 32) and parts.o.weight.shape == (32, 8 * parts.query_heads)
+    assert k.weight.shape == v.weight.shape == (8 * parts.groups, 32) and parts.channels == 32
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
         torch.testing.assert_close(model(ids[:2]).logits, expected, atol=1e-5, rtol=0)

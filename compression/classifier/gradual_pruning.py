@@ -24,7 +24,7 @@ from compression.config import choice_of
 from compression.distillation import distillation_loss
 from compression.runtime import UserError, log
 from compression.schedule import EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
-from compression.structures import ENCODER_KINDS, HEADS, NEURONS, LayerParts, layers_of
+from compression.structures import ENCODER_KINDS, HEADS, NEURONS, LayerParts, Rows, layers_of
 from compression.surgery import shrink
 from compression.training import Recipe, Training
 
@@ -49,16 +49,21 @@ class Mode:
 
     help: str
     weights: Callable[["Importance"], tuple[float, float]]
-    measure: Callable[[tuple[nn.Linear, ...], nn.Linear, int], tuple[Tensor, Tensor]] | None
+    measure: Callable[[tuple[Rows, ...], nn.Linear, int], tuple[Tensor, Tensor]] | None
     completed: bool = True
 
 
-def _weight_times_gradient(rows: tuple[nn.Linear, ...], outer: nn.Linear, count: int) -> tuple[Tensor, Tensor]:
-    inner = importance.taylor([row.weight for row in rows], [gradient_of(row) for row in rows], count)
+def _weight_times_gradient(rows: tuple[Rows, ...], outer: nn.Linear, count: int) -> tuple[Tensor, Tensor]:
+    gradients = [share for row in rows for share in row.split(gradient_of(row.module))]
+    inner = importance.taylor(_weights(rows), gradients, count)
     return inner, importance.taylor_columns(outer.weight, gradient_of(outer), count)
 
 
-def _squared_mask_gradient(_: tuple[nn.Linear, ...], outer: nn.Linear, count: int) -> tuple[Tensor, Tensor]:
+def _weights(rows: tuple[Rows, ...]) -> list[Tensor]:
+    return [share for row in rows for share in row.split(row.module.weight)]
+
+
+def _squared_mask_gradient(_: tuple[Rows, ...], outer: nn.Linear, count: int) -> tuple[Tensor, Tensor]:
     gradient = importance.mask_gradient(outer.weight, gradient_of(outer), count)
     return torch.zeros_like(gradient), gradient.square()
 
@@ -161,7 +166,7 @@ class StructureScores:
         kept = torch.cat([self.masked[kind][index].kept for kind, index in self.places])
         self.in_use.add_(1).mul_(kept)
 
-    def _matrices(self, kind: str, index: int) -> tuple[tuple[nn.Linear, ...], nn.Linear, int]:
+    def _matrices(self, kind: str, index: int) -> tuple[tuple[Rows, ...], nn.Linear, int]:
         """The matrices of a layer's structures of a kind: of their rows, of their columns; and how many they are."""
         outer = self.masked[kind][index]
         rows, _ = self.layers[index].split(kind)
@@ -184,7 +189,7 @@ class StructureScores:
 
     def _norm(self, kind: str, index: int) -> Tensor:
         rows, outer, count = self._matrices(kind, index)
-        squares = importance.l2([linear.weight for linear in rows], outer.weight, count)
+        squares = importance.l2(_weights(rows), outer.weight, count)
         return (squares / self.layers[index].structure_parameters(kind)).sqrt()
 
     def _gradients(self, kinds: tuple[str, ...]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from compression import importance
 from compression.config import choice_of
-from compression.structures import DECODER_KINDS, LayerParts
+from compression.structures import DECODER_KINDS, LayerParts, Rows
 from compression.tables import Column, markdown_table
 
 Scores = dict[str, list[Tensor]]
@@ -29,14 +29,18 @@ class Matrix(NamedTuple):
     """A matrix of some layer, and the scores [structures] that it counts for."""
 
     scores: Tensor
-    by_rows: bool
-    """Whether structures are its rows or its columns."""
     linear: nn.Linear
+    rows: Rows | None = None
+    """Given where structures are its rows, not its columns."""
 
     def add(self, values: Tensor) -> None:
         """Add a value for each weight to the scores of the structures that the weights belong to."""
-        add_up = importance.sum_rows if self.by_rows else importance.sum_columns
-        self.scores.add_(add_up(values, len(self.scores)).to(self.scores.device))
+        if self.rows is None:
+            added = [importance.sum_columns(values, len(self.scores))]
+        else:
+            added = [importance.sum_rows(share, len(self.scores)) for share in self.rows.split(values)]
+        for share in added:
+            self.scores.add_(share.to(self.scores.device))
 
 
 class Score(ABC):
@@ -67,7 +71,7 @@ class Score(ABC):
 
     @property
     def output_projections(self) -> list[Matrix]:
-        return [matrix for matrix in self.matrices if not matrix.by_rows]
+        return [matrix for matrix in self.matrices if matrix.rows is None]
 
     def trained(self) -> list[Tensor]:
         """The weights whose gradients are needed."""
@@ -164,7 +168,7 @@ class ObsCost(Score):
         return [total for totals in self.curvature.values() for total in totals]
 
     def finish(self, batches: int, tokens: int) -> None:
-        for scores, _, linear in tqdm(self.output_projections, desc="removal costs", leave=False, disable=None):
+        for scores, linear, _ in tqdm(self.output_projections, desc="removal costs", leave=False, disable=None):
             inputs, gradients = (total / tokens for total in self.curvature.pop(linear))
             try:
                 costs = importance.removal_costs(linear.weight, inputs, gradients, len(scores))
@@ -222,7 +226,7 @@ class Wanda(Score):
         super().__init__(model, layers)
         # Sums over tokens of squared inputs.
         self.squares: dict[nn.Module, Tensor] = {
-            linear: torch.zeros(linear.in_features, device=linear.weight.device) for _, _, linear in self.matrices
+            linear: torch.zeros(linear.in_features, device=linear.weight.device) for _, linear, _ in self.matrices
         }
 
     def hooks(self) -> Iterator[RemovableHandle]:
@@ -282,5 +286,5 @@ def _matrices(layers: list[LayerParts], scores: Scores) -> Iterator[Matrix]:
         for parts, score in zip(layers, scores[kind], strict=True):
             if len(score):
                 inner, outer = parts.split(kind)
-                yield from (Matrix(score, True, linear) for linear in inner)
-                yield Matrix(score, False, outer)
+                yield from (Matrix(score, rows.module, rows) for rows in inner)
+                yield Matrix(score, outer)
