@@ -60,7 +60,7 @@ def test_a_batch_costs_as_much_as_its_sequences(tiny_model):
 def test_model_is_left_as_it_was(tiny_model):
     tiny_model.set_attn_implementation("sdpa")
     tiny_model.train()
-    frozen = layers_of(tiny_model)[0].q
+    frozen = layers_of(tiny_model)[0].attention[0].module
     frozen.eval()
     modes = {name: module.training for name, module in tiny_model.named_modules()}
     count_macs(tiny_model, LENGTH)

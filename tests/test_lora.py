@@ -96,7 +96,7 @@ def test_structures_of_4_bit_layers_are_counted_by_their_sizes(tmp_path):
     expected = [[layer.structure_parameters(kind) for kind in DECODER_KINDS] for layer in layers_of(model)]
     model.save_pretrained(tmp_path)
     packed = type(model).from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    assert type(layers_of(packed)[0].q).__name__ == "Linear4bit"
+    assert type(layers_of(packed)[0].attention[0].module).__name__ == "Linear4bit"
     assert [[layer.structure_parameters(kind) for kind in DECODER_KINDS] for layer in layers_of(packed)] == expected
 
 

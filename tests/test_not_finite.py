@@ -113,7 +113,7 @@ def test_repair_names_the_layer(broken, windows):
 def test_a_part_that_nothing_comes_into_is_no_error(windows):
     """Its Gram matrix is zero: there is nothing to fit, and nothing is lost."""
     model = tiny_decoder()
-    for linear in (layers_of(model)[1].v, layers_of(model)[1].up):
+    for linear in (rows[-1].module for rows in (layers_of(model)[1].attention, layers_of(model)[1].ffn)):
         linear.weight.zero_()
         if linear.bias is not None:
             linear.bias.zero_()

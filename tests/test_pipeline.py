@@ -112,7 +112,7 @@ def test_pruned_checkpoint_is_smaller_and_says_where_it_came_from(models):
     assert sum(layer.heads for layer in layers) == 8  # 30 % of 12 heads is 3.6, so 4 went
     assert sum(layer.neurons for layer in layers) == 96  # 20 % of 128 neurons, in blocks of 8, is 32
     dense = load_classifier(models / "student_model")[0]
-    assert sum(p.numel() for p in layers_of(dense)[0].q.parameters()) == 48 * 49
+    assert sum(p.numel() for p in layers_of(dense)[0].attention[0].module.parameters()) == 48 * 49
 
 
 def test_report_lists_what_is_there_and_what_is_missing(models, common, tmp_path):

@@ -43,7 +43,7 @@ def test_smaller_model_has_smaller_layers(tiny_model):
     assert [layer.neurons for layer in layers_of(small)] == [24, 8, 48]
     layer = layers_of(small)[1]
     assert layer.attention[0].module.weight.shape == (16, 32) and layer.o.weight.shape == (32, 16)
-    assert layer.up.weight.shape == (8, 32) and layer.down.weight.shape == (32, 8)
+    assert layer.ffn[-1].module.weight.shape == (8, 32) and layer.down.weight.shape == (32, 8)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in tiny_model.parameters())
     assert layers_of(tiny_model)[1].heads == 4, "the dense model was changed"
 
