@@ -2,23 +2,24 @@
 
     python 2_distill_student.py [--fast]
     python 2_distill_student.py --variant soft_labels [--fast]
+    python 2_distill_student.py --student_layers 3 [--fast]
 
-Reads the student's start (models/distilbert-local, fetched if it is not there), models/teacher_model and the sentiment
-data; writes models/student_model, or with soft labels alone models/student_softlabel_model.
+Reads the student's start (models/distilbert-local, fetched if it is not there; with --student_layers the teacher
+itself), models/teacher_model and the sentiment data; writes models/student_model, or with soft labels alone
+models/student_softlabel_model.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from compression.assets import ensure_student
 from compression.batching import model_inputs
 from compression.classifier.stage import DataSettings, Stage, require_classifier
+from compression.classifier.student import StudentStart
 from compression.config import NO_EFFECT, Between, Config, Flat, group, run_script
 from compression.distillation import distillation_loss
 from compression.hub import Publishing
 from compression.runtime import MODELS
-from compression.sources import STUDENT
 from compression.training import Recipe, Training
 
 # Variant -> what stage.json calls the result, and its folder.
@@ -30,8 +31,7 @@ VARIANTS = {
 
 @dataclass
 class DistillationConfig(Config):
-    student: Annotated[str, NO_EFFECT] = STUDENT
-    """DistilBERT or BERT to start from: a folder, or a name on the hub."""
+    start: Flat[StudentStart] = group(StudentStart)
     teacher_path: Annotated[Path | None, NO_EFFECT] = None
     """The fine-tuned teacher; by default teacher_model in models_dir."""
     models_dir: Annotated[Path, NO_EFFECT] = MODELS
@@ -68,13 +68,13 @@ def main(config: DistillationConfig) -> None:
     name, folder = VARIANTS[config.variant]
     teacher = config.teacher_path or config.models_dir / "teacher_model"
     require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
-    start = ensure_student(config.student, config.models_dir / "distilbert-local")
+    start = config.start.folder(teacher, config.models_dir)
     stage = Stage(name, config, parent=start, output=folder, teacher=teacher, overwrite=config.overwrite)
     if stage.is_done():
         return
 
     with stage.running():
-        model, task = stage.load_model(new_head=True)
+        model, task = config.start.load_model(stage)
         alpha = 1.0 if config.variant == "soft_labels" else config.alpha
         recipe = Distillation(config.training, stage.teacher_logits().to(model.device), config.temperature, alpha)
         history = stage.train(model, task, recipe)

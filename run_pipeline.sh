@@ -2,7 +2,7 @@
 # The classifier track from nothing to the report.
 #
 #   bash run_pipeline.sh [--fast] [--fresh] [--overwrite] [--data_dir DIR] [--models_dir DIR]
-#                        [--teacher MODEL] [--student MODEL] [--preset conservative|aggressive]
+#                        [--teacher MODEL] [--student MODEL | --student_layers 3] [--preset conservative|aggressive]
 #                        [flags of every training stage, such as --seed 1]
 #
 # The flags of all stages are checked before the first one works. A stage is skipped if its output exists and was made
@@ -11,7 +11,8 @@
 # models they are made from); --fresh runs all stages again, with --overwrite.
 set -euo pipefail
 
-train=() data=() models=() fast=() teacher=() student=() preset=() skip=(--skip_existing) resume=(--resume) overwrite=()
+train=() data=() models=() fast=() teacher=() student=() layers=() preset=()
+skip=(--skip_existing) resume=(--resume) overwrite=()
 models_dir=
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -24,6 +25,7 @@ while [ $# -gt 0 ]; do
         --models_dir) models_dir="${2:?$1 needs a folder}" models=("$1" "$2"); shift ;;
         --teacher) teacher=("$1" "${2:?$1 needs a model}"); shift ;;
         --student) student=("$1" "${2:?$1 needs a model}"); shift ;;
+        --student_layers) layers=("$1" "${2:?$1 needs layers}"); shift ;;
         --preset) preset=("$1" "${2:?$1 needs a name}"); shift ;;
         *) train+=("$1") ;;
     esac
@@ -39,8 +41,8 @@ common=("${fast[@]}" "${train[@]}" "${everywhere[@]}" "${skip[@]}" "${resume[@]}
 every_stage() {
     "$1" download_model.py "${teacher[@]}" "${student[@]}" "${everywhere[@]}"
     "$1" 1_finetune_teacher.py "${teacher[@]}" "${common[@]}" "${overwrite[@]}"
-    "$1" 2_distill_student.py "${student[@]}" "${common[@]}" "${overwrite[@]}"
-    "$1" 2_distill_student.py --variant soft_labels "${student[@]}" "${common[@]}" "${overwrite[@]}"
+    "$1" 2_distill_student.py "${student[@]}" "${layers[@]}" "${common[@]}" "${overwrite[@]}"
+    "$1" 2_distill_student.py --variant soft_labels "${student[@]}" "${layers[@]}" "${common[@]}" "${overwrite[@]}"
     "$1" 8_pruning_with_finetuning.py "${preset[@]}" "${common[@]}"
     "$1" 9_quantize_pruned_model.py --pruned_model_path "$models_dir/student_model" \
         --output_dir "$models_dir/student_quantized_model" "${models[@]}" "${skip[@]}" --overwrite

@@ -26,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -536,6 +537,18 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> Loaded:
     tokenizer = load_tokenizer(folder, model)
     check_finite(model.state_dict(), str(folder), _ANOTHER)
     return model, tokenizer, report
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The config of a checkpoint, with the sizes that its file leaves at their defaults.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of several libraries, for whatever the file holds
+        raise _not_loaded(folder, "a model", error) from None
 
 
 def load_tokenizer(folder: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -1,12 +1,77 @@
-"""Start a DistilBERT student from the layers of a BERT, as DistilBERT itself was made."""
+"""Start a student from some layers of its teacher, as DistilBERT itself was made (Sanh et al. 2019, arXiv:1910.01108).
+
+`with_layers` keeps the architecture and everything around the layers; `student_from_teacher` makes a DistilBERT of a
+BERT without a head, for the embedded default.
+"""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, PreTrainedModel
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 from transformers.models.distilbert.modeling_distilbert import Embeddings, TransformerBlock
+
+from compression.outputs import some
+from compression.runtime import UserError
+from compression.structures import family_of
+
+
+def with_layers(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A copy of a dense model that has only some of its layers, in their order, and all its other weights.
+
+    Args:
+        model: of L layers; it is not changed and shares no memory with the copy.
+        layers: which to take, e.g. (0, 2, 4); each in 0..L-1.
+
+    Returns:
+        A model of the same class in evaluation mode, on the device and in the dtype of `model`.
+
+    Raises:
+        UserError: the architecture is not supported, or its first layer is made otherwise than the one that would take
+            its place.
+        ValueError: `layers` is empty or names a layer that the model does not have.
+    """
+    whole = attrgetter(family_of(model).layers)(model)
+    _check(layers, len(whole))
+    path = next(name for name, module in model.named_modules() if module is whole)
+    weights = dict(_renumbered(model.state_dict(), f"{path}.", layers))
+    student = type(model)(_config_of(model.config, layers))
+    if misfits := sorted(weights.keys() ^ student.state_dict().keys()):
+        raise UserError(
+            f"--student_layers {','.join(map(str, layers))}: the first layer of {model.config.model_type} is made "
+            f"otherwise than the others ({some(misfits)}) and has to stay the first; begin with 0"
+        )
+    student.to(model.device, model.dtype)  # type: ignore[arg-type]  # transformers wraps it in a way that hides its self
+    student.load_state_dict(weights)
+    return student.eval()
+
+
+def _renumbered(weights: dict[str, Tensor], path: str, layers: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model of these layers alone, by their names there."""
+    places = {str(index): place for place, index in enumerate(layers)}
+    for name, value in weights.items():
+        index, _, rest = name.removeprefix(path).partition(".")
+        if not name.startswith(path):
+            yield name, value
+        elif index in places:
+            yield f"{path}{places[index]}.{rest}", value
+
+
+def _config_of(config: Any, layers: Sequence[int]) -> Any:
+    config = deepcopy(config)
+    if (types := getattr(config, "layer_types", None)) is not None:  # what each layer attends to
+        config.layer_types = [types[index] for index in layers]
+    config.num_hidden_layers = len(layers)
+    return config
+
+
+def _check(layers: Sequence[int], count: int) -> None:
+    if not layers or not all(0 <= index < count for index in layers):
+        raise ValueError(f"layers {list(layers)}: the model has layers 0 to {count - 1}")
 
 
 def student_from_teacher(bert: BertModel, layers: Sequence[int]) -> DistilBertModel:
@@ -26,8 +91,7 @@ def student_from_teacher(bert: BertModel, layers: Sequence[int]) -> DistilBertMo
         ValueError: `layers` is empty or names a layer that the BERT does not have.
     """
     whole = [*bert.encoder.layer]
-    if not layers or not all(0 <= index < len(whole) for index in layers):
-        raise ValueError(f"layers {list(layers)}: the BERT has layers 0 to {len(whole) - 1}")
+    _check(layers, len(whole))
     student = DistilBertModel(_student_config(bert.config, len(layers)))
     student.to(bert.device, bert.dtype)  # type: ignore[arg-type]  # transformers wraps it in a way that hides its self
     _copy_embeddings(bert.embeddings, student.embeddings)
