@@ -120,10 +120,19 @@ def test_data_and_models_reach_every_stage(commands, flags):
 
 def test_flags_go_to_the_stages_that_have_them(commands):
     lines = stages(commands("--preset", "aggressive", "--teacher", "t", "--student", "s", "--seed", "7")[1])
-    having = {
-        flag: [line.split("_")[0] for line in lines if flag in line] for flag in ("--preset", "--teacher", "--seed")
+    flags = ("--preset", "--teacher", "--student ", "--seed")
+    having = {flag: [line.split("_")[0] for line in lines if flag in line] for flag in flags}
+    assert having == {
+        "--preset": ["8"],
+        "--teacher": ["download", "1"],
+        "--student ": ["download", "2", "2"],
+        "--seed": ["1", "2", "2", "8", "10"],
     }
-    assert having == {"--preset": ["8"], "--teacher": ["download", "1"], "--seed": ["1", "2", "2", "8", "10"]}
+
+
+def test_the_teachers_layers_go_to_the_stages_that_make_students(commands):
+    lines = stages(commands("--student_layers", "3")[1])
+    assert [line.split("_")[0] for line in lines if "--student_layers 3" in line] == ["2", "2"]
 
 
 def test_a_failing_stage_ends_the_pipeline(commands, tmp_path):
