@@ -26,7 +26,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -539,7 +539,7 @@ def _load(auto_class: Any, folder: Path, **options: Any) -> Loaded:
     return model, tokenizer, report
 
 
-def load_config(folder: Path) -> PreTrainedConfig:
+def load_config(folder: Path) -> PretrainedConfig:
     """The config of a checkpoint, with the sizes that its file leaves at their defaults.
 
     Raises:

@@ -193,3 +193,10 @@ def test_a_pruned_or_quantized_teacher_is_refused(distil, tmp_path):
         error = run_script(*command, "--student_layers", 2, expect=2).stderr
         assert error.startswith(f"error: --teacher_path {tmp_path / 'teacher_model'}: {found}")
         assert len(error.splitlines()) == 1 and not (tmp_path / "student_model").exists()
+
+
+def test_a_teacher_whose_config_cannot_be_read_is_refused(distil, tmp_path):
+    command, path = distil(tiny_bert()), tmp_path / "teacher_model" / "config.json"
+    path.write_text(path.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": "three"'))
+    error = run_script(*command, "--student_layers", 2, expect=2).stderr
+    assert error.startswith(f"error: {tmp_path / 'teacher_model'}: cannot be loaded") and len(error.splitlines()) == 1
