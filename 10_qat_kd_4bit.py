@@ -2,7 +2,7 @@
 
     python 10_qat_kd_4bit.py [--fast] [--pruned_model_path DIR] [--num_epochs 2] [--learning_rate 1e-5]
 
-Reads the newest pruned model, models/teacher_model and the sentiment data; writes
+Reads the newest pruned model, models/teacher_model and the data; writes
 models/pruned_qkd4bit_<timestamp>, a 4-bit model that computes with exactly the weights it was trained with.
 """
 
@@ -92,7 +92,7 @@ def main(config: QATKDConfig) -> None:
         recipe = make_recipe(stage, model, task, config)
         metrics[f"{metric}_ptq"] = task.evaluate(model)[metric]
         fp32, ptq = metrics[f"{metric}_fp32"], metrics[f"{metric}_ptq"]
-        log.info("%s %.4f in fp32, %.4f in 4 bits before training", metric.capitalize(), fp32, ptq)
+        log.info("%s %.4f in fp32, %.4f in 4 bits before training", stage.task.title, fp32, ptq)
         history = stage.train(model, task, recipe)
 
         # The same fp32 weights are packed once; every layer must have the values it was trained with.

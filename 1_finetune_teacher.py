@@ -2,7 +2,7 @@
 
     python 1_finetune_teacher.py [--fast]
 
-Reads the teacher's start (models/bert-local, fetched if it is not there) and the sentiment data; writes
+Reads the teacher's start (models/bert-local, fetched if it is not there) and the data; writes
 models/teacher_model.
 """
 

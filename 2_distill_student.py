@@ -5,7 +5,7 @@
     python 2_distill_student.py --student_layers 3 [--fast]
 
 Reads the student's start (models/distilbert-local, fetched if it is not there; with --student_layers the teacher
-itself), models/teacher_model and the sentiment data; writes models/student_model, or with soft labels alone
+itself), models/teacher_model and the data; writes models/student_model, or with soft labels alone
 models/student_softlabel_model.
 """
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import check_positions, find_all, find_exports, load_classifier, load_tokenizer, read_stage
-from compression.classifier.data import encode, load_data
+from compression.classifier.data import DatasetSettings, encode, load_data
 from compression.classifier.metrics import classification_metrics, paired_difference, predict
 from compression.classifier.models import BASELINE, EVALUATED
 from compression.classifier.report import (
@@ -31,7 +31,7 @@ from compression.classifier.report import (
     results_table,
     write_report,
 )
-from compression.config import AtLeast, Between, Config, run_script
+from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.export.onnx import PRECISIONS, OnnxClassifier
 from compression.flops import count_macs, count_parameters
 from compression.outputs import check_files
@@ -45,8 +45,7 @@ MODELS_TO_EVALUATE = EVALUATED
 
 @dataclass
 class EvaluationConfig(Config):
-    data_dir: str | None = None
-    """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
+    dataset: Flat[DatasetSettings] = group(DatasetSettings)
     models_dir: Path = MODELS
     """Where the checkpoints are."""
     output_dir: Path = RESULTS
@@ -143,7 +142,7 @@ def count_work(candidates: dict[str, Candidate], sequence_length: int) -> dict[s
 
 def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: EvaluationConfig) -> dict[str, Any]:
     """Measure every model that was found."""
-    device, data = pick_device(), load_data(config.data_dir)
+    device, data = pick_device(), load_data(config.dataset)
     candidates = load_candidates(found, config.models_dir, device)
     lineages = {name: {"lineage": describe_lineage(one.folder)} for name, one in candidates.items()}
     for one in candidates.values():

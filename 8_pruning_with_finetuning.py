@@ -2,7 +2,7 @@
 
     python 8_pruning_with_finetuning.py [--fast] [--preset conservative|aggressive]
 
-Reads models/student_model, models/teacher_model and the sentiment data; writes
+Reads models/student_model, models/teacher_model and the data; writes
 models/pruning_with_finetuning_<timestamp>, a physically smaller model.
 """
 
@@ -161,7 +161,7 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
             raise UserError(f"smaller and masked model differ by {difference:.2e} in logits; nothing was saved")
         log.info("Masked and smaller model agree to %.1e in logits", difference)
 
-        log.info("%s before pruning %.4f", metric.capitalize(), before)
+        log.info("%s before pruning %.4f", stage.task.title, before)
         metrics = recipe.sparsity() | {f"{metric}_before": before, "logit_difference": difference}
         stage.save(small, task, history, **metrics)
 

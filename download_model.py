@@ -1,6 +1,6 @@
-"""Put the starting models and the sentiment data where the other scripts look for them.
+"""Put the starting models and the classifiers' data where the other scripts look for them.
 
-    python download_model.py [--only classifier|llm]
+    python download_model.py [--only classifier|llm] [--dataset NAME]
     python download_model.py --clean
 
 What is already there stays. What is missing comes from the Hugging Face hub, else from the embedded defaults:
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from compression.assets import ensure_llm, ensure_student, ensure_teacher
-from compression.classifier.data import ensure_data
-from compression.config import Config, run_script
+from compression.classifier.data import DatasetSettings, load_data
+from compression.config import Config, Flat, group, run_script
 from compression.files import remove_leftovers
 from compression.outputs import remove_states
 from compression.runtime import MODELS, RESULTS, log, shown
 from compression.sources import (
+    GLUE_FOLDER,
     LLM,
     LLM_FOLDER,
     SENTIMENT_FOLDER,
@@ -38,13 +39,13 @@ class DownloadConfig(Config):
     llm: str = LLM
     """Language model to prune: a name on the hub, or a folder, which is copied to models_dir."""
     only: Literal["classifier", "llm", "all"] = "classifier"
-    """What to get: the teacher, the student and the sentiment data, or the language model, or all of it."""
-    data_dir: str | None = None
-    """Folder with SST-2 (train.tsv and dev.tsv, or glue/sst2); else ./sst2_data, the hub, embedded data."""
+    """What to get: the teacher, the student and the classifiers' data, or the language model, or all of it."""
+    dataset: Flat[DatasetSettings] = group(DatasetSettings)
     models_dir: Path = MODELS
     """Folder that the models go to."""
     clean: bool = False
-    """Remove what killed runs left in models_dir, results_dir and sst2_data, states to resume from too; get nothing."""
+    """Remove what killed runs left in models_dir, results_dir, sst2_data and glue_data, states to resume from too; get
+    nothing."""
     results_dir: Path = RESULTS
     """Where --clean looks besides."""
     embedded: bool = False
@@ -53,9 +54,9 @@ class DownloadConfig(Config):
 
 def main(config: DownloadConfig) -> None:
     if config.clean:
-        clean([config.models_dir, config.results_dir, SENTIMENT_FOLDER])
+        clean([config.models_dir, config.results_dir, SENTIMENT_FOLDER, GLUE_FOLDER])
         return
-    for folder in (config.models_dir, SENTIMENT_FOLDER):
+    for folder in (config.models_dir, SENTIMENT_FOLDER, GLUE_FOLDER):
         remove_leftovers(folder)
     if config.only != "llm":
         get_classifier_track(config, use_hub=not config.embedded)
@@ -72,21 +73,24 @@ def clean(folders: list[Path]) -> None:
 
 
 def get_classifier_track(config: DownloadConfig, use_hub: bool) -> None:
-    """The teacher, the student, the sentiment data."""
+    """The teacher, the student, the classifiers' data, which is read whole."""
     teacher = ensure_teacher(config.teacher, config.models_dir / TEACHER_FOLDER.name, use_hub, copy=True)
     student = ensure_student(config.student, config.models_dir / STUDENT_FOLDER.name, use_hub, copy=True)
-    data = ensure_data(config.data_dir, use_hub=use_hub)
+    data = load_data(config.dataset, use_hub)
 
     show("teacher", teacher, describe_source(teacher))
     show("student", student, describe_source(student))
-    show("data", data.path, f"{data.name}: {data.source}")
-    if config.data_dir is not None:
-        log.info("The data stays where it is: give --data_dir %s to the other scripts too.", config.data_dir)
+    rows = len(data.train) + len(data.selection)
+    log.info(
+        "data     %s: %d training and %d validation rows  (%s)", data.name, rows, len(data.validation), data.source
+    )
+    if data.source.startswith("a local"):
+        log.info("The data stays where it is: give its flags to the other scripts, too.")
 
 
 def show(what: str, path: Path, source: str) -> None:
     """One line: the size of it, where it lies, where it came from."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    files = [file for file in path.rglob("*") if file.is_file()]
     megabytes = sum(file.stat().st_size for file in files) / 1e6
     log.info("%-8s %6.1f MB  %s  (%s)", what, megabytes, shown(path), source)
 

@@ -1,6 +1,6 @@
 """Compare models: accuracy, inference time, load time and size.
 
-    python evaluate_plot.py [--fast] [--data_dir DIR]
+    python evaluate_plot.py [--fast] [--dataset NAME] [--data_dir DIR]
 
 Reads what exists of `models` under models/ and the validation sentences; writes results/model_comparison.csv, .png and
 .pdf. Times are of several runs in which the models take turns: the median, and the 10th and 90th percentile.
@@ -14,11 +14,11 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from compression.checkpoint import check_positions, find_newest, load_classifier
-from compression.classifier.data import encode, load_data
+from compression.classifier.data import DatasetSettings, encode, load_data
 from compression.classifier.metrics import classification_metrics, predict
 from compression.classifier.models import EVALUATED
 from compression.classifier.plots import plot_model_comparison
-from compression.config import AtLeast, Between, Config, run_script
+from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.flops import count_parameters
 from compression.outputs import check_files, new_files
 from compression.plots import save_figure
@@ -52,8 +52,7 @@ LOGGED = ("model", "accuracy", "inference_median_ms", "load_median_s", "weights_
 
 @dataclass
 class ComparisonConfig(Config):
-    data_dir: str | None = None
-    """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
+    dataset: Flat[DatasetSettings] = group(DatasetSettings)
     models_dir: Path = MODELS
     """Where the checkpoints are."""
     output_dir: Path = RESULTS
@@ -74,7 +73,7 @@ class ComparisonConfig(Config):
 
 def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, Any]]:
     """What `COLUMNS` are columns of, for each model."""
-    device, data = pick_device(), load_data(config.data_dir)
+    device, data = pick_device(), load_data(config.dataset)
     log.info("Loading times, the models taking turns")
     loads = {name: lambda folder=folder: load_classifier(folder, device) for name, folder in found.items()}
     seconds = interleaved_times(loads, config.load_runs, device)

@@ -28,7 +28,8 @@ from compression.checkpoint import (
     save_folder,
     write_description,
 )
-from compression.classifier.data import encode, load_data
+from compression.classifier.data import DatasetSettings, encode, load_data
+from compression.classifier.parts import TaskData
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, choice_of, group, run_script
 from compression.export import gguf, onnx
 from compression.files import read_object
@@ -52,10 +53,9 @@ class ExportConfig(Config):
     precision: choice_of(onnx.PRECISIONS | gguf.PRECISIONS, "Weights; none: fp32, f16") | None = None
     output_dir: Annotated[Path | None, NO_EFFECT] = None
     """Where to write; by default a folder with the format's name in the model's."""
-    data_dir: str | None = None
-    """Folder with SST-2, to calibrate int8_static; without it ./sst2_data, then the hub, then the embedded reviews."""
+    dataset: Flat[DatasetSettings] = group(DatasetSettings)
     calibration_samples: Annotated[int, AtLeast(1)] = 256
-    """Training sentences to calibrate int8_static on."""
+    """Training sentences of that data to calibrate int8_static on."""
     max_length: Annotated[int, Between(4, 512)] = 128
     """Tokens at which they are cut."""
     seed: int = 42
@@ -111,25 +111,26 @@ def resolved(config: ExportConfig, folder: Path) -> ExportConfig:
     return config.updated(format=found, precision=precision)
 
 
-def write_onnx(config: ExportConfig, folder: Path, target: Path) -> dict[str, Any]:
+def write_onnx(config: ExportConfig, data: TaskData | None, folder: Path, target: Path) -> dict[str, Any]:
     """Write a classifier's export and all that lies beside it; returns what was measured of it."""
     model, tokenizer = load_classifier(folder)
-    metrics = onnx.write_onnx(model, target, config.precision, calibration(config, tokenizer))
+    metrics = onnx.write_onnx(model, target, config.precision, calibration(config, data, tokenizer))
     write_description(model, target)
     tokenizer.save_pretrained(target)
     return metrics | onnx.check_onnx(model, tokenizer, target, config.precision)
 
 
-def calibration(config: ExportConfig, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+def calibration(
+    config: ExportConfig, data: TaskData | None, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Tensor]]:
     """Batches of training sentences, where the precision needs them."""
-    if config.precision != "int8_static":
+    if data is None:
         return []
-    train = load_data(config.data_dir).train
-    sample = train.sample(min(1, config.calibration_samples / len(train)), config.seed)
+    sample = data.train.sample(min(1, config.calibration_samples / len(data.train)), config.seed)
     return list(batches(encode(tokenizer, sample, config.max_length), 32, tokenizer.pad_token_id))
 
 
-def write_gguf(config: ExportConfig, folder: Path, target: Path) -> dict[str, Any]:
+def write_gguf(config: ExportConfig, data: TaskData | None, folder: Path, target: Path) -> dict[str, Any]:
     """As `write_onnx`, of a language model."""
     plan, file = gguf.check_exportable(folder, config.tokenizer_pre), target / GGUF_FILE
     metrics = gguf.write_gguf(plan, file, config.precision)
@@ -145,13 +146,16 @@ def main(config: ExportConfig) -> None:
     path = config.output_dir or folder / config.format
     output = Output(path, "--output_dir", export_stage(parent.get("stage"), config.format))
     inputs = {"parent": identify(folder)}
+    data = load_data(config.dataset) if config.precision == "int8_static" else None
+    if data is not None:
+        inputs["data"] = {"name": data.name, "sha256": data.digest()}
     if is_done(output, config, inputs, reads=[], shared=[folder, config.models_dir]):
         config.publishing.publish(path)
         return
     write = {"onnx": write_onnx, "gguf": write_gguf}[config.format]
     with owned(path):
         stage = describe_stage(output.kind, config.as_dict(), inputs, {}, parent.get("data"))
-        save_folder(path, partial(write, config, folder), stage)
+        save_folder(path, partial(write, config, data, folder), stage)
     metrics = (read_stage(path) or {})["metrics"]
     differences = {name: f"{value:.2g}" for name, value in metrics.items() if name.startswith("logit_difference")}
     log.info("%.1f MB; %s", metrics["bytes"] / 1e6, ", ".join(f"{name} {value}" for name, value in differences.items()))

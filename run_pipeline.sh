@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The classifier track from nothing to the report.
 #
-#   bash run_pipeline.sh [--fast] [--fresh] [--overwrite] [--data_dir DIR] [--models_dir DIR]
+#   bash run_pipeline.sh [--fast] [--fresh] [--overwrite] [--models_dir DIR] [--dataset NAME|FILE|FOLDER] [--data_dir DIR]
+#                        [--text_column NAME] [--text_pair_column NAME] [--label_column NAME] [--validation_fraction X]
 #                        [--teacher MODEL] [--student MODEL | --student_layers 3] [--preset conservative|aggressive]
 #                        [flags of every training stage, such as --seed 1]
 #
@@ -17,11 +18,12 @@ models_dir=
 while [ $# -gt 0 ]; do
     case "$1" in
         --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-        -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
         --fresh) skip=() resume=() overwrite=(--overwrite) ;;
         --overwrite) overwrite=(--overwrite) ;;
         --fast) fast=(--fast) ;;
-        --data_dir) data=("$1" "${2:?$1 needs a folder}"); shift ;;
+        --dataset | --data_dir | --text_column | --text_pair_column | --label_column | --validation_fraction)
+            data+=("$1" "${2:?$1 needs a value}"); shift ;;
         --models_dir) models_dir="${2:?$1 needs a folder}" models=("$1" "$2"); shift ;;
         --teacher) teacher=("$1" "${2:?$1 needs a model}"); shift ;;
         --student) student=("$1" "${2:?$1 needs a model}"); shift ;;

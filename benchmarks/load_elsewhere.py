@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from compression.checkpoint import find_newest, load_classifier, load_language_model, read_stage
-from compression.classifier.data import load_data
+from compression.classifier.data import DatasetSettings, load_data
 from compression.config import Config, run_script
 from compression.files import read_json, write_json
 from compression.llm.perplexity import token_losses
@@ -77,7 +77,7 @@ def outside(program: str, folder: Path, given: Any) -> Any:
 
 @torch.no_grad()
 def compare_classifier(folder: Path, config: LoadConfig) -> dict[str, Any]:
-    sentences = load_data(config.data_dir).validation.sentences[: config.sentences]
+    sentences = load_data(DatasetSettings(data_dir=config.data_dir)).validation.sentences[: config.sentences]
     model, tokenizer = load_classifier(folder)
     inside = model(**tokenizer(sentences, padding=True, return_tensors="pt")).logits
     return {

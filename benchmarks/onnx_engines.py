@@ -1,7 +1,7 @@
 """Exported classifiers in ONNX Runtime against PyTorch: the same answers, how fast, how large.
 
     python benchmarks/onnx_engines.py --models models/student_model models/pruning_with_finetuning_* \\
-        --quantized models/pruned_quantized_final [--data_dir DIR]
+        --quantized models/pruned_quantized_final [--dataset NAME]
 
 Each model is exported in fp32 and in both kinds of int8, each 4-bit model with its own weights; 4-bit layers compute in
 fp32 in PyTorch too. Logits and accuracy: the whole validation set. Times: one process, as many threads for both
@@ -23,9 +23,10 @@ from torch import Tensor
 
 from compression.batching import batches
 from compression.checkpoint import load_classifier
-from compression.classifier.data import Encoded, TaskData, encode, load_data
+from compression.classifier.data import DatasetSettings, Encoded, encode, load_data
 from compression.classifier.metrics import paired_difference, predict
-from compression.config import AtLeast, Between, Config, run_script
+from compression.classifier.parts import TaskData
+from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.export.onnx import OnnxClassifier, write_onnx
 from compression.files import write_json
 from compression.quantization import compute_in_fp32
@@ -44,8 +45,7 @@ class EnginesConfig(Config):
     """4-bit checkpoints."""
     precisions: tuple[Literal["fp32", "int8", "int8_static"], ...] = ("fp32", "int8", "int8_static")
     """What the models in full precision are exported in."""
-    data_dir: str | None = None
-    """Folder with SST-2, as for the stages."""
+    dataset: Flat[DatasetSettings] = group(DatasetSettings)
     max_length: Annotated[int, Between(4, 512)] = 128
     """Sentences are cut at this number of tokens, and this is what is timed."""
     calibration: Annotated[int, AtLeast(1)] = 256
@@ -162,7 +162,7 @@ COLUMNS = [
 
 def main(config: EnginesConfig) -> None:
     check_folders(config)
-    data, measured = load_data(config.data_dir), Measured()
+    data, measured = load_data(config.dataset), Measured()
     with TemporaryDirectory() as scratch:
         for folders, precisions in ((config.models, config.precisions), (config.quantized, ("nf4",))):
             for folder in folders:

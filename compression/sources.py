@@ -13,7 +13,7 @@ from compression.runtime import MODELS, ROOT, UserError
 TEACHER, TEACHER_FOLDER = "bert-base-uncased", MODELS / "bert-local"
 STUDENT, STUDENT_FOLDER = "distilbert-base-uncased", MODELS / "distilbert-local"
 LLM, LLM_FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", MODELS / "llm-local"
-SENTIMENT_FOLDER = ROOT / "sst2_data"
+SENTIMENT_FOLDER, GLUE_FOLDER = ROOT / "sst2_data", ROOT / "glue_data"
 
 
 def describe_source(folder: Path) -> str:

@@ -72,3 +72,8 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a string that can be written down: JSON can spell halves of characters."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value

@@ -13,8 +13,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from compression import assets, embedded
-from compression.classifier.data import ensure_data
-from compression.classifier.tasks import SST2
+from compression.classifier.glue import GLUE, REPOSITORY, ensure_glue
 from compression.runtime import UserError
 from compression.sources import describe_source
 from compression.student_init import student_from_teacher
@@ -209,7 +208,7 @@ def test_interrupted_download_leaves_nothing_and_the_next_run_completes(pip, tmp
     ensure = {
         "teacher": lambda: assets.ensure_teacher(folder=folder),
         "student": lambda: assets.ensure_student(folder=folder),
-        "sentiment": lambda: ensure_data(folder=folder).path.parent,
+        "sentiment": lambda: ensure_glue(GLUE["sst2"], folder=folder).path.parent,
     }[role]
 
     def interrupted(package, scratch):
@@ -240,7 +239,7 @@ def test_unreachable_hub_is_said_once_in_one_line(pip, tmp_path, caplog, monkeyp
     monkeypatch.setattr(assets.log, "propagate", True)
     with caplog.at_level("INFO"):
         assets.ensure_teacher(folder=tmp_path / "bert-local")
-        ensure_data(folder=tmp_path / "sst2_data")
+        ensure_glue(GLUE["sst2"], folder=tmp_path / "sst2_data")
     said = [record.message for record in caplog.records if "hub" in record.message]
     assert len(said) == 1
     assert "connection refused" in said[0] and "\n" not in said[0]
@@ -354,7 +353,7 @@ def sst2(**columns) -> Dataset:
 @pytest.mark.parametrize("below", ["", "SST-2"])
 def test_glue_files_are_found(tmp_path, below):
     write_tsv(tmp_path / "data" / below)
-    found = ensure_data(str(tmp_path / "data"))
+    found = ensure_glue(GLUE["sst2"], str(tmp_path / "data"))
     assert (found.kind, found.path, found.name) == ("glue_tsv", tmp_path / "data" / below, "SST-2 (GLUE)")
 
 
@@ -362,7 +361,7 @@ def test_glue_files_are_found(tmp_path, below):
 def test_saved_data_set_is_found(tmp_path, below):
     saved = tmp_path / "data" / below
     DatasetDict(train=sst2(), validation=sst2()).save_to_disk(saved)
-    found = ensure_data(str(tmp_path / "data"))
+    found = ensure_glue(GLUE["sst2"], str(tmp_path / "data"))
     assert (found.kind, found.path, found.name) == ("saved_dataset", saved, "SST-2 (GLUE)")
 
 
@@ -379,34 +378,34 @@ def test_folder_without_sentiment_data_is_refused_by_name(tmp_path, case):
         other = sst2().rename_column("sentence", "text")
         DatasetDict(train=other, validation=other).save_to_disk(folder / "glue" / "sst2")
     with pytest.raises(UserError, match=f"--data_dir .*{case}.*train.tsv.*glue/sst2"):
-        ensure_data(str(folder))
+        ensure_glue(GLUE["sst2"], str(folder))
 
 
 def test_incomplete_data_in_the_default_folder_is_not_passed_over(pip, tmp_path):
     (write_tsv(tmp_path / "sst2_data") / "train.tsv").unlink()
     with pytest.raises(UserError, match="dev.tsv is there, but not all"):
-        ensure_data(folder=tmp_path / "sst2_data")
+        ensure_glue(GLUE["sst2"], folder=tmp_path / "sst2_data")
     assert names(tmp_path / "sst2_data") == ["dev.tsv"] and pip.calls == []
 
 
 def test_sentiment_falls_to_the_embedded_reviews(pip, tmp_path):
-    found = ensure_data(folder=tmp_path / "sst2_data")
+    found = ensure_glue(GLUE["sst2"], folder=tmp_path / "sst2_data")
     assert found.kind == "embedded" and found.path.read_bytes() == b"rows"
     assert found.path == tmp_path / "sst2_data" / "embedded" / "reviews.csv.bz2"
     assert found.name == "Rotten Tomatoes review sentences (embedded)"
     assert found.source == "embedded fake-reviews 2.0"
     # Given by name, the default folder is still the default.
-    assert ensure_data(str(tmp_path / "sst2_data"), folder=tmp_path / "sst2_data") == found
+    assert ensure_glue(GLUE["sst2"], str(tmp_path / "sst2_data"), folder=tmp_path / "sst2_data") == found
     assert pip.calls == ["fake-reviews"]
 
 
 def test_sentiment_from_the_hub_is_saved_as_a_data_set(hub, tmp_path):
-    hub[SST2.repository] = tmp_path / "cache" / "abc123"
+    hub[REPOSITORY] = tmp_path / "cache" / "abc123"
     for split in ("train", "validation"):
-        path = hub[SST2.repository] / "sst2" / f"{split}-00000-of-00001.parquet"
+        path = hub[REPOSITORY] / "sst2" / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         sst2(sentence=[f"{split} film"]).to_parquet(path)
-    found = ensure_data(folder=tmp_path / "sst2_data")
+    found = ensure_glue(GLUE["sst2"], folder=tmp_path / "sst2_data")
     assert (found.kind, found.source) == ("saved_dataset", "hub nyu-mll/glue abc123")
     assert DatasetDict.load_from_disk(found.path)["validation"]["sentence"][:] == ["validation film"]
     assert names(found.path) == ["dataset_dict.json", "source.json", "train", "validation"]

@@ -18,7 +18,7 @@ from compression.checkpoint import (
     save_checkpoint,
 )
 from compression.classifier.data import Split, encode
-from compression.classifier.stage import require_classifier
+from compression.classifier.tasks import SST2, check_labels
 from compression.classifier.teacher import teacher_logits
 from compression.runtime import UserError
 from compression.saved_parts import SavedParts
@@ -121,15 +121,25 @@ def test_a_tokenizer_that_is_larger_than_the_vocabulary(tmp_path):
         load_language_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("fields", "agree"),
+    [
+        ({}, True),
+        ({"id2label": {0: "negative", 1: "positive"}}, True),
+        ({"id2label": {0: "positive", 1: "negative"}}, False),
+        ({"num_labels": 3}, False),
+    ],
+)
 @pytest.mark.parametrize("model", [tiny_bert, tiny_distilbert])
-def test_other_than_two_labels(tmp_path, tokenizer, model):
-    three = model()
-    three.config.num_labels = 3
-    three.save_pretrained(tmp_path / "three")
-    with pytest.raises(UserError, match="--teacher_path .*three: it has 3 labels, allowed is 2"):
-        require_classifier(tmp_path / "three", "--teacher_path", "python 1_finetune_teacher.py")
-    model().save_pretrained(tmp_path / "two")
-    require_classifier(tmp_path / "two", "--teacher_path", "python 1_finetune_teacher.py")
+def test_labels_are_the_tasks_or_without_names(tmp_path, model, fields, agree):
+    model(**fields).save_pretrained(tmp_path / "model")
+    if agree:
+        check_labels(tmp_path / "model", "--teacher_path", SST2)
+        return
+    found = ", ".join(model(**fields).config.id2label.values())
+    message = rf"^--teacher_path .*model: has \d labels \({found}\); .* SST-2, 2 labels \(negative, positive\); name a"
+    with pytest.raises(UserError, match=message):
+        check_labels(tmp_path / "model", "--teacher_path", SST2)
 
 
 def test_a_flipped_byte_stops_whoever_reads_the_checkpoint(tmp_path, tokenizer):
@@ -191,13 +201,15 @@ def test_damaged_logits_of_a_teacher_are_computed_again_and_a_read_only_teacher_
     teacher = save_checkpoint(tmp_path / "disk" / "teacher", tiny_bert(), tokenizer, {"stage": "teacher"})
     encoded = encode(tokenizer, Split(["a b", "c d e"], [0, 1]), 16)
     before = sorted(path.name for path in teacher.parent.iterdir())
-    logits = teacher_logits(tiny_bert(), teacher, encoded, 0, tmp_path / "models").clone()  # what is read is mapped
+    logits = teacher_logits(
+        tiny_bert(), teacher, encoded, 0, tmp_path / "models", SST2
+    ).clone()  # what is read is mapped
     (stored,) = (tmp_path / "models").iterdir()
     path = stored / "logits.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert torch.equal(teacher_logits(tiny_bert(), teacher, encoded, 0, tmp_path / "models"), logits)
+    assert torch.equal(teacher_logits(tiny_bert(), teacher, encoded, 0, tmp_path / "models", SST2), logits)
     assert path.read_bytes() != content
     assert sorted(found.name for found in teacher.parent.iterdir()) == before, "nothing is written beside the teacher"
     shutil.rmtree(stored)

@@ -3,22 +3,21 @@
 import bz2
 import csv
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_bert
-from datasets import Dataset, DatasetDict
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from conftest import bytes_tokenizer, tiny_bert
+from tokenizers.processors import TemplateProcessing
 
-from compression.assets import NotOnHub
 from compression.batching import batches, length_grouped_order, model_inputs
-from compression.classifier import data as data_module
-from compression.classifier.data import Encoded, Split, encode, ensure_data, find_data, load_data
+from compression.classifier.data import DatasetSettings, Encoded, encode, load_data
+from compression.classifier.glue import COLA, MRPC
 from compression.classifier.metrics import classification_metrics, score
-from compression.classifier.report import confusion_columns, results_columns
-from compression.classifier.tasks import Metric, Task
+from compression.classifier.parts import Split
+from compression.classifier.tasks import SST2, make_task
 from compression.embedded import reviews_file
-from compression.runtime import ROOT, UserError
+from compression.runtime import UserError
 
 
 def write_tsv(folder, train_rows=50):
@@ -29,8 +28,12 @@ def write_tsv(folder, train_rows=50):
     return str(folder)
 
 
+def load(**settings):
+    return load_data(DatasetSettings(**settings))
+
+
 def test_selection_is_held_out_of_training_and_validation_is_whole(tmp_path):
-    data = load_data(write_tsv(tmp_path / "sst2"))
+    data = load(data_dir=write_tsv(tmp_path / "sst2"))
     assert (len(data.train), len(data.selection), len(data.validation)) == (45, 5, 8)
     assert not set(data.train.sentences) & set(data.selection.sentences)
     assert data.validation.sentences[3] == "dev.tsv sentence 3" and data.validation.labels[3] == 1
@@ -43,124 +46,51 @@ def test_malformed_line_is_named(tmp_path, line):
     with (tmp_path / "sst2" / "train.tsv").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match="train.tsv, line 52: found"):
-        load_data(folder)
-
-
-ACCURACY = Metric("Accuracy", accuracy_score)
-MRPC = Task(
-    name="MRPC",
-    about="paraphrase",
-    text=("sentence1", "sentence2"),
-    labels=("different", "same"),
-    metrics={"f1": Metric("F1", f1_score), "accuracy": ACCURACY},
-    primary="f1",
-    tsv=("label", "", "", "sentence1", "sentence2"),
-    tsv_header="Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
-    repository="nyu-mll/glue",
-    subset="mrpc",
-    folder=ROOT / "mrpc_data",
-)
-COLA = Task(
-    name="CoLA",
-    about="acceptability",
-    text=("sentence",),
-    labels=("wrong", "right"),
-    metrics={"accuracy": ACCURACY, "mcc": Metric("Matthews", matthews_corrcoef)},
-    primary="mcc",
-    tsv=("", "label", "", "sentence"),
-    tsv_header=None,
-    repository="nyu-mll/glue",
-    subset="cola",
-    folder=ROOT / "cola_data",
-)
-LINES = {
-    "MRPC": [f"{row % 2}\t1\t2\tfirst {row}\tsecond {row} " for row in range(20)],
-    "CoLA": [f"gj04\t{row % 2}\t*\t first {row}" for row in range(20)],
-}
-
-
-def expected(task, row):
-    return (f"first {row}", f"second {row}") if task is MRPC else f"first {row}"
-
-
-@pytest.mark.parametrize("task", [MRPC, COLA], ids=lambda task: task.name)
-def test_another_task_is_one_record(tmp_path, task):
-    (tmp_path / task.name).mkdir()
-    header = [] if task.tsv_header is None else [task.tsv_header]
-    for name in ("train.tsv", "dev.tsv"):
-        (tmp_path / task.name / name).write_text("\n".join([*header, *LINES[task.name]]) + "\n")
-    data = load_data(str(tmp_path), task)
-    assert data.name == f"{task.name} (GLUE)" and len(data.train) == 18
-    assert data.validation == Split([expected(task, row) for row in range(20)], [0, 1] * 10)
-    with (tmp_path / task.name / "dev.tsv").open("a") as file:
-        file.write("2\t2\t2\t2\n")
-    shape = {
-        "MRPC": "0 or 1<TAB>...<TAB>...<TAB>sentence1<TAB>sentence2",
-        "CoLA": "...<TAB>0 or 1<TAB>...<TAB>sentence",
-    }
-    with pytest.raises(UserError, match=rf"dev.tsv, line {21 + len(header)}: found .*, expected {shape[task.name]}$"):
-        load_data(str(tmp_path), task)
-
-
-@pytest.mark.parametrize("task", [MRPC, COLA], ids=lambda task: task.name)
-def test_saved_data_of_another_task(tmp_path, task):
-    words = {"sentence": "first", "sentence1": "first", "sentence2": "second"}
-    columns = {name: [f"{words[name]} {row}" for row in range(20)] for name in task.text}
-    rows = Dataset.from_dict(columns | {"label": [0, 1] * 10, "idx": list(range(20))})
-    DatasetDict(train=rows, validation=rows).save_to_disk(tmp_path / "glue" / task.subset)
-    assert load_data(str(tmp_path), task).validation == Split([expected(task, row) for row in range(20)], [0, 1] * 10)
-    with pytest.raises(UserError, match=f"--data_dir {tmp_path}: no sentiment data there"):
-        load_data(str(tmp_path))
-
-
-def test_the_reviews_stand_in_for_their_task_only(tmp_path, monkeypatch):
-    def unreachable(*_):
-        raise NotOnHub("the hub is not reachable")
-
-    monkeypatch.setattr(data_module, "hub_answers", lambda: False)
-    monkeypatch.setattr(data_module, "hub_snapshot", unreachable)
-    monkeypatch.setattr(data_module, "install_reviews", lambda *_: pytest.fail("the reviews were fetched"))
-    (tmp_path / "embedded").mkdir()
-    reviews_file(tmp_path / "embedded").touch()
-    assert find_data(tmp_path).kind == "embedded" and find_data(tmp_path, COLA) is None
-    with pytest.raises(UserError, match="^CoLA: the hub is not reachable; give its files with --data_dir$"):
-        ensure_data(task=COLA, folder=tmp_path)
+        load(data_dir=folder)
 
 
 def test_a_tasks_own_metrics():
     logits, labels = torch.tensor([[0.0, 1], [1, 0], [0, 1], [0, 1]]), torch.tensor([1, 0, 0, 1])
-    metrics = classification_metrics(logits, labels, COLA)
-    assert list(metrics) == ["n", "accuracy", "accuracy_standard_error", "mcc", "roc_auc", "confusion_matrix"]
-    assert score(logits, labels, COLA) == metrics["mcc"] == pytest.approx(1 / 3**0.5)
-    assert score(logits, labels, MRPC) == pytest.approx(0.8) and score(logits, labels) == metrics["accuracy"] == 0.75
-    titles = [column.title for column in results_columns(128, COLA)]
-    assert titles[:6] == ["Model", "Engine", "Computes in", "Accuracy (%)", "Matthews", "ROC-AUC"]
-    assert [column.title for column in confusion_columns(COLA.labels)][1:3] == ["True wrong", "False right"]
+    cola = classification_metrics(logits, labels, task=COLA)
+    assert score(logits, labels, task=COLA) == cola["matthews_correlation"] == pytest.approx(1 / 3**0.5)
+    assert score(logits, labels, task=MRPC) == cola["f1"] == pytest.approx(0.8)
+    assert score(logits, labels, task=SST2) == cola["accuracy"] == 0.75
+    three = make_task("three", ["text"], ["a", "b", "c"])
+    logits, labels = torch.eye(3)[[0, 1, 1, 2]], torch.tensor([0, 1, 0, 2])
+    assert classification_metrics(logits, labels, task=three)["f1_macro"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert set(three.metrics) == {"accuracy", "f1_macro"} and "f1_macro" not in COLA.metrics
 
 
-def test_no_film_is_in_two_parts(tmp_path, monkeypatch):
-    path = tmp_path / "reviews.csv.bz2"
+def test_the_digest_tells_data_labels_and_metric(tmp_path):
+    data = load(data_dir=write_tsv(tmp_path / "sst2"))
+    other = make_task("SST-2", ["sentence"], ["bad", "good"]), make_task("SST-2", ["sentence"], SST2.labels, "f1")
+    changed = [replace(data, task=task) for task in other] + [replace(data, validation=data.selection)]
+    assert len({one.digest() for one in [data, *changed]}) == 4
+    assert replace(data, name="moved", source="elsewhere").digest() == data.digest()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "labels"), [("sst2", ["mockery", "praise"]), ("reviews3", ["mockery", "praise", "plot"])]
+)
+def test_no_film_is_in_two_parts(tmp_path, dataset, labels):
+    path = reviews_file(tmp_path / "embedded")
+    path.parent.mkdir()
     with bz2.open(path, "wt", newline="") as file:
         writer = csv.DictWriter(file, ["category", "text", "movie_name"])
         writer.writeheader()
         for film in range(60):
-            for review in range(5):
-                category = "fresh" if review % 2 else "rotten"
-                writer.writerow(
-                    {"category": category, "text": f"film {film} review {review}", "movie_name": f"film_{film}"}
-                )
-            writer.writerow({"category": "plot", "text": f"plot of {film}", "movie_name": f"film_{film}"})
-    source = data_module.DataSource("embedded", path, "Reviews", "embedded")
-    monkeypatch.setattr(data_module, "ensure_data", lambda data_dir, task: source)
-    loaded = load_data()
-    films = [
-        {sentence.split(" review")[0] for sentence in part.sentences}
-        for part in (loaded.train, loaded.selection, loaded.validation)
-    ]
+            rows = [("fresh", f"praise of {film}"), ("rotten", f"mockery of {film}"), ("plot", f"plot of {film}")]
+            for category, text in [*rows, ("fresh", f"praise of {film}")]:
+                writer.writerow({"category": category, "text": text, "movie_name": f"film_{film}"})
+    loaded = load(dataset=dataset, data_dir=str(tmp_path))
+    parts = loaded.train, loaded.selection, loaded.validation
+    films = [{sentence.split()[-1] for sentence in part.sentences} for part in parts]
     assert all(films) and len(films[0]) > 40
     assert not films[0] & films[1] and not films[0] & films[2] and not films[1] & films[2]
-    assert sum(len(part) for part in (loaded.train, loaded.selection, loaded.validation)) == 300
-    assert loaded.train.labels[:5] == [0, 1, 0, 1, 0]
+    assert sum(map(len, parts)) == 60 * len(labels), "a text that is there twice counts once"
+    for part in parts:
+        assert [text.split()[0] for text in part.sentences] == [labels[label] for label in part.labels]
+    assert loaded.task.labels == (("negative", "positive") if dataset == "sst2" else ("rotten", "fresh", "plot"))
 
 
 def test_sample_is_seeded_and_keeps_pairs_together():
@@ -244,3 +174,15 @@ def test_what_else_a_tokenizer_gives_goes_to_the_models_that_take_it(tokenizer):
     assert batch["language"].tolist() == [[7, 7, 7, 0], [7, 7, 7, 7]]
     assert set(model_inputs(Model(), batch)) == {"input_ids", "attention_mask", "language"}
     assert set(model_inputs(tiny_bert(), batch)) == {"input_ids", "attention_mask"}
+
+
+def test_pairs_of_a_tokenizer_without_token_types():
+    words = bytes_tokenizer()
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    words.model_input_names = ["input_ids", "attention_mask"]  # as RoBERTa's
+    found = encode(words, Split([("one", "two"), ("three", "four")], [0, 1]), 40)
+    first, second = (words(text, add_special_tokens=False)["input_ids"] for text in ("one", "two"))
+    assert found.inputs.keys() == {"input_ids"}
+    assert found.inputs["input_ids"][0] == [0, *first, 1, 1, *second, 1]

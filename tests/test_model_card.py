@@ -22,6 +22,7 @@ from compression.checkpoint import (
     save_checkpoint,
     save_folder,
 )
+from compression.classifier.glue import REPOSITORY
 from compression.classifier.tasks import SST2
 from compression.hub import Publishing
 from compression.integrity import RUN_FILE, SOURCE_FILE, seal, verify
@@ -191,7 +192,7 @@ def test_what_a_stage_makes(stage, about):
 
 
 def test_names_of_data_are_those_of_the_project():
-    assert DATASETS[f"{SST2.name} (GLUE)"] == (SST2.repository, SST2.subset)
+    assert DATASETS[f"{SST2.name} (GLUE)"] == (REPOSITORY, "sst2")
     assert {name: DATASETS[name][0] for name in HUB} == {name: entry[0] for name, entry in HUB.items()}
 
 

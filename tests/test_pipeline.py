@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from compression.checkpoint import find_newest, load_classifier, read_stage
-from compression.classifier.data import load_data
+from compression.classifier.data import DatasetSettings, load_data
 from compression.structures import layers_of
 
 SST2 = Path(os.environ.get("COMPRESSION_DATA", ROOT.parent / "shared" / "data")) / "sst2"
@@ -42,7 +42,7 @@ def run_command_line(script, *flags, expect=0):
 @pytest.fixture(scope="module")
 def sentences():
     """A few hundred labelled sentences: SST-2 where it is at hand, else the embedded reviews."""
-    data = load_data(str(SST2) if SST2.exists() else None)
+    data = load_data(DatasetSettings(data_dir=str(SST2) if SST2.exists() else None))
     return data.train.take(list(range(240))), data.validation.take(list(range(60)))
 
 

@@ -6,7 +6,7 @@ import os
 import pytest
 from test_data import write_tsv
 
-from compression.classifier.data import load_data
+from compression.classifier.data import DatasetSettings, load_data
 from compression.llm.rows import read_instructions
 from compression.llm.text import load_corpus
 from compression.runtime import UserError
@@ -39,7 +39,7 @@ def test_what_is_no_text_is_refused_wherever_text_is_read(tmp_path, content, mes
     assert f"--data_dir {in_folder}: " in refused(lambda: load_corpus("wikitext2", "train", str(tmp_path)), message)
     folder = write_tsv(tmp_path / "sst2")
     (tmp_path / "sst2" / "dev.tsv").write_bytes(content)
-    assert "dev.tsv: " in refused(lambda: load_data(folder), message)
+    assert "dev.tsv: " in refused(lambda: load_data(DatasetSettings(data_dir=folder)), message)
     for name in ("rows.json", "rows.jsonl"):
         (tmp_path / name).write_bytes(content)
         refused(lambda name=name: read_instructions(tmp_path / name), message)
@@ -99,7 +99,10 @@ def test_a_damaged_folder_of_datasets_is_named(tmp_path):
 
     rows = {"sentence": [f"words {row}" for row in range(20)], "label": [0, 1] * 10}
     DatasetDict({name: Dataset.from_dict(rows) for name in ("train", "validation")}).save_to_disk(tmp_path / "sst2")
-    assert len(load_data(str(tmp_path / "sst2")).train) == 18
+    assert len(load_data(DatasetSettings(data_dir=str(tmp_path / "sst2"))).train) == 18
     for path in (tmp_path / "sst2" / "validation").glob("*.arrow"):
         path.write_bytes(path.read_bytes()[:100])
-    refused(lambda: load_data(str(tmp_path / "sst2")), "--data_dir .*sst2: cannot be read .*download_model.py")
+    refused(
+        lambda: load_data(DatasetSettings(data_dir=str(tmp_path / "sst2"))),
+        "--data_dir .*sst2: cannot be read .*download_model.py",
+    )

@@ -21,15 +21,16 @@ from compression.checkpoint import (
     require_type,
     save_checkpoint,
 )
-from compression.classifier.data import Encoded, TaskData, encode, load_data
+from compression.classifier.data import DatasetSettings, Encoded, encode, load_data
 from compression.classifier.metrics import predict, score
-from compression.classifier.tasks import SST2, Task
+from compression.classifier.parts import Split, TaskData
+from compression.classifier.tasks import Task, check_labels
 from compression.classifier.teacher import teacher_logits
-from compression.config import NO_EFFECT, Between, Settings
+from compression.config import Between, Flat, Settings, group
 from compression.hub import Publishing
 from compression.integrity import digest_of
 from compression.outputs import STATES_END, Output, fresh_path, owned
-from compression.runtime import UserError, log, pick_device, processes, seed_everything, shown
+from compression.runtime import log, pick_device, processes, seed_everything, shown
 from compression.structures import ENCODERS
 from compression.training import Recipe, Training, clean_up, fit
 
@@ -38,8 +39,7 @@ from compression.training import Recipe, Training, clean_up, fit
 class DataSettings(Settings):
     """What every training stage is trained on."""
 
-    data_dir: Annotated[str | None, NO_EFFECT] = None
-    """Folder with SST-2; without it ./sst2_data, then the hub, then the embedded review sentences."""
+    dataset: Flat[DatasetSettings] = group(DatasetSettings)
     max_length: Annotated[int, Between(4, 512)] = 128
     """Tokens at which sentences are cut."""
     train_fraction: Annotated[float, Between(1e-6, 1)] = 1.0
@@ -82,17 +82,13 @@ class TokenizedTask:
         return score(self.predict(model, encoded), encoded.labels, self.task)
 
 
-def require_classifier(folder: Path, flag: str, command: str, task: Task = SST2) -> None:
-    """Raise UserError unless a supported classifier of the task's labels is there.
+def require_classifier(folder: Path, flag: str, command: str) -> None:
+    """Raise UserError unless a supported classifier is there.
 
     Args:
         flag, command: what names the folder, and what makes it, for the error text.
     """
-    config = require_type(folder, flag, command, ENCODERS, "is not supported here; supported:")
-    names = config.get("id2label")
-    labels = len(names) if isinstance(names, dict) else config.get("num_labels", 2)
-    if labels != len(task.labels):
-        raise UserError(f"{flag} {folder}: it has {labels} labels, allowed is {len(task.labels)}; name another folder")
+    require_type(folder, flag, command, ENCODERS, "is not supported here; supported:")
 
 
 class Stage:
@@ -106,10 +102,10 @@ class Stage:
             time, with the time in the star's place.
         teacher: the checkpoint that it learns from, if any.
         overwrite: whether a result of other settings or inputs may be replaced.
-        task: what the model is made for.
 
     Raises:
-        UserError: an input that is not there or of the wrong kind, or an output that must not be replaced.
+        UserError: an input that is not there or of the wrong kind, a teacher of other labels, or an output that must
+            not be replaced.
     """
 
     def __init__(
@@ -120,13 +116,12 @@ class Stage:
         output: str,
         teacher: Path | None = None,
         overwrite: bool = False,
-        task: Task = SST2,
     ):
         self.name, self.config, self.parent, self.teacher = name, config, Path(parent), teacher
-        self.overwrite, self.task = overwrite, task
+        self.overwrite = overwrite
         self.inputs: dict[str, Any] = {"parent": identify(parent)}
         if teacher is not None:
-            require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py", task)
+            check_labels(teacher, "--teacher_path", self.task)
             self.inputs["teacher"] = identify(teacher)
         self.inputs["data"] = {"name": self.data.name, "sha256": self.data.digest()}
         self.prefix = output.removesuffix("_*") if output.endswith("*") else None
@@ -139,7 +134,21 @@ class Stage:
 
     @cached_property
     def data(self) -> TaskData:
-        return load_data(self.config.data.data_dir, self.task)
+        return load_data(self.config.data.dataset)
+
+    @cached_property
+    def training_rows(self) -> Split:
+        """The share of the training data that is used."""
+        share = self.config.data.train_fraction
+        rows = self.data.train.sample(share, self.config.training.seed)
+        if missing := len(self.task.labels) - len(set(rows.labels)):
+            log.warning("--train_fraction %g leaves no training rows of %d classes", share, missing)
+        return rows
+
+    @property
+    def task(self) -> Task:
+        """What the model is made for."""
+        return self.data.task
 
     def is_done(self) -> bool:
         """Whether `--skip_existing` is given and a result was made with these settings from these inputs."""
@@ -172,12 +181,19 @@ class Stage:
 
         Args:
             new_head: the parent is a bare encoder that gets a new classification head.
+
+        Raises:
+            UserError: the parent has a head, of other labels than the task's.
         """
+        labels = self.task.labels
+        if not new_head:
+            check_labels(self.parent, "", self.task)
         seed_everything(self.config.training.seed)
-        model, tokenizer = load_classifier(self.parent, pick_device(), len(self.task.labels) if new_head else None)
-        train = self.data.train.sample(self.config.data.train_fraction, self.config.training.seed)
-        log.info("Data: %s (%s), %d training sentences", self.data.name, self.data.source, len(train))
-        splits = (train, self.data.selection, self.data.validation)
+        model, tokenizer = load_classifier(self.parent, pick_device(), len(labels) if new_head else None)
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: place for place, label in enumerate(labels)}
+        log.info("Data: %s (%s), %d training sentences", self.data.name, self.data.source, len(self.training_rows))
+        splits = (self.training_rows, self.data.selection, self.data.validation)
         encoded = [encode(tokenizer, part, self.config.data.max_length) for part in splits]
         for part in encoded:
             check_positions(model, "max_length", int(part.lengths.max()))
@@ -187,9 +203,8 @@ class Stage:
         """The teacher's logits [rows, classes] on the training sentences of this stage, computed once and kept."""
         if self.teacher is None:
             raise ValueError(f"the stage {self.name} has no teacher")
-        train = self.data.train.sample(self.config.data.train_fraction, self.config.training.seed)
         model, tokenizer = load_classifier(self.teacher, pick_device())
-        encoded = encode(tokenizer, train, self.config.data.max_length)
+        encoded = encode(tokenizer, self.training_rows, self.config.data.max_length)
         return teacher_logits(model, self.teacher, encoded, tokenizer.pad_token_id, self.config.models_dir, self.task)
 
     def train(self, model: PreTrainedModel, task: TokenizedTask, recipe: Recipe) -> list[dict[str, Any]]:
@@ -205,7 +220,6 @@ class Stage:
         files = {"training_history.json": history}
         save_checkpoint(output, model, task.tokenizer, stage, files, new=self.prefix is not None)
         clean_up(self.work_dir)
-        title, value = self.task.metrics[self.task.primary].title, metrics[self.task.primary]
-        sentences = len(task.validation)
+        title, value, sentences = self.task.title, metrics[self.task.primary], len(task.validation)
         log.info("%s %.4f on %s (%d sentences) -> %s", title, value, self.data.name, sentences, shown(output))
         self.config.publishing.publish(output)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from compression.checkpoint import identify, load_tensors, save_tensors
 from compression.classifier.data import Encoded
 from compression.classifier.metrics import predict
-from compression.classifier.tasks import SST2, Task
+from compression.classifier.tasks import Task
 from compression.files import new_folder
 from compression.integrity import digest_of, is_sound, seal
 from compression.outputs import KEPT_LOGITS
@@ -18,7 +18,7 @@ LOGITS = "logits.safetensors"
 
 
 def teacher_logits(
-    model: PreTrainedModel, folder: Path, encoded: Encoded, pad_token_id: int, cache: Path, task: Task = SST2
+    model: PreTrainedModel, folder: Path, encoded: Encoded, pad_token_id: int, cache: Path, task: Task
 ) -> Tensor:
     """The teacher's logits [rows, classes] on a data set, computed once and kept.
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from compression.batching import pad
 from compression.integrity import digest_of
 from compression.runtime import UserError, log
-from compression.text_files import parse_json, read_json_lines, read_text
+from compression.text_files import is_text, parse_json, read_json_lines, read_text
 
 INSTRUCTION_FILES = (".json", ".jsonl")
 # The sections that alpaca-style data is commonly laid out in.
@@ -76,7 +76,7 @@ def read_instructions(path: Path) -> list[dict[str, str]]:
     rows = _parse(Path(path))
     for number, row in rows:
         known = isinstance(row, dict) and {"input": ""} | row
-        if not known or not all(_is_text(known.get(name)) for name in ("instruction", "input", "output")):
+        if not known or not all(is_text(known.get(name)) for name in ("instruction", "input", "output")):
             raise UserError(
                 f"--dataset {path}: row {number} is {_shown(row)}; "
                 "a row must have instruction, input and output as text"
@@ -84,11 +84,6 @@ def read_instructions(path: Path) -> list[dict[str, str]]:
     if not rows:
         raise UserError(f"--dataset {path}: holds no rows; each must have instruction, input and output")
     return [row for _, row in rows]
-
-
-def _is_text(value: Any) -> bool:
-    """Whether a value is a string that can be written down: JSON can spell halves of characters."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def _shown(row: Any) -> str:
