@@ -175,6 +175,61 @@ def test_two_processes_agree_with_one(common, models, tmp_path):
     assert layers[0] == layers[1]
 
 
+@pytest.fixture(scope="module")
+def weather(tmp_path_factory):
+    """Data of one's own: pairs in three classes named by words; and the same with another class."""
+    folder = tmp_path_factory.mktemp("own")
+    places, kinds = ["the sea", "the hills", "a town", "the north"], ["sun", "rain", "hail"]
+    rows = [f'"{place}, {number}",{kind} again,{kind}' for number in range(8) for place in places for kind in kinds]
+    (folder / "weather.csv").write_text("\n".join(["question,passage,label", *rows]) + "\n")
+    (folder / "other.csv").write_text((folder / "weather.csv").read_text().replace(",hail\n", ",zero\n"))
+    return folder
+
+
+def test_pairs_of_ones_own_in_three_classes_go_through_all_stages(weather, starts, tmp_path):
+    models, names = tmp_path / "models", {0: "hail", 1: "rain", 2: "sun"}
+    common = [*FLAGS, "--dataset", weather / "weather.csv", "--models_dir", models]
+    common += ["--num_epochs", 1, "--train_fraction", 1]
+    run_script(FINETUNE, *common, "--teacher", starts / "bert")
+    run_script(DISTIL, *common, "--student", starts / "distilbert")
+    pruning = [*common, "--num_epochs", 2, "--pruning_end_epoch", 1]
+    said = run_script(PRUNE, *pruning).stdout
+    assert "Accuracy 0." in said and "on weather.csv (9 sentences)" in said
+    run_script("9_quantize_pruned_model.py", "--models_dir", models, "--compute_dtype", "float32")
+    run_script("10_qat_kd_4bit.py", *common, "--compute_dtype", "float32")
+    made = ["teacher", "student", "pruned", "pruned_quantized", "pruned_qkd4bit"]
+    for stage in made:
+        folder = find_newest(models, stage)
+        written = json.loads((folder / "config.json").read_text())
+        assert written["id2label"] == {str(place): name for place, name in names.items()}
+        assert written["label2id"] == {name: place for place, name in names.items()}
+        model = load_classifier(folder)[0]
+        assert model.config.id2label == names and list(model.parameters())[-1].shape == (3,)
+    data = read_stage(find_newest(models, "pruned_qkd4bit"))["data"]
+    sizes = {"train": 78, "selection": 9, "validation": 9}
+    more = {"name": "weather.csv", "source": "a local file", "labels": [*names.values()], "duplicates": 0}
+    assert data == more | sizes
+
+    # What is made is known by what is in the data, and by what its labels are called.
+    (tmp_path / "elsewhere.csv").write_bytes((weather / "weather.csv").read_bytes())
+    moved = [*common, "--dataset", tmp_path / "elsewhere.csv", "--student", starts / "distilbert", "--skip_existing"]
+    assert "skipped" in run_script(DISTIL, *moved).stdout
+    other = ["--dataset", weather / "other.csv"]
+    message = "{} {}: has 3 labels (hail, rain, sun); allowed are those of other.csv, 3 labels (rain, sun, zero);"
+    for script, flags, flag in ((DISTIL, common, "--teacher_path"), (PRUNE, pruning, "--teacher_path")):
+        result = run_script(script, *flags, *other, expect=2)
+        assert message.format(flag, models / "teacher_model") in result.stderr
+
+    # A fine-tuned model of other labels is a start like another: its head is made anew.
+    again = [*common, *other, "--models_dir", tmp_path / "again"]
+    run_script(FINETUNE, *again, "--teacher", models / "teacher_model")
+    assert load_classifier(tmp_path / "again" / "teacher_model")[0].config.id2label[2] == "zero"
+    mixed = ["--teacher_path", tmp_path / "again" / "teacher_model", "--models_dir", tmp_path / "again"]
+    result = run_script(PRUNE, *pruning, *other, *mixed, "--student_path", models / "student_model", expect=2)
+    assert message.format("", models / "student_model").strip() in result.stderr
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["teacher_model"]
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [

@@ -118,6 +118,15 @@ def test_data_and_models_reach_every_stage(commands, flags):
     assert sum("--pruned_model_path m/student_model --output_dir m/student_quantized" in line for line in lines) == 1
 
 
+def test_what_names_the_data_reaches_the_stages_that_read_it(commands):
+    words = ["--dataset", "a b.csv", "--text_column", "t", "--text_pair_column", "p", "--label_column", "l"]
+    words += ["--validation_fraction", "0.2"]
+    lines = stages(commands(*words)[1])
+    reading = [line.split("_")[0] for line in lines if " ".join(words) in line]
+    assert reading == ["download", "1", "2", "2", "8", "10", "7", "evaluate"]
+    assert not any("--dataset" in line for line in lines if line.startswith(("9_", "export_")))
+
+
 def test_flags_go_to_the_stages_that_have_them(commands):
     lines = stages(commands("--preset", "aggressive", "--teacher", "t", "--student", "s", "--seed", "7")[1])
     flags = ("--preset", "--teacher", "--student ", "--seed")
