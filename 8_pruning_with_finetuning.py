@@ -50,9 +50,10 @@ class GradualPruningWithFinetuningConfig(Config):
     finetuning_learning_rate: Annotated[float, AtLeast(0)] = 1e-5
     """Learning rate at the start of Finetuning; it falls linearly to zero."""
     patience: Annotated[int, AtLeast(1)] = 5
-    """Epochs of Finetuning without a better accuracy on the held-out training sentences, after which it stops."""
+    """Epochs of Finetuning without a better accuracy (or the task's own metric) on held-out training sentences, after
+    which it stops."""
     min_delta: Annotated[float, AtLeast(0)] = 0.001
-    """Least rise of that accuracy that counts as better."""
+    """Least rise of it that counts as better."""
 
     # What the student learns: alpha * T^2 * KL(teacher || student) + (1 - alpha) * cross-entropy.
     temperature_start: Annotated[float, Between(0.1, 100)] = 10.0

@@ -230,6 +230,29 @@ def test_pairs_of_ones_own_in_three_classes_go_through_all_stages(weather, start
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["teacher_model"]
 
 
+def test_stages_measure_a_tasks_own_metric(starts, tmp_path):
+    lines = [f"gj04\t{row % 2}\t*\t{'one' if row % 2 else 'the'} thing is {row}" for row in range(60)]
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    flags = [*FLAGS, "--dataset", "cola", "--data_dir", tmp_path, "--models_dir", tmp_path / "models"]
+    said = run_script(
+        FINETUNE, *flags, "--num_epochs", 8, "--learning_rate", 0.003, "--teacher", starts / "bert"
+    ).stdout
+    folder = tmp_path / "models" / "teacher_model"
+    metrics = read_stage(folder)["metrics"]
+    history = json.loads((folder / "training_history.json").read_text())
+    assert (
+        metrics["matthews_correlation"] == pytest.approx(history[-1]["matthews_correlation"])
+        and "accuracy" not in metrics
+    )
+    assert f"Matthews correlation {metrics['matthews_correlation']:.4f} on CoLA (GLUE) (60 sentences)" in said
+    assert "60 of 60 validation texts are in the training data, too" in said
+    assert read_stage(folder)["data"]["duplicates"] == 60
+    pruning = ["--student_path", folder, "--num_epochs", 2, "--pruning_end_epoch", 1, "--train_fraction", 1]
+    assert "Matthews correlation before pruning" in run_script(PRUNE, *flags, *pruning).stdout
+    assert "matthews_correlation_before" in read_stage(find_newest(tmp_path / "models", "pruned"))["metrics"]
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
