@@ -5,6 +5,7 @@ matrix products, which are nearly all of a transformer's arithmetic: Linear laye
 activations and biases are not counted.
 """
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -126,6 +127,37 @@ def encoder_macs_formula(layers: Sequence[LayerParts], sequence_length: int) -> 
     weights = sum(linear.in_features * linear.out_features for layer in layers for linear in layer.linears())
     attended = sum(layer.query_heads * layer.head_size for layer in layers)
     return sequence_length * weights + 2 * sequence_length**2 * attended
+
+
+def count_thop(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:
+    """MACs and parameters by `thop` (https://github.com/Lyken17/pytorch-OpCounter), to compare with its figures alone.
+
+    It counts what it knows of a model's modules: here Linear layers, quantized ones by their shape. Functions it does
+    not see, so that attention's QK^T and AV are missing: `macs` is `MacCount.total` less `MacCount.attention`.
+    Parameters are those of Linear layers and LayerNorms; embedding tables are missing.
+
+    Returns:
+        macs and params for one sequence of `sequence_length` tokens, and what they do not count.
+    """
+    from thop import profile
+    from thop.profile import register_hooks
+    from thop.vision.basic_hooks import zero_ops
+
+    # It leaves buffers behind: a copy of the modules, with the same weights.
+    counted = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    for name, module in list(counted.named_modules()):
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            counted.set_submodule(name, dense.to(model.device))
+    ids = torch.zeros(1, sequence_length, dtype=torch.long, device=model.device)
+    others = {kind: zero_ops for kind in register_hooks if kind is not nn.Linear}
+    macs, params = profile(counted, (ids,), others, verbose=False)
+    return {
+        "sequence_length": sequence_length,
+        "macs": int(macs),
+        "params": int(params),
+        "not_counted": ["QK^T and AV of attention (macs)", "embedding tables (params)"],
+    }
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

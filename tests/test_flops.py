@@ -5,7 +5,9 @@ import torch
 from conftest import HEAD_SIZE, HEADS, HIDDEN, LAYERS, NEURONS
 from torch import nn
 
-from compression.flops import count_macs, count_parameters, encoder_macs_formula
+from compression.flops import count_macs, count_parameters, count_thop, encoder_macs_formula
+from compression.formats import EightBit
+from compression.quantization import Format, pack
 from compression.runtime import UserError
 from compression.structures import HEADS as HEAD_KIND
 from compression.structures import NEURONS as NEURON_KIND
@@ -108,3 +110,24 @@ def test_tied_weights_count_once_and_packed_ones_by_shape():
     packed = nn.Linear(4, 10)
     packed.weight = nn.Parameter(torch.zeros(20, 1, dtype=torch.uint8), requires_grad=False)
     assert count_parameters(nn.ModuleDict({"classifier": packed}))["head"] == 50
+
+
+@pytest.mark.parametrize("stored", [None, Format(), Format(EightBit())], ids=["fp32", "4 bits", "8 bits"])
+@pytest.mark.parametrize("kind", ["dense", "pruned"])
+def test_thop_counts_all_but_attentions_products_and_embedding_tables(kind, stored, tiny_model, pruned_model, capfd):
+    model = {"dense": tiny_model, "pruned": pruned_model}[kind]
+    tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
+    model = pack(model, stored, torch.float32) if stored else model
+    thop, ours = count_thop(model, LENGTH), count_macs(model, LENGTH)
+    attention = 2 * LENGTH**2 * sum(layer.heads * layer.head_size for layer in layers_of(model))
+    assert ours.total == thop["macs"] + attention
+    assert count_parameters(model)["total"] == thop["params"] + tables
+    assert capfd.readouterr() == ("", "")
+
+
+def test_thop_leaves_nothing_on_the_model(tiny_model):
+    tiny_model.train()
+    before = {name: weight.data_ptr() for name, weight in tiny_model.state_dict().items()}
+    count_thop(tiny_model, LENGTH)
+    assert {name: weight.data_ptr() for name, weight in tiny_model.state_dict().items()} == before
+    assert tiny_model.training and not any(module._forward_hooks for module in tiny_model.modules())
