@@ -3,7 +3,8 @@
     python 7_evaluate_and_generate_report.py [--fast]
 
 Reads what exists of MODELS_TO_EVALUATE under models/, their ONNX exports, and the validation sentences; writes
-results/final_report.json, .md and .png. A model that is missing is listed with the command that makes it.
+results/final_report.json, .md and .png, of more than two classes also confusion_matrix.png. A model that is missing is
+listed with the command that makes it.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
@@ -19,21 +20,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import check_positions, find_all, find_exports, load_classifier, load_tokenizer, read_stage
 from compression.classifier.data import DatasetSettings, encode, load_data
-from compression.classifier.metrics import classification_metrics, paired_difference, predict
+from compression.classifier.metrics import classification_metrics, describe_task, paired_difference, predict
 from compression.classifier.models import BASELINE, EVALUATED
+from compression.classifier.parts import TaskData
 from compression.classifier.report import (
-    REPORT_FILES,
     Entry,
     data_warnings,
     describe_lineage,
     missing_section,
     relative_figures,
+    report_files,
     results_table,
     write_report,
 )
+from compression.classifier.tasks import Task, check_labels
 from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.export.onnx import PRECISIONS, OnnxClassifier
-from compression.flops import count_macs, count_parameters
+from compression.flops import count_macs, count_parameters, count_thop
 from compression.outputs import check_files
 from compression.quantization import bytes_by_part, compute_type
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device, shown
@@ -116,33 +119,39 @@ def pytorch(model: PreTrainedModel) -> dict[str, str]:
     return {"name": "PyTorch", "type": compute_type(model)}
 
 
-def measure(name: str, candidate: Candidate, validation, config: EvaluationConfig) -> tuple[Entry, Tensor]:
+def measure(name: str, candidate: Candidate, validation, task: Task, max_length: int) -> tuple[Entry, Tensor]:
     """Quality and size of one model; and which sentences it gets right."""
-    encoded = encode(candidate.tokenizer, validation, config.max_length)
-    logits = predict(candidate.model, encoded, candidate.tokenizer.pad_token_id)
+    encoded = encode(candidate.tokenizer, validation, max_length)
+    logits = predict(candidate.model, encoded, candidate.tokenizer.pad_token_id, task)
     entry = {
         "name": name,
         "folder": str(candidate.folder),
         "engine": candidate.engine,
-        "quality": classification_metrics(logits, encoded.labels),
+        "quality": classification_metrics(logits, encoded.labels, task),
         "size": candidate.size,
     }
     return entry, logits.argmax(-1) == encoded.labels
 
 
 def count_work(candidates: dict[str, Candidate], sequence_length: int) -> dict[str, Entry]:
-    """Parameters and MACs of each model: other forms of one have the same."""
+    """Parameters and MACs of each model, also by thop: other forms of one have the same."""
     counted = {
-        name: {"parameters": count_parameters(one.model), "macs": count_macs(one.model, sequence_length).as_dict()}
+        name: {
+            "parameters": count_parameters(one.model),
+            "macs": count_macs(one.model, sequence_length).as_dict(),
+            "thop": count_thop(one.model, sequence_length),
+        }
         for name, one in candidates.items()
         if one.same_as is None
     }
     return {name: counted[one.same_as or name] for name, one in candidates.items()}
 
 
-def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: EvaluationConfig) -> dict[str, Any]:
+def build_report(
+    found: dict[str, Path], missing: list[dict[str, str]], data: TaskData, config: EvaluationConfig
+) -> dict[str, Any]:
     """Measure every model that was found."""
-    device, data = pick_device(), load_data(config.dataset)
+    device, task = pick_device(), data.task
     candidates = load_candidates(found, config.models_dir, device)
     lineages = {name: {"lineage": describe_lineage(one.folder)} for name, one in candidates.items()}
     for one in candidates.values():
@@ -152,7 +161,7 @@ def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: 
     measured: dict[str, tuple[Entry, Tensor]] = {}
     for name, one in candidates.items():
         log.info("Evaluating %s on %d sentences of %s", name, len(data.validation), data.name)
-        measured[name] = measure(name, one, data.validation, config)
+        measured[name] = measure(name, one, data.validation, task, config.max_length)
     log.info("Timing, the models taking turns")
     timings = measure_latency(
         {name: one.model for name, one in candidates.items()},
@@ -169,7 +178,8 @@ def build_report(found: dict[str, Path], missing: list[dict[str, str]], config: 
             paired = paired_difference(measured[name][1], measured[BASELINE][1])
             entry["relative"] = paired | relative_figures(entry, entries[BASELINE])
     return {
-        "data": {"name": data.name, "source": data.source, "n": len(data.validation)},
+        "task": describe_task(task),
+        "data": {"name": data.name, "source": data.source, "n": len(data.validation), "duplicates": data.duplicates},
         "baseline": BASELINE,
         "models": list(entries.values()),
         "missing": missing,
@@ -192,8 +202,11 @@ def main(config: EvaluationConfig) -> None:
     if not found:
         command = missing[0]["command"]
         raise UserError(f"--models_dir {config.models_dir}: no model to evaluate; make the first with: {command}")
-    check_files(config.output_dir, REPORT_FILES, "--output_dir")
-    report = build_report(found, missing, config)
+    data = load_data(config.dataset)
+    for folder in found.values():
+        check_labels(folder, "--models_dir", data.task)
+    check_files(config.output_dir, report_files(data.task.labels), "--output_dir")
+    report = build_report(found, missing, data, config)
     paths = write_report(report, config.output_dir, MODELS_TO_EVALUATE)
     for section in (results_table(report), missing_section(report), "Written: " + ", ".join(map(shown, paths))):
         if section:

@@ -1,4 +1,4 @@
-"""Compare models: accuracy, inference time, load time and size.
+"""Compare models: accuracy (or the task's own metric), inference time, load time and size.
 
     python evaluate_plot.py [--fast] [--dataset NAME] [--data_dir DIR]
 
@@ -15,9 +15,11 @@ import numpy as np
 
 from compression.checkpoint import check_positions, find_newest, load_classifier
 from compression.classifier.data import DatasetSettings, encode, load_data
-from compression.classifier.metrics import classification_metrics, predict
+from compression.classifier.metrics import classification_metrics, describe_task, predict
 from compression.classifier.models import EVALUATED
+from compression.classifier.parts import TaskData
 from compression.classifier.plots import plot_model_comparison
+from compression.classifier.tasks import check_labels
 from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.flops import count_parameters
 from compression.outputs import check_files, new_files
@@ -29,7 +31,7 @@ from compression.timing import interleaved_times, measure_latency, size_on_disk
 FILES = ("model_comparison.csv", "model_comparison.png", "model_comparison.pdf")
 # What is compared, in this order. To leave a model out or to add one, make this a list of your own.
 models = EVALUATED
-# The table, and which of its columns are logged too.
+# The table, which ends with the task's metric where that is not accuracy, and which of its columns are logged too.
 COLUMNS = [
     Column("model", at("name")),
     Column("folder", at("folder")),
@@ -71,9 +73,9 @@ class ComparisonConfig(Config):
     presets: ClassVar = {"fast": dict(max_length=64, inference_runs=30, load_runs=5)}
 
 
-def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, Any]]:
+def compare(found: dict[str, Path], data: TaskData, config: ComparisonConfig) -> list[dict[str, Any]]:
     """What `COLUMNS` are columns of, for each model."""
-    device, data = pick_device(), load_data(config.dataset)
+    device, task = pick_device(), data.task
     log.info("Loading times, the models taking turns")
     loads = {name: lambda folder=folder: load_classifier(folder, device) for name, folder in found.items()}
     seconds = interleaved_times(loads, config.load_runs, device)
@@ -85,15 +87,16 @@ def compare(found: dict[str, Path], config: ComparisonConfig) -> list[dict[str, 
     timings = measure_latency(classifiers, device, config.sequence_length, config.inference_runs, 1, 1, config.seed)
     entries = []
     for name, (model, tokenizer) in loaded.items():
-        log.info("Accuracy of %s on %d sentences of %s", name, len(data.validation), data.name)
+        log.info("%s of %s on %d sentences of %s", task.title, name, len(data.validation), data.name)
         encoded = encode(tokenizer, data.validation, config.max_length)
+        logits = predict(model, encoded, tokenizer.pad_token_id, task)
         low, median, high = np.percentile(seconds[name], (10, 50, 90))
         entries.append(
             {
                 "name": name,
                 "folder": str(found[name]),
                 "data": data.name,
-                "quality": classification_metrics(predict(model, encoded, tokenizer.pad_token_id), encoded.labels),
+                "quality": classification_metrics(logits, encoded.labels, task),
                 "inference": timings[name]["latency"],
                 "load": {"median_s": median, "p10_s": low, "p90_s": high},
                 "size": size_on_disk(found[name]),
@@ -112,15 +115,20 @@ def main(config: ComparisonConfig) -> None:
         )
     if absent := [name for name, folder in newest.items() if not folder]:
         log.info("Not there, so not compared: %s", "; ".join(absent))
+    data = load_data(config.dataset)
+    for folder in found.values():
+        check_labels(folder, "--models_dir", data.task)
     check_files(config.output_dir, FILES, "--output_dir")
-    entries = compare(found, config)
-    rows = [{column.title: column.value(entry) for column in COLUMNS} for entry in entries]
-    figure = plot_model_comparison(rows, models)
+    primary = data.task.primary
+    own = [] if primary == "accuracy" else [Column(primary, at("quality", primary), "{:.4f}")]
+    entries, columns = compare(found, data, config), COLUMNS + own
+    rows = [{column.title: column.value(entry) for column in columns} for entry in entries]
+    figure = plot_model_comparison(rows, describe_task(data.task), models)
     with new_files(config.output_dir, FILES, "--output_dir") as temporary:
-        write_csv(temporary / FILES[0], COLUMNS, entries)
+        write_csv(temporary / FILES[0], columns, entries)
         for name in FILES[1:]:
             save_figure(figure, temporary / name)
-    log.info("%s", text_table([column for column in COLUMNS if column.title in LOGGED], entries))
+    log.info("%s", text_table([column for column in columns if column.title in (*LOGGED, primary)], entries))
     log.info("Written: %s", ", ".join(shown(config.output_dir / name) for name in FILES))
 
 

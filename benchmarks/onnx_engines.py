@@ -93,7 +93,7 @@ def compare(
     share = min(1.0, config.calibration / len(data.train))
     training = encode(tokenizer, data.train.sample(share, config.seed), config.max_length)
     calibration = list(batches(training, config.batch_size, tokenizer.pad_token_id))
-    expected = predict(model, validation, tokenizer.pad_token_id)
+    expected = predict(model, validation, tokenizer.pad_token_id, data.task)
     row = {"model": name, "engine": PYTORCH, "bytes": size_on_disk(folder)["weights_bytes"]}
     measured.add(f"{name}, {PYTORCH}", model, row | quality(expected, expected, validation))
     for precision in precisions:
@@ -103,7 +103,7 @@ def compare(
         about = write_onnx(model, target, precision, calibration)
         model.config.save_pretrained(target)
         exported = OnnxClassifier(target, torch.get_num_threads())
-        logits = predict(exported, validation, tokenizer.pad_token_id)
+        logits = predict(exported, validation, tokenizer.pad_token_id, data.task)
         row = {"model": name, "engine": f"ORT {precision}"} | about
         measured.add(f"{name}, {precision}", exported, row | quality(logits, expected, validation))
 

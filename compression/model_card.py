@@ -364,6 +364,13 @@ class Checkpoint:
         entries = [entry for record in records for entry in data_of(record)]
         return list({entry["name"]: entry for entry in reversed(entries)}.values())[::-1]
 
+    @property
+    def labels(self) -> list[str]:
+        """A classifier's label names; none where they are those that transformers gives (LABEL_0, ...)."""
+        names = as_object(self.config.get("id2label")) if self.task == "text-classification" else {}
+        labels = [" ".join(str(names[key]).split()) for key in sorted(names, key=lambda key: (len(key), key))]
+        return [] if labels == [f"LABEL_{place}" for place in range(len(labels))] else labels
+
     @cached_property
     def figures(self) -> list[Figure]:
         return list(figures_of(self.stage))
@@ -430,6 +437,8 @@ def opening(checkpoint: Checkpoint) -> str:
     for role, title in {"teacher": "Teacher", "adapter": "Adapters"}.items():
         if (step := input_of(checkpoint.stage, role)) is not None:
             lines.append(f"- {title}: `{step.place}`")
+    if labels := checkpoint.labels:
+        lines.append(f"- Labels, from 0: {', '.join(f'`{label}`' for label in labels)}")
     for entry in checkpoint.data:
         lines.append(f"- Data: {public(entry['name'])} ({public(entry.get('source'))})")
     return "\n".join(lines).strip()

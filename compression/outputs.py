@@ -230,8 +230,10 @@ def check_files(folder: Path, names: Sequence[str], flag: str) -> None:
 
 
 @contextmanager
-def new_files(folder: Path, names: Sequence[str], flag: str) -> Iterator[Path]:
+def new_files(folder: Path, names: Sequence[str], flag: str, outdated: Iterable[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder to write files of these names to; on success they go into the folder, one by one.
+
+    Files of the `outdated` names are removed before that where an earlier result wrote them and they are as it did.
 
     Which files are its own is noted in the folder before they get there, so that a kill in between leaves none that
     the next run would take for the user's.
@@ -248,6 +250,9 @@ def new_files(folder: Path, names: Sequence[str], flag: str) -> Iterator[Path]:
         written = {name: sha256_of(temporary / name) for name in names}
         known = _written(folder)
         write_json(record, known | {name: [*known.get(name, []), digest] for name, digest in written.items()})
+        for name in outdated:
+            if (folder / name).is_file() and sha256_of(folder / name) in known.pop(name, []):
+                (folder / name).unlink()
         for name in names:
             sync(temporary / name)
             os.replace(temporary / name, folder / name)

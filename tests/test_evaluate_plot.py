@@ -1,6 +1,7 @@
 """The comparison script through its command line, on tiny checkpoints."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from matplotlib.image import imread
 from scripts import run_script
 
 from compression.checkpoint import describe_stage, load_classifier, save_checkpoint
+from compression.classifier.metrics import describe_task
 from compression.classifier.plots import plot_model_comparison
+from compression.classifier.tasks import METRICS, SST2
 from compression.quantization import Format, pack
 
 
@@ -66,11 +69,16 @@ def test_panels_show_the_numbers_of_the_table():
     row = {"model": "A", "data": "SST-2 (GLUE)", "sentences": 800, "accuracy": 0.9, "accuracy_standard_error": 0.01}
     row |= {"inference_median_ms": 5.0, "inference_p10_ms": 4.0, "inference_p90_ms": 7.0, "weights_bytes": 70_000_000}
     row |= {"load_median_s": 0.5, "load_p10_s": 0.4, "load_p90_s": 0.9}
-    figure = plot_model_comparison([row, row | {"model": "B", "accuracy": 0.8}])
+    figure = plot_model_comparison([row, row | {"model": "B", "accuracy": 0.8}], describe_task(SST2))
     widths = [[bar.get_width() for bar in axes.patches] for axes in figure.axes]
     assert widths == [[], [5, 5], [0.5, 0.5], [70, 70]]
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     assert texts == [["90.00", "80.00"], ["5", "5"], ["0.5", "0.5"], ["70.0", "70.0"]]
+    metrics = {name: METRICS[name] for name in ("accuracy", "matthews_correlation")}
+    cola = describe_task(replace(SST2, metrics=metrics, primary="matthews_correlation"))
+    axes = plot_model_comparison([row | {"matthews_correlation": 0.5}], cola).axes[0]
+    assert axes.get_xlabel() == "Matthews correlation" and [text.get_text() for text in axes.texts] == ["0.5000"]
+    assert not axes.collections, "an error bar"
 
 
 def test_without_any_model_the_first_command_is_named():
@@ -81,4 +89,19 @@ def test_without_any_model_the_first_command_is_named():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_not_drawn(bad):
     with pytest.raises(ValueError, match="^B: a number to draw is not finite, among 0.9, "):
-        plot_model_comparison([{"model": "A", "accuracy": 0.9}, {"model": "B", "accuracy": 0.9, "load_p90_s": bad}])
+        plot_model_comparison(
+            [{"model": "A", "accuracy": 0.9}, {"model": "B", "accuracy": 0.9, "load_p90_s": bad}], describe_task(SST2)
+        )
+
+
+def test_models_of_other_labels_are_named_before_any_work(tmp_path, tokenizer):
+    model = tiny_bert(num_labels=3, id2label={0: "fresh", 1: "rotten", 2: "plot"})
+    save_checkpoint(tmp_path / "models" / "teacher", model, tokenizer, describe_stage("teacher", {}, {}, {}, {}))
+    for name in ("train.tsv", "dev.tsv"):
+        rows = [f"{letter} a b\t{index % 2}" for index, letter in enumerate("abcdefghijklmnopqrst")]
+        (tmp_path / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    result = run("--models_dir", tmp_path / "models", "--data_dir", tmp_path, "--output_dir", tmp_path / "x", expect=2)
+    said = result.stderr.strip().splitlines()[-1]
+    for part in ("--models_dir", "models/teacher", "fresh, rotten, plot", "negative, positive", "--dataset"):
+        assert part in said
+    assert not (tmp_path / "x").exists()

@@ -1,5 +1,6 @@
 """Metrics against values worked out by hand, the order of predictions, and how models are timed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from compression import timing as efficiency
 from compression.batching import batches
 from compression.classifier.data import Encoded, Split, encode
-from compression.classifier.metrics import classification_metrics, paired_difference, predict
+from compression.classifier.metrics import classification_metrics, describe_task, paired_difference, predict, score
+from compression.classifier.tasks import METRICS, SST2
 from compression.llm.evaluate import Evaluation, check_positions, evaluation_windows
 from compression.runtime import UserError
 from compression.timing import interleaved_times, measure_latency, size_on_disk
@@ -23,14 +25,45 @@ def test_metrics_of_a_small_example():
     # Margins of the positive class, from sure-negative to sure-positive; predicted positive where above 0.
     margins = torch.tensor([-3.0, -1.0, 1.0, 2.0, -2.0, 3.0, 4.0, 0.5])
     labels = torch.tensor([0, 1, 0, 1, 0, 1, 1, 1])
-    metrics = classification_metrics(torch.stack([torch.zeros(8), margins], dim=1), labels)
+    metrics = classification_metrics(torch.stack([torch.zeros(8), margins], dim=1), labels, SST2)
     assert metrics["confusion_matrix"] == [[2, 1], [1, 4]]
     assert metrics["n"] == 8
     assert metrics["accuracy"] == 6 / 8
     assert metrics["accuracy_standard_error"] == pytest.approx((0.75 * 0.25 / 8) ** 0.5)
     assert metrics["f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 1))
+    assert metrics["f1_macro"] == pytest.approx((2 * 4 / 10 + 2 * 2 / 6) / 2)
     # Of the 3 * 5 pairs, the negative at 1.0 is wrong against the positives at -1.0 and 0.5.
     assert metrics["roc_auc"] == pytest.approx(13 / 15)
+
+
+THREE = replace(
+    SST2,
+    name="three",
+    labels=("a", "b", "c"),
+    metrics={name: METRICS[name] for name in ("accuracy", "f1_macro")},
+    primary="f1_macro",
+)
+
+
+def test_metrics_of_three_classes():
+    logits = torch.eye(3)[[0, 0, 1, 2, 2, 2]]
+    metrics = classification_metrics(logits, torch.tensor([0, 1, 1, 2, 2, 0]), THREE)
+    assert metrics["confusion_matrix"] == [[1, 0, 1], [1, 1, 0], [0, 0, 2]]
+    assert metrics["accuracy"] == pytest.approx(4 / 6)
+    assert metrics["f1_macro"] == pytest.approx((1 / 2 + 2 / 3 + 4 / 5) / 3)
+    assert metrics["roc_auc"] is None and "f1" not in metrics
+    assert describe_task(THREE)["metrics"] == {"accuracy": "Accuracy", "f1_macro": "Macro F1"}
+
+
+def test_a_tasks_own_metric_stands_beside_those_of_every_task():
+    metrics = {name: METRICS[name] for name in ("accuracy", "f1", "matthews_correlation")}
+    cola = replace(SST2, metrics=metrics, primary="matthews_correlation")
+    logits, labels = torch.eye(2)[[0, 1, 1, 1, 0, 1]], torch.tensor([0, 0, 1, 1, 1, 1])
+    # (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN)) with 3, 1, 1, 1
+    found = classification_metrics(logits, labels, cola)
+    assert found["matthews_correlation"] == score(logits, labels, cola) == pytest.approx(2 / (4 * 4 * 2 * 2) ** 0.5)
+    names = ["n", "accuracy", "accuracy_standard_error", "f1", "matthews_correlation", "f1_macro", "roc_auc"]
+    assert list(found) == [*names, "confusion_matrix"]
 
 
 def test_paired_difference_knows_that_models_fail_on_the_same_rows():
@@ -45,7 +78,7 @@ def test_paired_difference_knows_that_models_fail_on_the_same_rows():
 
 
 def test_metrics_where_one_class_occurs():
-    metrics = classification_metrics(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0]))
+    metrics = classification_metrics(torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 0]), SST2)
     assert metrics["roc_auc"] is None
     assert (metrics["accuracy"], metrics["f1"], metrics["confusion_matrix"]) == (1.0, 0.0, [[2, 0], [0, 0]])
 
@@ -59,7 +92,7 @@ def test_predictions_are_in_the_order_of_the_rows(tiny_model):
     assert order != sorted(order), "the batches must not be in the order of the rows, else this tests nothing"
 
     tiny_model.train()
-    logits = predict(tiny_model, encoded, pad_token_id=0, batch_size=3)
+    logits = predict(tiny_model, encoded, pad_token_id=0, task=SST2, batch_size=3)
     assert tiny_model.training
     tiny_model.eval()
     with torch.no_grad():
@@ -73,7 +106,7 @@ PAIRS = [("a b c", "d"), ("e", "f g"), ("h i j k", "l m n"), ("o", "p")]
 
 def test_pairs_are_predicted_as_by_the_tokenizers_own_output(tokenizer, tiny_model):
     encoded = encode(tokenizer, Split(PAIRS, [0, 1, 0, 1]), 7)
-    logits = predict(tiny_model, encoded, tokenizer.pad_token_id, batch_size=3)
+    logits = predict(tiny_model, encoded, tokenizer.pad_token_id, SST2, batch_size=3)
     inputs = tokenizer(PAIRS, truncation=True, max_length=7, padding=True, return_tensors="pt")
     assert inputs["token_type_ids"].any(), "pairs of one type would test nothing"
     of_bert = isinstance(tiny_model, BertForSequenceClassification)
@@ -89,15 +122,15 @@ def test_logits_that_are_not_finite_are_refused(tiny_model, bad):
     tiny_model.name_or_path = "models/teacher_model"
     tiny_model.classifier.bias.data[1] = bad
     with pytest.raises(UserError, match="^models/teacher_model: its logits are not finite on 2 of 2 sentences"):
-        predict(tiny_model, Encoded({"input_ids": [[5, 6], [7]]}, torch.tensor([0, 1])), 0)
+        predict(tiny_model, Encoded({"input_ids": [[5, 6], [7]]}, torch.tensor([0, 1])), 0, SST2)
 
 
 def test_models_of_other_than_two_labels_are_refused():
     sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=50)
     model = BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
     model.name_or_path = "models/three"
-    with pytest.raises(UserError, match="^models/three: has 3 labels; allowed is 2"):
-        predict(model, Encoded({"input_ids": [[5, 6], [7]]}, torch.tensor([0, 1])), 0)
+    with pytest.raises(UserError, match="^models/three: has 3 labels; allowed are .*SST-2.*negative, positive"):
+        predict(model, Encoded({"input_ids": [[5, 6], [7]]}, torch.tensor([0, 1])), 0, SST2)
 
 
 def test_models_take_turns_in_rotating_order():

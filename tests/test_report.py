@@ -1,17 +1,26 @@
 """The report: what it says, what it is drawn from, which files it leaves."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import KEPT, load_script, tiny_bert, tiny_distilbert
-from matplotlib.collections import PathCollection
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.image import imread
 
 from compression.checkpoint import describe_stage, identify, read_stage, save_checkpoint
 from compression.classifier import report as report_module
+from compression.classifier.metrics import describe_task
 from compression.classifier.models import BASELINE, EVALUATED, looks
-from compression.classifier.plots import LARGEST_MARKER, _unit_area, pareto_front, plot_accuracy_against_cost
+from compression.classifier.plots import (
+    LARGEST_MARKER,
+    _unit_area,
+    pareto_front,
+    plot_confusion_matrices,
+    plot_quality_against_cost,
+)
 from compression.classifier.report import (
     build_markdown,
     data_warnings,
@@ -20,6 +29,7 @@ from compression.classifier.report import (
     results_table,
     write_report,
 )
+from compression.classifier.tasks import METRICS, SST2
 from compression.files import write_json
 from compression.flops import count_macs
 from compression.llm.plots import plot_removal
@@ -41,11 +51,13 @@ def entry(name, accuracy, gflops, megabytes, throughput, data="SST-2 (GLUE)"):
             "accuracy": accuracy,
             "accuracy_standard_error": (accuracy * (1 - accuracy) / 800) ** 0.5,
             "f1": 0.8765,
+            "f1_macro": 0.8754,
             "roc_auc": 0.9432,
             "confusion_matrix": [[351, 49], [38, 362]],
         },
         "parameters": {"total": int(megabytes * 250_000), "embeddings": 11_920_000, "encoder": int(macs / 100)},
         "macs": {"total": macs, "encoder": macs - 1000, "gflops": gflops},
+        "thop": {"macs": macs - 250_000_000, "params": 1},
         "size": {"weights_bytes": int(megabytes * 1e6), "folder_bytes": int(megabytes * 1e6) + 999},
         "latency": {"median_ms": 12.34, "p10_ms": 11.11, "p90_ms": 15.67},
         "throughput": {
@@ -79,7 +91,8 @@ def report():
         paired = {"accuracy_points": points, "accuracy_points_standard_error": 0.31}
         each["relative"] = paired | relative_figures(each, baseline)
     return {
-        "data": {"name": "SST-2 (GLUE)", "source": "a local folder", "n": 800},
+        "task": describe_task(SST2),
+        "data": {"name": "SST-2 (GLUE)", "source": "a local folder", "n": 800, "duplicates": 3},
         "baseline": baseline["name"],
         "models": entries,
         "missing": [{"name": "Soft Label Student", "command": "python 2_distill_student.py --variant soft_labels"}],
@@ -96,6 +109,19 @@ def report():
         "device": "the CPU",
         "created": "2026-01-02T03:04:05+00:00",
     }
+
+
+def of_classes(report, count, **fields):
+    """The report, of so many classes: each model takes class 1 for class 0 most often."""
+    counts = 90 * np.eye(count, dtype=int) + (count <= 10)
+    counts[1, 0], counts[0, 1] = 9, 1
+    own = {name: METRICS[name] for name in ("accuracy", "f1_macro")}
+    task = replace(SST2, name="topics", labels=tuple(f"topic_{i}" for i in range(count)), metrics=own, **fields)
+    models = [
+        one | {"quality": {**one["quality"], "roc_auc": None, "confusion_matrix": counts.tolist()}}
+        for one in report["models"]
+    ]
+    return report | {"task": describe_task(task), "models": models}
 
 
 def row(markdown, name):
@@ -116,8 +142,9 @@ def test_markdown_shows_the_numbers_of_the_json(report):
     table = results_table(report)
     shown = dict(zip(row(table, "Model"), row(table, "Pruned Student"), strict=True))
     assert shown["Accuracy (%)"] == "89.50 ± 1.08" and (shown["F1"], shown["ROC-AUC"]) == ("0.8765", "0.9432")
-    parts = ("Parameters (M)", "Embeddings (M)", "Encoder (M)", "GFLOPs @128", "Encoder GMACs", "Weights (MB)")
-    assert [shown[title] for title in parts] == ["37.50", "11.92", "25.00", "5.000", "2.500", "150.0"]
+    parts = ("Parameters (M)", "Embeddings (M)", "Encoder (M)", "GFLOPs @128", "Encoder GMACs", "thop GMACs @128")
+    assert [shown[title] for title in parts] == ["37.50", "11.92", "25.00", "5.000", "2.500", "2.250"]
+    assert (shown["Macro F1"], shown["Weights (MB)"]) == ("0.8754", "150.0")
     assert shown["Latency (ms)"] == "12.34 (11.11–15.67)" and shown["Samples/s"] == "160.0 (144.0–176.0)"
     markdown = build_markdown(report)
     against = markdown[markdown.index("## Against Distilled Student (Baseline)") :]
@@ -132,7 +159,7 @@ def test_markdown_says_what_the_numbers_hold_for(report):
     markdown = build_markdown(report)
     for said in (
         "> **Warning:** the warning that was given",
-        "SST-2 (GLUE), validation set, n = 800 (a local folder)",
+        "SST-2 (GLUE), validation set, n = 800 (a local folder); 3 of its texts are in the training data",
         "torch 2.13.0, processor a processor, timed on the CPU",
         "96 at most for accuracy, 128 for GFLOPs, 64 for latency and throughput",
         "GFLOPs @128",
@@ -180,6 +207,82 @@ def test_lineage_follows_the_parents(tmp_path):
     assert unknown.pop("ancestors") == [] and set(unknown.values()) == {None}
 
 
+def test_three_classes_are_a_whole_matrix_and_scores(report):
+    markdown = build_markdown(of_classes(report, 3))
+    assert "ROC-AUC" not in markdown and "Macro F1" in markdown and "topic_0, topic_1, topic_2" in markdown
+    confusion = markdown[markdown.index("## Confusion matrices") :]
+    table = dict(zip(row(confusion, "Model"), row(confusion, "Teacher"), strict=True))
+    assert (table["topic_1 → topic_0"], table["topic_0 → topic_1"], table["topic_2 → topic_2"]) == ("9", "1", "91")
+    assert "![Confusion matrices](confusion_matrix.png)" in confusion
+    # Of class 0: 91 right, 9 + 1 others taken for it, 2 of it taken for others.
+    scores = dict(zip(row(confusion, "Class"), row(confusion, "topic_0"), strict=True))
+    assert scores["n"] == "93" and scores["Teacher"] == f"{9100 / 101:.1f} / {9100 / 93:.1f} / {18200 / 194:.1f}"
+
+
+def test_many_classes_are_their_confusions_and_the_weakest_of_them(report):
+    markdown = build_markdown(of_classes(report, 77))
+    confusion = markdown[markdown.index("## Confusion matrices") :]
+    assert row(confusion, "Teacher")[1] == "topic_1 → topic_0 9; topic_0 → topic_1 1"
+    lines = [line for line in confusion.splitlines() if line.startswith("| topic_")]
+    assert len(lines) == 20 and lines[0].startswith("| topic_0 |") and lines[1].startswith("| topic_1 |")
+    assert "Of 77 classes these have the lowest F1" in confusion
+    assert max(line.count("|") for line in confusion.splitlines()) < 20
+
+
+def test_a_class_that_does_not_occur_scores_nothing(report):
+    three = of_classes(report, 3)
+    for one in three["models"]:
+        one["quality"]["confusion_matrix"] = [[5, 0, 0], [2, 3, 0], [0, 0, 0]]
+    assert row(build_markdown(three), "topic_2")[1:3] == ["0", "0.0 / 0.0 / 0.0"]
+
+
+@pytest.mark.parametrize(("count", "printed"), [(3, 9), (10, 100), (200, 0)])
+def test_confusion_matrices_are_a_panel_per_checkpoint(report, count, printed):
+    report = of_classes(report, count)
+    halved = report["models"][1] | {"name": "Distilled Student (Baseline), bfloat16"}
+    export = report["models"][1] | {"engine": {"name": "ONNX Runtime", "type": "int8"}, "folder": "models/export"}
+    report["models"][2:2] = [halved, export]
+    report["task"]["labels"][1] = "$5 or $6"
+    figure = plot_confusion_matrices(report)
+    figure.canvas.draw()  # a price is no formula
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    titles = [axes.get_title().replace("\n", " ") for axes in panels]
+    assert titles == ["Teacher", "Distilled Student (Baseline)", "Pruned Student"]
+    shares = panels[0].images[0].get_array()
+    assert np.allclose(shares.sum(1), 1) and shares[1, 0] == pytest.approx(9 / (98 + count if count <= 10 else 99))
+    assert len(panels[0].texts) == printed
+    labels = [tick.get_text() for tick in panels[0].get_yticklabels()]
+    assert set(labels) <= set(report["task"]["labels"]) and (count == 200 or len(labels) == count)
+
+
+@pytest.mark.parametrize("count", [3, 10, 77])
+def test_labels_of_confusion_matrices_are_inside_the_figure_and_apart(report, count):
+    report = of_classes(report, count)
+    report["task"]["labels"][0] = "a_name_that_is_much_longer_than_those_of_the_others"
+    figure = plot_confusion_matrices(report)
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    for axes in figure.axes:
+        for ticks, side in ((axes.get_xticklabels(), 0), (axes.get_yticklabels(), 1)):
+            boxes = [tick.get_window_extent() for tick in ticks if tick.get_text() and tick.get_visible()]
+            assert all(0 <= b.x0 and b.x1 <= width and 0 <= b.y0 and b.y1 <= height for b in boxes)
+            spans = sorted((box.intervalx, box.intervaly)[side].tolist() for box in boxes)
+            assert all(one[1] <= other[0] for one, other in zip(spans, spans[1:], strict=False))
+
+
+def test_a_report_on_two_classes_takes_the_picture_of_three_away(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_module, "save_figure", lambda figure, path: path.write_bytes(b"figure"))
+    paths = write_report(of_classes(report, 3), tmp_path)
+    assert {path.name for path in paths} == FILES - {".written.json"} | {"confusion_matrix.png"}
+    write_report(report, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    (tmp_path / "confusion_matrix.png").write_text("mine")
+    write_report(report, tmp_path)
+    assert (tmp_path / "confusion_matrix.png").read_text() == "mine"
+    with pytest.raises(UserError, match="holds a confusion_matrix.png that is not an earlier result"):
+        write_report(of_classes(report, 3), tmp_path)
+
+
 def test_exactly_three_files_are_written(report, tmp_path):
     paths = write_report(report, tmp_path / "results")
     assert {path.name for path in (tmp_path / "results").iterdir()} == FILES
@@ -194,7 +297,7 @@ def test_exactly_three_files_are_written(report, tmp_path):
 def test_a_failed_figure_leaves_the_old_report(report, tmp_path, monkeypatch):
     write_report(report, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr(report_module, "plot_accuracy_against_cost", lambda *_: 1 / 0)
+    monkeypatch.setattr(report_module, "plot_quality_against_cost", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(report | {"created": "later"}, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -208,7 +311,7 @@ def drawn_models(axes):
 def test_marker_area_is_proportional_to_size_whatever_the_shape(report):
     shapes = [shape for _, shape in looks([entry["name"] for entry in report["models"]])]
     assert len(set(shapes)) == 3
-    for axes in plot_accuracy_against_cost(report).axes:
+    for axes in plot_quality_against_cost(report).axes:
         areas = [
             marks.get_sizes()[0] * _unit_area(shape) for marks, shape in zip(drawn_models(axes), shapes, strict=True)
         ]
@@ -241,10 +344,26 @@ def test_the_models_are_told_apart():
 
 
 def test_models_are_drawn_against_gflops_and_against_size(report):
-    against_gflops, against_size = plot_accuracy_against_cost(report).axes
+    against_gflops, against_size = plot_quality_against_cost(report).axes
     for axes, costs in ((against_gflops, (20, 10, 5)), (against_size, (400, 200, 150))):
         places = [tuple(marks.get_offsets()[0]) for marks in drawn_models(axes)]
         assert places == [pytest.approx(place) for place in zip(costs, (92.5, 90, 89.5), strict=True)]
+
+
+def test_figures_show_the_tasks_metric_without_an_error_that_it_has_not(report):
+    own = {name: METRICS[name] for name in ("accuracy", "f1", "matthews_correlation")}
+    cola = describe_task(replace(SST2, metrics=own, primary="matthews_correlation"))
+    for one, value in zip(report["models"], (0.6, 0.5, 0.4), strict=True):
+        one["quality"]["matthews_correlation"] = value
+    figure = plot_quality_against_cost(report | {"task": cola})
+    axes = figure.axes[0]
+    assert axes.get_ylabel() == "Matthews correlation"
+    assert [tuple(marks.get_offsets()[0])[1] for marks in drawn_models(axes)] == [0.6, 0.5, 0.4]
+    assert not [marks for marks in axes.collections if isinstance(marks, LineCollection)], "error bars"
+    assert any("Matthews correlation 0.6000" in text.get_text() for text in figure.legends[0].get_texts())
+    assert [
+        marks for marks in plot_quality_against_cost(report).axes[0].collections if isinstance(marks, LineCollection)
+    ]
 
 
 def test_pareto_front_leaves_out_what_is_no_better_than_a_cheaper_model():
@@ -305,7 +424,8 @@ def test_script_measures_every_model_there_is(script, models_dir, data_dir, tmp_
     assert {path.name for path in (tmp_path / "results").iterdir()} == FILES
     report = json.loads((tmp_path / "results" / "final_report.json").read_text())
     assert report["config"] == config.as_dict()
-    assert report["data"] == {"name": "SST-2 (GLUE)", "source": "a local folder", "n": 20}
+    assert report["data"] == {"name": "SST-2 (GLUE)", "source": "a local folder", "n": 20, "duplicates": 20}
+    assert report["task"]["labels"] == ["negative", "positive"] and report["task"]["primary"] == "accuracy"
 
     teacher, student, halved, pruned = report["models"]
     assert [model["lineage"]["stage"] for model in report["models"]] == ["teacher", "student", "student", "pruned"]
@@ -314,6 +434,7 @@ def test_script_measures_every_model_there_is(script, models_dir, data_dir, tmp_
     assert halved["macs"] == student["macs"]
     assert halved["size"]["weights_bytes"] == 2 * student["parameters"]["total"]
     assert student["macs"] == count_macs(tiny_distilbert(), 16).as_dict()
+    assert student["thop"]["macs"] == student["macs"]["total"] - student["macs"]["attention"]
     assert pruned["macs"]["total"] < student["macs"]["total"]
     assert pruned["size"]["weights_bytes"] == (models_dir / "pruned_model" / "model.safetensors").stat().st_size
     assert pruned["relative"]["macs"] == pytest.approx(pruned["macs"]["total"] / student["macs"]["total"])
@@ -339,6 +460,15 @@ def test_script_without_any_model_names_the_first_command(script, data_dir, tmp_
         script.main(config_of(script, tmp_path / "empty", data_dir, tmp_path / "results"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
+
+
+def test_script_refuses_models_of_other_labels(script, models_dir, data_dir, tokenizer, tmp_path):
+    model = tiny_bert(id2label={0: "contradiction", 1: "entailment"})
+    save_checkpoint(models_dir / "mine", model, tokenizer, describe_stage("teacher", {}, {}, {}, {}))
+    pattern = "models_dir.*models/mine.*contradiction, entailment.*negative, positive.*--dataset"
+    with pytest.raises(UserError, match=pattern) as error:
+        script.main(config_of(script, models_dir, data_dir, tmp_path / "results"))
+    assert "\n" not in str(error.value) and not (tmp_path / "results").exists()
 
 
 def test_fast_preset_only_times_less(script):
@@ -380,7 +510,7 @@ def test_a_stage_that_says_nothing_is_not_recorded(tmp_path):
 def test_numbers_that_are_not_finite_are_not_drawn(report, group, name, bad):
     report["models"][2][group][name] = bad
     with pytest.raises(ValueError, match="^Pruned Student: a number to draw is not finite, among .*(nan|inf)"):
-        plot_accuracy_against_cost(report)
+        plot_quality_against_cost(report)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

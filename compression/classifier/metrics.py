@@ -1,4 +1,4 @@
-"""How well a classifier classifies: its task's metrics, AUC, confusion matrix."""
+"""How well a classifier classifies: its task's metrics, F1, AUC, confusion matrix."""
 
 from typing import Any
 
@@ -10,14 +10,24 @@ from transformers import PreTrainedModel
 from compression.batching import batches, model_inputs
 from compression.checkpoint import check_positions
 from compression.classifier.data import Encoded
-from compression.classifier.tasks import SST2, Task
+from compression.classifier.tasks import METRICS, Metric, Task, listed
 from compression.runtime import UserError
 
 
+def reported_metrics(task: Task) -> dict[str, Metric]:
+    """What reports show of a task: its own metrics, F1 where it has two labels, macro F1."""
+    usual = ("f1", "f1_macro") if len(task.labels) == 2 else ("f1_macro",)
+    return task.metrics | {name: METRICS[name] for name in usual}
+
+
+def describe_task(task: Task) -> dict[str, Any]:
+    """What a report's JSON says about a task; titles of metrics by their names."""
+    metrics = {name: metric.title for name, metric in reported_metrics(task).items()}
+    return {"name": task.name, "labels": list(task.labels), "metrics": metrics, "primary": task.primary}
+
+
 @torch.inference_mode()
-def predict(
-    model: PreTrainedModel, encoded: Encoded, pad_token_id: int, batch_size: int = 64, task: Task = SST2
-) -> Tensor:
+def predict(model: PreTrainedModel, encoded: Encoded, pad_token_id: int, task: Task, batch_size: int = 64) -> Tensor:
     """Logits [rows, labels] on the CPU, in the order of the rows, in evaluation mode and full precision.
 
     Raises:
@@ -25,10 +35,7 @@ def predict(
     """
     name, labels = model.name_or_path or type(model).__name__, model.config.num_labels
     if labels != len(task.labels):
-        raise UserError(
-            f"{name}: has {labels} labels; allowed is {len(task.labels)}, for the sentences are "
-            f"{' or '.join(task.labels)}"
-        )
+        raise UserError(f"{name}: has {labels} labels; allowed are those of {task.name}, {listed(task.labels)}")
     check_positions(model, "max_length", int(encoded.lengths.max()))
     was_training = model.training
     model.eval()
@@ -42,23 +49,24 @@ def predict(
     return logits
 
 
-def score(logits: Tensor, labels: Tensor, task: Task = SST2) -> float:
+def score(logits: Tensor, labels: Tensor, task: Task) -> float:
     """The task's primary metric, see `classification_metrics`."""
     return float(task.metrics[task.primary].function(labels.numpy(), logits.argmax(-1).numpy()))
 
 
-def classification_metrics(logits: Tensor, labels: Tensor, task: Task = SST2) -> dict[str, Any]:
+def classification_metrics(logits: Tensor, labels: Tensor, task: Task) -> dict[str, Any]:
     """All metrics of a classifier.
 
     Args:
         logits: [rows, labels]. labels: [rows].
 
     Returns:
-        n, accuracy and its binomial standard error sqrt(p (1 - p) / n), the task's other metrics, of two labels the
-        area under the ROC curve (else, and where only one class occurs, None), the confusion matrix [truth, predicted].
+        n, accuracy and its binomial standard error sqrt(p (1 - p) / n), the other metrics of `reported_metrics`, of two
+        labels the area under the ROC curve (else, and where only one class occurs, None), the confusion matrix
+        [truth, predicted].
     """
     predicted, truth = logits.argmax(-1).numpy(), labels.numpy()
-    scores = {name: metric.function(truth, predicted) for name, metric in task.metrics.items()}
+    scores = {name: float(metric.function(truth, predicted)) for name, metric in reported_metrics(task).items()}
     accuracy, places = scores.pop("accuracy"), range(len(task.labels))
     has_auc = len(places) == 2 and 0 < truth.sum() < len(truth)
     return {
@@ -66,7 +74,7 @@ def classification_metrics(logits: Tensor, labels: Tensor, task: Task = SST2) ->
         "accuracy": accuracy,
         "accuracy_standard_error": (accuracy * (1 - accuracy) / len(truth)) ** 0.5,
         **scores,
-        "roc_auc": roc_auc_score(truth, logits.softmax(-1)[:, 1].numpy()) if has_auc else None,
+        "roc_auc": float(roc_auc_score(truth, logits.softmax(-1)[:, 1].numpy())) if has_auc else None,
         "confusion_matrix": confusion_matrix(truth, predicted, labels=list(places)).tolist(),
     }
 

@@ -1,7 +1,9 @@
 """Figures of classifiers, drawn from the numbers that others measured."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
+from math import ceil
 from textwrap import fill
 from typing import Any
 
@@ -25,8 +27,39 @@ LEGEND_LINE = 0.22
 """Height of a line of the legend in inches, with its share of the space between models."""
 
 
-def plot_accuracy_against_cost(report: dict[str, Any], models: Sequence[EvaluatedModel] = EVALUATED) -> Figure:
-    """Accuracy in percent, with one standard error, against GFLOPs and against size, each with its Pareto front.
+@dataclass(frozen=True)
+class Quality:
+    """The task's primary metric as figures show it.
+
+    Attributes:
+        label: of its axis.
+        number: how a value is written.
+        values: one per model.
+        errors: one standard error of each; None for metrics other than accuracy, whose error is not binomial.
+    """
+
+    label: str
+    number: str
+    values: list[float]
+    errors: list[float | None]
+
+
+def quality_of(found: Sequence[dict[str, Any]], task: dict[str, Any]) -> Quality:
+    """The primary metric of models.
+
+    Args:
+        found: what `classification_metrics` gives of each.
+        task: what `describe_task` says of it.
+    """
+    primary, title = task["primary"], task["metrics"][task["primary"]]
+    if primary != "accuracy":
+        return Quality(title, f"{title} {{:.4f}}", [one[primary] for one in found], [None] * len(found))
+    errors: list[float | None] = [100 * one["accuracy_standard_error"] for one in found]
+    return Quality(f"{title} (%), ± 1 standard error", "{:.2f} %", [100 * one["accuracy"] for one in found], errors)
+
+
+def plot_quality_against_cost(report: dict[str, Any], models: Sequence[EvaluatedModel] = EVALUATED) -> Figure:
+    """The task's primary metric, see `quality_of`, against GFLOPs and against size, each with its Pareto front.
 
     A marker's area is proportional to the size of the weights on disk. Models are named in a legend, not beside
     their markers: models of equal cost and close accuracy lie on top of one another, and so would labels.
@@ -34,25 +67,33 @@ def plot_accuracy_against_cost(report: dict[str, Any], models: Sequence[Evaluate
     Raises:
         ValueError: a number is not finite; names the model.
     """
-    for entry in report["models"]:
-        quality = (entry["quality"][name] for name in ("accuracy", "accuracy_standard_error"))
-        require_finite(entry["name"], *quality, entry["macs"]["gflops"], entry["size"]["weights_bytes"])
     entries, length = report["models"], report["config"]["flops_sequence_length"]
+    quality = quality_of([entry["quality"] for entry in entries], report["task"])
+    for entry, value, error in zip(entries, quality.values, quality.errors, strict=True):
+        costs = entry["macs"]["gflops"], entry["size"]["weights_bytes"]
+        require_finite(entry["name"], value, *filter(None, [error]), *costs)
     lines = sum(1 + len(_legend_name(entry).splitlines()) for entry in entries)
     figure = new_figure(14, max(5.6, LEGEND_LINE * lines + 2))
     against_gflops, against_size = figure.subplots(1, 2, sharey=True)
     gflops = [entry["macs"]["gflops"] for entry in entries]
     megabytes = [entry["size"]["weights_bytes"] / 1e6 for entry in entries]
     styles = list(looks([entry["name"] for entry in entries], models))
-    _draw_models(against_gflops, entries, styles, gflops)
-    _draw_models(against_size, entries, styles, megabytes)
+    _draw_models(against_gflops, entries, styles, gflops, quality)
+    _draw_models(against_size, entries, styles, megabytes, quality)
     against_gflops.set_xlabel(f"GFLOPs per sequence of {length} tokens\n(1 MAC = 2 FLOPs, attention included)")
-    against_gflops.set_ylabel("Accuracy (%), ± 1 standard error")
+    against_gflops.set_ylabel(quality.label)
     against_size.set_xlabel("Weights on disk (MB)")
-    figure.suptitle(f"{report['data']['name']} validation, n = {report['data']['n']}", fontsize=11)
-    handles = [_legend_marker(against_gflops, entry, *look) for entry, look in zip(entries, styles, strict=True)]
+    _title(figure, report["data"]["name"], report["data"]["n"])
+    handles = [
+        _legend_marker(against_gflops, entry, quality.number.format(value), *look)
+        for entry, value, look in zip(entries, quality.values, styles, strict=True)
+    ]
     _add_legends(against_gflops, handles, max(megabytes))
     return figure
+
+
+def _title(figure: Figure, data: str, rows: int) -> None:
+    figure.suptitle(f"{data} validation, n = {rows}", fontsize=11, parse_math=False)
 
 
 def _style(colour: str, shape: str) -> dict[str, Any]:
@@ -63,25 +104,25 @@ def _legend_name(entry: dict[str, Any]) -> str:
     return fill(entry["name"], LEGEND_WIDTH)
 
 
-def _legend_marker(axes: Axes, entry: dict[str, Any], colour: str, shape: str) -> PathCollection:
-    accuracy, megabytes = 100 * entry["quality"]["accuracy"], entry["size"]["weights_bytes"] / 1e6
-    label = f"{_legend_name(entry)}\n{accuracy:.2f} %, {entry['macs']['gflops']:.2f} GFLOPs, {megabytes:.1f} MB"
+def _legend_marker(axes: Axes, entry: dict[str, Any], quality: str, colour: str, shape: str) -> PathCollection:
+    megabytes = entry["size"]["weights_bytes"] / 1e6
+    label = f"{_legend_name(entry)}\n{quality}, {entry['macs']['gflops']:.2f} GFLOPs, {megabytes:.1f} MB"
     return axes.scatter([], [], s=LEGEND_MARKER / _unit_area(shape), label=label, **_style(colour, shape))
 
 
-def _draw_models(axes: Axes, entries: list[dict[str, Any]], styles: list[tuple[str, str]], costs: list[float]) -> None:
-    """The models' accuracy against their cost, and the Pareto front of the two."""
+def _draw_models(
+    axes: Axes, entries: list[dict[str, Any]], styles: list[tuple[str, str]], costs: list[float], quality: Quality
+) -> None:
+    """The models' quality against their cost, and the Pareto front of the two."""
     largest = max(entry["size"]["weights_bytes"] for entry in entries)
-    accuracies = [100 * entry["quality"]["accuracy"] for entry in entries]
-    front = pareto_front(costs, accuracies)
+    front = pareto_front(costs, quality.values)
     axes.plot(*zip(*front, strict=True), color="0.6", linestyle="--", linewidth=1, drawstyle="steps-post", zorder=1)
-    for entry, (colour, shape), cost, accuracy, cap in zip(
-        entries, styles, costs, accuracies, count(3, 1.5), strict=False
+    for entry, (colour, shape), cost, value, error, cap in zip(
+        entries, styles, costs, quality.values, quality.errors, count(3, 1.5), strict=False
     ):
-        error = 100 * entry["quality"]["accuracy_standard_error"]
         area = LARGEST_MARKER * entry["size"]["weights_bytes"] / largest
-        axes.errorbar(cost, accuracy, yerr=error, color=colour, elinewidth=1, capsize=cap, zorder=2)
-        axes.scatter(cost, accuracy, s=area / _unit_area(shape), zorder=3, **_style(colour, shape))
+        axes.errorbar(cost, value, yerr=error, color=colour, elinewidth=1, capsize=cap, zorder=2)
+        axes.scatter(cost, value, s=area / _unit_area(shape), zorder=3, **_style(colour, shape))
     axes.margins(x=0.12, y=0.12)
     axes.set_xlim(left=0)
     axes.grid(color="0.9", linewidth=0.7)
@@ -89,12 +130,12 @@ def _draw_models(axes: Axes, entries: list[dict[str, Any]], styles: list[tuple[s
     open_frame(axes)
 
 
-def pareto_front(costs: Sequence[float], accuracies: Sequence[float]) -> list[tuple[float, float]]:
-    """The points (cost, accuracy), by rising cost, than which no other is both as cheap and more accurate."""
+def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[tuple[float, float]]:
+    """The points (cost, quality), by rising cost, than which no other is both as cheap and better."""
     front: list[tuple[float, float]] = []
-    for cost, accuracy in sorted(zip(costs, accuracies, strict=True), key=lambda point: (point[0], -point[1])):
-        if not front or accuracy > front[-1][1]:
-            front.append((cost, accuracy))
+    for cost, quality in sorted(zip(costs, qualities, strict=True), key=lambda point: (point[0], -point[1])):
+        if not front or quality > front[-1][1]:
+            front.append((cost, quality))
     return front
 
 
@@ -128,12 +169,15 @@ def _unit_area(shape: str) -> float:
     return 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 1000**2
 
 
-def plot_model_comparison(rows: list[dict[str, Any]], models: Sequence[EvaluatedModel] = EVALUATED) -> Figure:
-    """Four panels, a row per model in each: accuracy, inference time, load time, size; with their spread.
+def plot_model_comparison(
+    rows: list[dict[str, Any]], task: dict[str, Any], models: Sequence[EvaluatedModel] = EVALUATED
+) -> Figure:
+    """Four panels, a row per model in each: the task's primary metric, inference time, load time, size; with spread.
 
     Args:
-        rows: one per model, as `evaluate_plot.py` writes them to its table. Spread is one standard error of the
+        rows: one per model, as `evaluate_plot.py` writes them to its table. Spread is one standard error of an
             accuracy, and the 10th to 90th percentile of the times.
+        task: what `describe_task` says of it.
 
     Raises:
         ValueError: a number is not finite; names the model.
@@ -143,12 +187,14 @@ def plot_model_comparison(rows: list[dict[str, Any]], models: Sequence[Evaluated
     figure = new_figure(11, 2.4 + 0.8 * len(rows))
     panels = figure.subplots(2, 2, sharey=True)
     colours = [colour for colour, _ in looks([row["model"] for row in rows], models)]
-    accuracy = np.array([100 * row["accuracy"] for row in rows])
-    error = np.array([100 * row["accuracy_standard_error"] for row in rows])
+    quality = quality_of(rows, task)
     # Points, not bars: this axis does not begin at zero.
     for place, colour in enumerate(colours):
-        panels[0, 0].errorbar(accuracy[place], place, xerr=error[place], fmt="o", color=colour, capsize=3)
-    _label_rows(panels[0, 0], rows, accuracy, accuracy + error, "Accuracy (%), ± 1 standard error", "{:.2f}")
+        value, error = quality.values[place], quality.errors[place]
+        panels[0, 0].errorbar(value, place, xerr=error, fmt="o", color=colour, capsize=3)
+    values = np.array(quality.values)
+    ends = values + [error or 0.0 for error in quality.errors]
+    _label_rows(panels[0, 0], rows, values, ends, quality.label, "{:.4f}" if None in quality.errors else "{:.2f}")
     for axes, name, unit, label in (
         (panels[0, 1], "inference", "ms", "Inference time, one sequence (ms)"),
         (panels[1, 0], "load", "s", "Load time (s)"),
@@ -160,7 +206,7 @@ def plot_model_comparison(rows: list[dict[str, Any]], models: Sequence[Evaluated
         _bars(axes, rows, colours, median, spread, f"{label}, 10th–90th percentile", "{:.3g}")
     sizes = np.array([row["weights_bytes"] / 1e6 for row in rows])
     _bars(panels[1, 1], rows, colours, sizes, None, "Weights (MB)", "{:.1f}")
-    figure.suptitle(f"{rows[0]['data']} validation, n = {rows[0]['sentences']}", fontsize=11)
+    _title(figure, rows[0]["data"], rows[0]["sentences"])
     return figure
 
 
@@ -192,3 +238,76 @@ def _label_rows(
     axes.grid(axis="x", color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
     open_frame(axes)
+
+
+CELL, LARGEST_PANEL = 0.6, 9.0
+"""Inches of a class in a confusion matrix, and of the whole matrix at most."""
+LARGEST_FONT, SMALLEST_FONT = 9.0, 4.5
+"""Points of a matrix's text."""
+CHARACTER = 0.6
+"""Width of a character in parts of its font's size."""
+LABEL_WIDTH = 40
+"""Characters of a label; a longer one ends in an ellipsis."""
+
+
+def checkpoints_in_pytorch(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a report in PyTorch, the first one of each checkpoint."""
+    entries = [entry for entry in report["models"] if entry["engine"]["name"] == "PyTorch"]
+    return list({entry["folder"]: entry for entry in reversed(entries)}.values())[::-1]
+
+
+def plot_confusion_matrices(report: dict[str, Any]) -> Figure:
+    """How often each class is taken for each, a panel per checkpoint, in colours that show shares of the true class.
+
+    Numbers of rows are printed where they fit, and every label that fits.
+    """
+    entries, labels = checkpoints_in_pytorch(report), report["task"]["labels"]
+    labels = [label if len(label) <= LABEL_WIDTH else f"{label[: LABEL_WIDTH - 1]}…" for label in labels]
+    size = min(max(CELL * len(labels), 4 * CELL), LARGEST_PANEL)
+    cell = 72 * size / len(labels)
+    font = min(LARGEST_FONT, max(0.75 * cell, SMALLEST_FONT))
+    beside = CHARACTER * font * max(map(len, labels)) / 72 + 0.6
+    columns = ceil(len(entries) ** 0.5)
+    rows = ceil(len(entries) / columns)
+    figure = new_figure(columns * (size + 0.2) + beside + 1.2, rows * (size + 0.4) + beside + 0.5)
+    figure.set_layout_engine("compressed")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for place, (axes, entry) in enumerate(zip(panels.flat, entries, strict=False)):
+        counts = np.array(entry["quality"]["confusion_matrix"])
+        image = axes.imshow(counts / np.maximum(counts.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(fill(entry["name"], int(1.1 * size * 72 / (CHARACTER * 10))), fontsize=10, parse_math=False)
+        _label_classes(axes, labels, cell, font)
+        if place % columns:
+            axes.set(ylabel=None, yticklabels=[])
+        if place + columns < len(entries):
+            axes.set(xlabel=None, xticklabels=[])
+        _print_counts(axes, counts, cell)
+    for axes in panels.flat[len(entries) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=panels, label="Share of the true class", shrink=0.6)
+    _title(figure, report["data"]["name"], report["data"]["n"])
+    return figure
+
+
+def _label_classes(axes: Axes, labels: list[str], cell: float, font: float) -> None:
+    """Name the classes on both axes, upright where they would touch; `cell` and `font` are in points."""
+    places = range(0, len(labels), ceil(font / cell))
+    named = [labels[place] for place in places]
+    upright = CHARACTER * font * max(map(len, labels)) > 0.95 * cell
+    axes.set_xticks(places, named, fontsize=font, rotation=90 if upright else 0, parse_math=False)
+    axes.set_yticks(places, named, fontsize=font, parse_math=False)
+    axes.set_xlabel("Predicted")
+    axes.set_ylabel("True")
+
+
+def _print_counts(axes: Axes, counts: np.ndarray, cell: float) -> None:
+    """Print the numbers of rows that are not 0 where the largest has room in a cell of so many points."""
+    font = min(LARGEST_FONT, 0.95 * cell / (CHARACTER * len(str(counts.max()))))
+    if font < SMALLEST_FONT:
+        return
+    for truth, predicted in zip(*counts.nonzero(), strict=True):
+        dark = counts[truth, predicted] > 0.5 * counts[truth].sum()
+        colour = "white" if dark else "black"
+        axes.text(
+            predicted, truth, str(counts[truth, predicted]), ha="center", va="center", fontsize=font, color=colour
+        )

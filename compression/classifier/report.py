@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compression.checkpoint import read_stage
 from compression.classifier.models import EVALUATED, EvaluatedModel
-from compression.classifier.plots import plot_accuracy_against_cost
-from compression.classifier.tasks import SST2, Task
+from compression.classifier.plots import checkpoints_in_pytorch, plot_confusion_matrices, plot_quality_against_cost
+from compression.classifier.tasks import listed
 from compression.files import write_json, write_text
 from compression.integrity import digest_of
 from compression.outputs import new_files
@@ -20,6 +22,12 @@ from compression.runtime import ROOT, UserError, relative_path
 from compression.tables import Column, at, markdown_table
 
 REPORT_FILES = ("final_report.json", "final_report.md", "final_report.png")
+CONFUSION_FILE = "confusion_matrix.png"
+"""Of more than two labels."""
+MATRIX_LABELS = 3
+"""Of so many labels at most, a table shows the whole confusion matrices."""
+LISTED_CONFUSIONS, LISTED_CLASSES = 5, 20
+"""What else the tables show at most: confusions per model, and classes."""
 Report = dict[str, Any]
 Entry = dict[str, Any]
 Getter = Callable[[Entry], tuple[float, ...]]
@@ -101,20 +109,22 @@ MODEL = Column("Model", at("name"))
 ENGINE = [Column("Engine", at("engine", "name")), Column("Computes in", at("engine", "type"))]
 
 
-def results_columns(flops_sequence_length: int, task: Task) -> list[Column]:
-    """Quality and cost."""
-    metrics = ((name, metric) for name, metric in task.metrics.items() if name != "accuracy")
+def results_columns(flops_sequence_length: int, task: Entry) -> list[Column]:
+    """Quality and cost; task: what `describe_task` says of it."""
+    metrics = ((name, title) for name, title in task["metrics"].items() if name != "accuracy")
+    roc_auc = Column("ROC-AUC", at("quality", "roc_auc"), "{:.4f}", missing="undefined")
     return [
         MODEL,
         *ENGINE,
         Column("Accuracy (%)", _percent("accuracy", "accuracy_standard_error"), "{:.2f} ± {:.2f}"),
-        *(Column(metric.title, at("quality", name), "{:.4f}") for name, metric in metrics),
-        Column("ROC-AUC", at("quality", "roc_auc"), "{:.4f}", missing="undefined"),
+        *(Column(title, at("quality", name), "{:.4f}") for name, title in metrics),
+        *([roc_auc] if len(task["labels"]) == 2 else []),
         Column("Parameters (M)", at("parameters", "total", per=1e6), "{:.2f}"),
         Column("Embeddings (M)", at("parameters", "embeddings", per=1e6), "{:.2f}"),
         Column("Encoder (M)", at("parameters", "encoder", per=1e6), "{:.2f}"),
         Column(f"GFLOPs @{flops_sequence_length}", at("macs", "gflops"), "{:.3f}"),
         Column("Encoder GMACs", at("macs", "encoder", per=1e9), "{:.3f}"),
+        Column(f"thop GMACs @{flops_sequence_length}", at("thop", "macs", per=1e9), "{:.3f}"),
         Column("Weights (MB)", at("size", "weights_bytes", per=1e6), "{:.1f}"),
         Column("Latency (ms)", _spread("latency", "ms"), "{:.2f} ({:.2f}–{:.2f})"),
         Column("Samples/s", _spread("throughput", "samples_per_second"), "{:.1f} ({:.1f}–{:.1f})"),
@@ -132,14 +142,34 @@ RELATIVE_COLUMNS = [
 
 def confusion_columns(labels: Sequence[str]) -> list[Column]:
     """How often each label is taken for each: of two labels true and false negatives and positives."""
-    return [
-        MODEL,
-        *(
-            Column(f"{'True' if truth == place else 'False'} {label}", at("quality", "confusion_matrix", truth, place))
-            for truth in range(len(labels))
-            for place, label in enumerate(labels)
-        ),
-    ]
+
+    def title(truth: int, place: int) -> str:
+        if len(labels) == 2:
+            return f"{'True' if truth == place else 'False'} {labels[place]}"
+        return f"{labels[truth]} → {labels[place]}"
+
+    places = range(len(labels))
+    cells = ((truth, place) for truth in places for place in places)
+    return [MODEL, *(Column(title(*cell), at("quality", "confusion_matrix", *cell)) for cell in cells)]
+
+
+def frequent_confusions(entry: Entry, labels: Sequence[str]) -> str:
+    """The pairs of labels that a model confuses most often: truth, prediction, how often."""
+    counts = np.array(entry["quality"]["confusion_matrix"])
+    np.fill_diagonal(counts, 0)
+    places = np.argsort(-counts, axis=None, kind="stable")[:LISTED_CONFUSIONS]
+    pairs = [(truth, place) for truth, place in zip(*np.unravel_index(places, counts.shape), strict=True)]
+    return "; ".join(
+        f"{labels[truth]} → {labels[place]} {counts[truth, place]}" for truth, place in pairs if counts[truth, place]
+    )
+
+
+def class_scores(entry: Entry) -> np.ndarray:
+    """Precision, recall and F1 of every class [classes, 3], 0 where a class does not occur."""
+    counts = np.array(entry["quality"]["confusion_matrix"], dtype=float)
+    right, predicted, true = counts.diagonal(), counts.sum(0), counts.sum(1)
+    parts = (right, predicted), (right, true), (2 * right, predicted + true)
+    return np.stack([some / np.maximum(all, 1) for some, all in parts], 1)
 
 
 LINEAGE_COLUMNS = [
@@ -183,38 +213,48 @@ def data_warnings(entries: Sequence[Entry], data_name: str) -> list[str]:
     return lines
 
 
-def write_report(
-    report: Report, folder: Path, models: Sequence[EvaluatedModel] = EVALUATED, task: Task = SST2
-) -> list[Path]:
-    """Write the files of `REPORT_FILES`; each is replaced whole, and none before all three are made.
+def report_files(labels: Sequence[str]) -> tuple[str, ...]:
+    """The files of a report on these labels."""
+    return (*REPORT_FILES, CONFUSION_FILE) if len(labels) > 2 else REPORT_FILES
+
+
+def write_report(report: Report, folder: Path, models: Sequence[EvaluatedModel] = EVALUATED) -> list[Path]:
+    """Write the files of `report_files`; each is replaced whole, and none before all are made.
+
+    An earlier report's picture of the confusion matrices does not stay beside a report that has none.
 
     Args:
         models: what the entries are checkpoints of, for the looks of the figure.
-        task: what they are evaluated on, for the metrics and labels that the tables show.
 
     Returns:
         The paths written.
     """
-    report = json.loads(json.dumps(report))  # what the markdown and plot show is what the JSON holds
-    markdown, figure = build_markdown(report, task), plot_accuracy_against_cost(report, models)
-    with new_files(folder, REPORT_FILES, "--output_dir") as temporary:
+    report = json.loads(json.dumps(report))  # what the markdown and plots show is what the JSON holds
+    files = report_files(report["task"]["labels"])
+    figures = [plot_quality_against_cost(report, models)]
+    if CONFUSION_FILE in files:
+        figures.append(plot_confusion_matrices(report))
+    markdown, outdated = build_markdown(report), {CONFUSION_FILE}.difference(files)
+    with new_files(folder, files, "--output_dir", outdated) as temporary:
         write_json(temporary / REPORT_FILES[0], report)
         write_text(temporary / REPORT_FILES[1], markdown)
-        save_figure(figure, temporary / REPORT_FILES[2])
-    return [Path(folder) / name for name in REPORT_FILES]
+        for figure, name in zip(figures, files[2:], strict=True):
+            save_figure(figure, temporary / name)
+    return [Path(folder) / name for name in files]
 
 
-def build_markdown(report: Report, task: Task = SST2) -> str:
+def build_markdown(report: Report) -> str:
     """The whole report as markdown."""
+    title = report["task"]["metrics"][report["task"]["primary"]]
     sections = [
         "# Final report",
         *(f"> **Warning:** {warning}" for warning in report["warnings"]),
         _setting(report),
-        "![Accuracy against GFLOPs and against size](final_report.png)",
-        results_table(report, task),
+        f"![{title} against GFLOPs and against size](final_report.png)",
+        results_table(report),
         _definitions(report),
         _relative_section(report),
-        _confusion_section(report, task),
+        _confusion_section(report),
         _lineage_section(report),
         missing_section(report),
     ]
@@ -222,11 +262,14 @@ def build_markdown(report: Report, task: Task = SST2) -> str:
 
 
 def _setting(report: Report) -> str:
-    data, config = report["data"], report["config"]
+    data, config, task = report["data"], report["config"], report["task"]
+    labels = listed(task["labels"])
     machine = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
     return "\n".join(
         [
-            f"- Data: {data['name']}, validation set, n = {data['n']} ({data['source']})",
+            f"- Data: {data['name']}, validation set, n = {data['n']} ({data['source']}); {data['duplicates']} of its texts"
+            " are in the training data, too",
+            f"- Task: {task['name']}, {labels}; epochs are chosen by {task['metrics'][task['primary']]}",
             f"- Machine: {machine}, timed on {report['device']}",
             f"- Sequence lengths: {config['max_length']} at most for accuracy, {config['flops_sequence_length']} for"
             f" GFLOPs, {config['latency_sequence_length']} for latency and throughput (tokens)",
@@ -235,20 +278,23 @@ def _setting(report: Report) -> str:
     )
 
 
-def results_table(report: Report, task: Task = SST2) -> str:
+def results_table(report: Report) -> str:
     """Quality and cost of every model, one row each."""
-    return markdown_table(results_columns(report["config"]["flops_sequence_length"], task), report["models"])
+    columns = results_columns(report["config"]["flops_sequence_length"], report["task"])
+    return markdown_table(columns, report["models"])
 
 
 def _definitions(report: Report) -> str:
-    config = report["config"]
+    config, labels = report["config"], report["task"]["labels"]
+    of_one = f" F1 is that of {labels[1]}, macro F1 the mean over both labels." if len(labels) == 2 else ""
     return (
-        "Accuracy ± one binomial standard error. GFLOPs are counted on the model for one sequence, attention included;"
-        " 1 MAC = 2 FLOPs. Weight-only quantization does not change them: 4-bit weights become numbers again before"
-        " they are multiplied; what it changes is the size. A speed is that of its engine in the type it computes in:"
-        " compare 4-bit weights that are multiplied in bfloat16 with the baseline in bfloat16, not with float32."
-        " 1 MB = 10^6 bytes of weights in safetensors or ONNX. Latency at batch 1,"
-        " samples per second at batch"
+        f"Accuracy ± one binomial standard error.{of_one} GFLOPs are counted on the model for one sequence, attention"
+        " included; 1 MAC = 2 FLOPs. thop GMACs are what the tool of that name counts, the Linear layers without"
+        " attention's products: they are there to compare with figures made with it. Weight-only quantization changes"
+        " neither: 4-bit weights become numbers again before they are multiplied; what it changes is the size. A speed"
+        " is that of its engine in the type it computes in: compare 4-bit weights that are multiplied in bfloat16 with"
+        " the baseline in bfloat16, not with float32. 1 MB = 10^6 bytes of weights in safetensors or ONNX. Latency at"
+        " batch 1, samples per second at batch"
         f" {config['throughput_batch_size']}: median (10th–90th percentile) of {config['latency_repeats']} and"
         f" {config['throughput_repeats']} passes over full-length sequences, the models taking turns."
     )
@@ -260,15 +306,48 @@ def _relative_section(report: Report) -> str:
         return f"No comparison with {name}: it is missing."
     table = markdown_table(RELATIVE_COLUMNS, report["models"])
     reading = (
-        "Accuracy difference ± one standard error over the paired sentences; all else are ratios to the baseline."
+        "Accuracy difference ± one standard error over the paired rows; all else are ratios to the baseline."
         " Throughput ÷ MAC reduction compares the gain in throughput with the reduction in MACs: in one engine and"
         " type, 1 says that all of the saved arithmetic shows as speed."
     )
     return f"## Against {name}\n\n{table}\n\n{reading}"
 
 
-def _confusion_section(report: Report, task: Task) -> str:
-    return f"## Confusion matrices\n\n{markdown_table(confusion_columns(task.labels), report['models'])}"
+def _confusion_section(report: Report) -> str:
+    labels, entries = report["task"]["labels"], report["models"]
+    parts = ["## Confusion matrices"]
+    if len(labels) <= MATRIX_LABELS:
+        parts.append(markdown_table(confusion_columns(labels), entries))
+    else:
+        often = Column("Most frequent confusions (truth → prediction)", lambda one: frequent_confusions(one, labels))
+        parts.append(markdown_table([MODEL, often], entries, align="---"))
+    if len(labels) > 2:
+        parts += [f"![Confusion matrices]({CONFUSION_FILE})", *_classes(report)]
+    return "\n\n".join(parts)
+
+
+def _classes(report: Report) -> list[str]:
+    """A table of the classes' scores, a row per class and a column per checkpoint, and what it shows."""
+    labels, entries = report["task"]["labels"], checkpoints_in_pytorch(report)
+    scores = 100 * np.stack([class_scores(entry) for entry in entries], 1)  # [classes, models, 3]
+    sizes = np.sum(entries[0]["quality"]["confusion_matrix"], 1)
+    shown, reading = np.arange(len(labels)), "Precision / recall / F1 of each class in percent."
+    if len(labels) > LISTED_CLASSES:
+        shown = np.sort(np.argsort(scores[..., 2].mean(1), kind="stable")[:LISTED_CLASSES])
+        reading += f" Of {len(labels)} classes these have the lowest F1, averaged over the models."
+    rows = [
+        {"label": labels[place], "n": sizes[place], "scores": list(map(tuple, scores[place]))}
+        for place in shown.tolist()
+    ]
+    columns = [
+        Column("Class", at("label")),
+        Column("n", at("n")),
+        *(
+            Column(entry["name"], at("scores", place), "{:.1f} / {:.1f} / {:.1f}")
+            for place, entry in enumerate(entries)
+        ),
+    ]
+    return [markdown_table(columns, rows), reading]
 
 
 def _lineage_section(report: Report) -> str:
