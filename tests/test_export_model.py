@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import KEPT, bytes_tokenizer, load_script, save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
 from scripts import run_script
+from transformers import AutoConfig
 
 from compression.checkpoint import describe_stage, find_exports, identify, load_classifier, read_stage, save_checkpoint
 from compression.export.onnx import OnnxClassifier
@@ -69,6 +70,20 @@ def test_a_language_model_goes_to_llama_cpp(tmp_path):
     assert metrics["engine"] == "llama.cpp" and metrics["bytes"] == (folder / "gguf" / "model.gguf").stat().st_size
     assert metrics["logit_difference"] < 0.05 and "logit_difference" in said
     assert {"model.gguf", "config.json", "tokenizer.json"} <= set(files_in(folder / "gguf"))
+
+
+@pytest.mark.parametrize("make", [tiny_bert, tiny_distilbert])
+def test_label_names_go_through_pruning_quantization_and_export(make, tokenizer, tmp_path):
+    names = ["fresh", "rotten", "plot of a film"]
+    model = make(num_labels=3, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    save_checkpoint(tmp_path / "pruned", shrink(model, KEPT), tokenizer, describe_stage("pruned", {}, {}, {}, {}))
+    flags = ("--models_dir", tmp_path, "--output_dir", tmp_path / "packed", "--compute_dtype", "float32")
+    run_script("9_quantize_pruned_model.py", *flags)
+    export("--models_dir", tmp_path, "--precision", "nf4")
+    for folder in (tmp_path / "pruned", tmp_path / "packed", tmp_path / "packed" / "onnx"):
+        config = AutoConfig.from_pretrained(folder)
+        assert list(config.id2label.items()) == list(enumerate(names)) and config.label2id == model.config.label2id
+        assert "- Labels, from 0: `fresh`, `rotten`, `plot of a film`" in (folder / "README.md").read_text()
 
 
 def test_an_export_alone_gives_the_checkpoints_logits(exported, tokenizer, tmp_path):

@@ -191,6 +191,14 @@ def test_what_a_stage_makes(stage, about):
     assert about in kind_of(stage).about
 
 
+def test_the_tasks_own_metric_is_the_cards_and_names_that_say_nothing_are_not(classifier, tokenizer, tmp_path):
+    metrics = {"matthews_correlation": 0.5, "selection_matthews_correlation": 0.6, "matthews_correlation_before": 0.55}
+    stage = stage_of("pruned", classifier, metrics, DATA)
+    folder = save_checkpoint(tmp_path / "cola", shrink(tiny_bert(), KEPT), tokenizer, stage)
+    assert header_of(folder).metrics == ["matthews_correlation"] and "Labels" not in text_of(folder)
+    assert "| matthews_correlation | 0.5000 | 0.5500 |" in text_of(folder)
+
+
 def test_names_of_data_are_those_of_the_project():
     assert DATASETS[f"{SST2.name} (GLUE)"] == (REPOSITORY, "sst2")
     assert {name: DATASETS[name][0] for name in HUB} == {name: entry[0] for name, entry in HUB.items()}
