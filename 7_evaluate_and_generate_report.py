@@ -196,7 +196,7 @@ def main(config: EvaluationConfig) -> None:
     for model in MODELS_TO_EVALUATE:
         folders = find_all(config.models_dir, model.stage)
         if not folders:
-            missing.append({"name": model.name, "command": model.command})
+            missing.append({"name": model.name, "command": model.command_on(config.dataset)})
         for older, folder in enumerate(folders if config.every_pruned else folders[:1]):
             found[f"{model.name}, {folder.name}" if older else model.name] = folder
     if not found:

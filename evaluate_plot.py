@@ -111,7 +111,8 @@ def main(config: ComparisonConfig) -> None:
     found = {name: folder for name, folder in newest.items() if folder}
     if not found:
         raise UserError(
-            f"--models_dir {config.models_dir}: no model to compare; make the first with: {models[0].command}"
+            f"--models_dir {config.models_dir}: no model to compare; make the first with: "
+            f"{models[0].command_on(config.dataset)}"
         )
     if absent := [name for name, folder in newest.items() if not folder]:
         log.info("Not there, so not compared: %s", "; ".join(absent))

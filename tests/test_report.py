@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import KEPT, load_script, tiny_bert, tiny_distilbert
+from conftest import KEPT, WORDS, load_script, tiny_bert, tiny_distilbert
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.image import imread
 
 from compression.checkpoint import describe_stage, identify, read_stage, save_checkpoint
 from compression.classifier import report as report_module
+from compression.classifier.data import DatasetSettings
 from compression.classifier.metrics import describe_task
 from compression.classifier.models import BASELINE, EVALUATED, looks
 from compression.classifier.plots import (
@@ -337,6 +338,16 @@ def test_a_model_keeps_its_looks_whatever_else_there_is():
     assert next(looks(["none of them"])) not in list(zip(COLOURS, MARKERS, strict=True))
 
 
+def test_commands_name_the_data_where_their_script_reads_any():
+    assert EVALUATED[0].command_on(DatasetSettings()) == "python 1_finetune_teacher.py"
+    own = DatasetSettings(dataset="my data/x.csv", label_column="topic")
+    flags = " --dataset 'my data/x.csv' --label_column topic"
+    assert EVALUATED[0].command_on(own) == f"python 1_finetune_teacher.py{flags}"
+    for model in EVALUATED:
+        script = next(ROOT.glob(model.command.split()[1])).read_text()
+        assert model.reads_data == ("dataset" in script or "DataSettings" in script), model.name
+
+
 def test_the_models_are_told_apart():
     for what in ("stage", "name", "short_name", "command", "colour", "marker"):
         assert len({getattr(model, what) for model in EVALUATED}) == len(EVALUATED), what
@@ -379,13 +390,13 @@ def script():
 
 
 @pytest.fixture
-def data_dir(tmp_path):
+def dataset(tmp_path):
     folder = tmp_path / "sst2"
     folder.mkdir()
     for name in ("train.tsv", "dev.tsv"):
         rows = [f"{letter} a b{' c' * index}\t{index % 2}" for index, letter in enumerate("abcdefghijklmnopqrst")]
         (folder / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-    return folder
+    return DatasetSettings(data_dir=str(folder))
 
 
 @pytest.fixture
@@ -404,9 +415,9 @@ def models_dir(tmp_path, tokenizer):
     return folder
 
 
-def config_of(script, models_dir, data_dir, output_dir):
+def config_of(script, models_dir, dataset, output_dir):
     return script.EvaluationConfig(
-        data_dir=str(data_dir),
+        dataset=dataset,
         models_dir=models_dir,
         output_dir=output_dir,
         max_length=32,
@@ -418,8 +429,8 @@ def config_of(script, models_dir, data_dir, output_dir):
     )
 
 
-def test_script_measures_every_model_there_is(script, models_dir, data_dir, tmp_path):
-    config = config_of(script, models_dir, data_dir, tmp_path / "results")
+def test_script_measures_every_model_there_is(script, models_dir, dataset, tmp_path):
+    config = config_of(script, models_dir, dataset, tmp_path / "results")
     script.main(config)
     assert {path.name for path in (tmp_path / "results").iterdir()} == FILES
     report = json.loads((tmp_path / "results" / "final_report.json").read_text())
@@ -450,25 +461,46 @@ def test_script_measures_every_model_there_is(script, models_dir, data_dir, tmp_
         "Pruned + QKD-4bit (QAT)",
     ]
     markdown = (tmp_path / "results" / "final_report.md").read_text()
-    assert missing["command"] == "python 2_distill_student.py --variant soft_labels"
+    assert missing["command"] == f"python 2_distill_student.py --variant soft_labels --data_dir {tmp_path}/sst2"
     assert f"- {missing['name']}: `{missing['command']}`" in markdown
     assert all(f"| {model['name']} |" in markdown for model in report["models"])
 
 
-def test_script_without_any_model_names_the_first_command(script, data_dir, tmp_path):
+def test_script_without_any_model_names_the_first_command(script, dataset, tmp_path):
     with pytest.raises(UserError, match="no model.*python 1_finetune_teacher.py") as error:
-        script.main(config_of(script, tmp_path / "empty", data_dir, tmp_path / "results"))
+        script.main(config_of(script, tmp_path / "empty", dataset, tmp_path / "results"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
 
 
-def test_script_refuses_models_of_other_labels(script, models_dir, data_dir, tokenizer, tmp_path):
+def test_script_refuses_models_of_other_labels(script, models_dir, dataset, tokenizer, tmp_path):
     model = tiny_bert(id2label={0: "contradiction", 1: "entailment"})
     save_checkpoint(models_dir / "mine", model, tokenizer, describe_stage("teacher", {}, {}, {}, {}))
     pattern = "models_dir.*models/mine.*contradiction, entailment.*negative, positive.*--dataset"
     with pytest.raises(UserError, match=pattern) as error:
-        script.main(config_of(script, models_dir, data_dir, tmp_path / "results"))
+        script.main(config_of(script, models_dir, dataset, tmp_path / "results"))
     assert "\n" not in str(error.value) and not (tmp_path / "results").exists()
+
+
+def test_script_on_three_classes_of_a_users_own(script, tokenizer, tmp_path):
+    topics = dict(zip(WORDS, ["sport", "politics", "other"] * 8, strict=False))
+    rows = [f"{one} {two},{topic}" for one, topic in topics.items() for two in "abc"]
+    (tmp_path / "topics.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    names = {0: "other", 1: "politics", 2: "sport"}
+    about = describe_stage("student", {}, {}, {}, {"name": "topics.csv"})
+    model = tiny_distilbert(num_labels=3, id2label=names, label2id={name: place for place, name in names.items()})
+    save_checkpoint(tmp_path / "models" / "student", model, tokenizer, about)
+    dataset = DatasetSettings(dataset=str(tmp_path / "topics.csv"), validation_fraction=0.3)
+    script.main(config_of(script, tmp_path / "models", dataset, tmp_path / "results"))
+    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES | {"confusion_matrix.png"}
+    report = json.loads((tmp_path / "results" / "final_report.json").read_text())
+    assert report["task"]["labels"] == list(names.values()) and report["task"]["primary"] == "accuracy"
+    quality = report["models"][0]["quality"]
+    assert quality["roc_auc"] is None and 0 <= quality["f1_macro"] <= 1
+    assert [sum(counts) for counts in quality["confusion_matrix"]] == [7, 7, 7]
+    teacher = report["missing"][0]["command"]
+    assert teacher == f"python 1_finetune_teacher.py --dataset {tmp_path}/topics.csv --validation_fraction 0.3"
+    assert "| sport |" in (tmp_path / "results" / "final_report.md").read_text()
 
 
 def test_fast_preset_only_times_less(script):

@@ -1,9 +1,11 @@
 """The models that the report and the comparison show."""
 
+import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import cycle
 
+from compression.classifier.data import DatasetSettings
 from compression.plots import COLOURS, MARKERS, SPARE_MARKERS
 
 
@@ -17,6 +19,7 @@ class EvaluatedModel:
         short_name: in the comparison.
         command: what makes it.
         colour, marker: in figures, whatever else they show.
+        reads_data: whether the command takes the flags that name the data.
     """
 
     stage: str
@@ -25,6 +28,14 @@ class EvaluatedModel:
     command: str
     colour: str
     marker: str
+    reads_data: bool = True
+
+    def command_on(self, dataset: DatasetSettings) -> str:
+        """The command that makes it for this data."""
+        given = {field.name: str(getattr(dataset, field.name)) for field in fields(dataset)}
+        defaults = {field.name: str(field.default) for field in fields(dataset)}
+        flags = [f" --{name} {shlex.quote(value)}" for name, value in given.items() if value != defaults[name]]
+        return self.command + "".join(flags) * self.reads_data
 
     def names(self, checkpoint: str) -> bool:
         """Whether this is what a checkpoint is called by, or it with the checkpoint's folder behind it."""
@@ -64,6 +75,7 @@ EVALUATED = [
         " --output_dir models/student_quantized_model",
         colour=COLOURS[3],
         marker=MARKERS[3],
+        reads_data=False,
     ),
     EvaluatedModel(
         stage="pruned",
@@ -80,6 +92,7 @@ EVALUATED = [
         command="python 9_quantize_pruned_model.py",
         colour=COLOURS[5],
         marker=MARKERS[5],
+        reads_data=False,
     ),
     EvaluatedModel(
         stage="pruned_qkd4bit",

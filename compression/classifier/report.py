@@ -267,8 +267,8 @@ def _setting(report: Report) -> str:
     machine = ", ".join(f"{name} {value}" for name, value in report["environment"].items())
     return "\n".join(
         [
-            f"- Data: {data['name']}, validation set, n = {data['n']} ({data['source']}); {data['duplicates']} of its texts"
-            " are in the training data, too",
+            f"- Data: {data['name']}, validation set, n = {data['n']} ({data['source']}); {data['duplicates']} of its"
+            " texts are in the training data, too",
             f"- Task: {task['name']}, {labels}; epochs are chosen by {task['metrics'][task['primary']]}",
             f"- Machine: {machine}, timed on {report['device']}",
             f"- Sequence lengths: {config['max_length']} at most for accuracy, {config['flops_sequence_length']} for"
