@@ -96,8 +96,9 @@ BASES = {
     LLM_PACKAGE.name: Base(LLM, "apache-2.0"),
 }
 """By the name in `source.json`: what the default names are called today, and what the embedded packages hold."""
+GLUE = ("SST-2", "CoLA", "MRPC", "QQP", "MNLI", "QNLI", "RTE", "WNLI")
 DATASETS = {
-    "SST-2 (GLUE)": ("nyu-mll/glue", "sst2"),
+    **{f"{task} (GLUE)": ("nyu-mll/glue", task.lower().replace("-", "")) for task in GLUE},
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank"),

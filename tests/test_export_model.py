@@ -158,7 +158,7 @@ def test_the_report_has_a_row_for_each_engine_and_type(exported, tmp_path):
     lengths = dict.fromkeys(("max_length", "flops_sequence_length", "latency_sequence_length"), 16)
     repeats = dict(latency_repeats=2, throughput_repeats=2, throughput_batch_size=2)
     places = dict(data_dir=str(tmp_path / "data"), models_dir=exported, output_dir=tmp_path / "results")
-    script.main(script.EvaluationConfig(**places, **lengths, **repeats))
+    script.main(script.EvaluationConfig.make(**places, **lengths, **repeats))
     report = json.loads((tmp_path / "results" / "final_report.json").read_text())
     engines = {entry["name"]: (entry["engine"]["name"], entry["engine"]["type"]) for entry in report["models"]}
     assert engines == {

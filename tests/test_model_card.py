@@ -22,8 +22,7 @@ from compression.checkpoint import (
     save_checkpoint,
     save_folder,
 )
-from compression.classifier.glue import REPOSITORY
-from compression.classifier.tasks import SST2
+from compression.classifier.glue import GLUE, REPOSITORY
 from compression.hub import Publishing
 from compression.integrity import RUN_FILE, SOURCE_FILE, seal, verify
 from compression.lineage import public
@@ -200,7 +199,8 @@ def test_the_tasks_own_metric_is_the_cards_and_names_that_say_nothing_are_not(cl
 
 
 def test_names_of_data_are_those_of_the_project():
-    assert DATASETS[f"{SST2.name} (GLUE)"] == (REPOSITORY, "sst2")
+    for name, task in GLUE.items():
+        assert DATASETS[f"{task.name} (GLUE)"] == (REPOSITORY, name)
     assert {name: DATASETS[name][0] for name in HUB} == {name: entry[0] for name, entry in HUB.items()}
 
 

@@ -85,6 +85,8 @@ def config_of(case, world, target):
         known["teacher"] = None
     if case == "soft labels":
         known["variant"] = "soft_labels"
+    if "validation_fraction" in config_class().as_dict():
+        known["dataset"] = "sst2"
     fields = {key: value for key, value in known.items() if key in config_class().as_dict()}
     fields[flag] = target / "figures.json" if flag == "output_file" else target
     return script, config_class.make(**fields)
