@@ -48,7 +48,7 @@ from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.offload import Placement, offload_of, put_offloaded
 from compression.outputs import Output, exports_of, is_export, some
 from compression.runtime import UserError, fingerprint, log, processes, relative_path, shown
-from compression.structures import DECODERS
+from compression.structures import DECODERS, positions_of, unsupported
 from compression.weights import MAX_SHARD_SIZE, Shards, check_finite
 
 # A model, its tokenizer, and which weights did not fit.
@@ -293,7 +293,7 @@ def require_language_model(
         flag, command: for the error text, see `require_type`.
         quantized: whether it may be a quantized one.
     """
-    require_type(folder, flag, command, DECODERS, "is no supported language model; allowed are")
+    require_type(folder, flag, command, DECODERS)
     if not quantized:
         require_unquantized(folder, flag)
 
@@ -309,12 +309,11 @@ def is_language_model(folder: Path) -> bool:
     return read_object(Path(folder) / "config.json").get("model_type") in DECODERS
 
 
-def require_type(folder: Path, flag: str, command: str, families: Collection[str], refusal: str) -> dict[str, Any]:
+def require_type(folder: Path, flag: str, command: str, families: Collection[str]) -> dict[str, Any]:
     """The config of a checkpoint that is there and of one of these model types.
 
     Args:
         flag, command: what names the folder, and what makes it, for the error text.
-        refusal: of a model of another type, before the list of those allowed.
 
     Raises:
         UserError: there is none, or of another type.
@@ -323,9 +322,7 @@ def require_type(folder: Path, flag: str, command: str, families: Collection[str
     config = read_object(Path(folder) / "config.json")
     model_type = config.get("model_type")
     if model_type not in families:
-        raise UserError(
-            f"{flag} {folder}: model type {model_type!r} {refusal} {', '.join(sorted(families))}; name another folder"
-        )
+        raise UserError(f"{flag} {folder}: {unsupported(model_type, families)}; name another folder")
     return config
 
 
@@ -502,7 +499,7 @@ def check_positions(model: PreTrainedModel, flag: str, length: int) -> None:
     Args:
         flag: what asks for them, without its dashes. length: tokens of a text.
     """
-    positions = model.config.max_position_embeddings
+    positions = positions_of(model.config)
     if length > positions:
         raise UserError(f"--{flag} {length}: allowed is at most {positions}, the model's positions")
 

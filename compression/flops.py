@@ -1,17 +1,18 @@
 """Multiply-accumulates (MACs) and parameters, counted on the model as it is.
 
 1 MAC = 2 FLOPs, and every figure states its sequence length: attention grows with the square of it. Counted are the
-matrix products, which are nearly all of a transformer's arithmetic: Linear layers, QK^T and AV. LayerNorm, softmax,
-activations and biases are not counted.
+matrix products, which are nearly all of a transformer's arithmetic: Linear layers, QK^T and AV, and where a model has
+them the products with a table of relative positions and a convolution (DeBERTa). LayerNorm, softmax, activations and
+biases are not counted. Attention to a window of the text (ModernBERT) counts as attention to all of it: that is what
+eager attention computes.
 """
 
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from compression.hooks import evaluation_mode, hooked
 from compression.modeling import PackedEmbedding
 from compression.runtime import UserError
-from compression.structures import LayerParts, layers_of
+from compression.structures import LayerParts, positions_of
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class MacCount:
     sequence_length: int
     batch_size: int
     linear: int
-    """Linear layers of the encoder."""
+    """Linear layers of the encoder (DeBERTa: and its convolution)."""
     attention: int
-    """QK^T and AV."""
+    """QK^T and AV (DeBERTa: and the products with relative positions)."""
     classifier: int
-    """Linear layers outside the encoder: pooler and classification head."""
+    """Linear layers outside the encoder: pooler, classification head, and where embeddings are of another width than
+    the encoder (ELECTRA, DeBERTa) what projects them."""
 
     @property
     def encoder(self) -> int:
@@ -74,34 +76,34 @@ def count_macs(model: PreTrainedModel, sequence_length: int, batch_size: int = 1
     Raises:
         UserError: the model has no positions for sequences that long, or is of an unknown architecture.
     """
-    positions = getattr(model.config, "max_position_embeddings", sequence_length)
+    positions = positions_of(model.config)
     if not 1 <= sequence_length <= positions:
         raise UserError(f"sequence length {sequence_length}: allowed is 1 to {positions} for this model")
     ids = torch.zeros(batch_size, sequence_length, dtype=torch.long, device=model.device)
     macs: Counter[nn.Module] = Counter()
     counter = FlopCounterMode(display=False)
-    with _eager_attention(model), evaluation_mode(model), _count_linears(model, macs), torch.no_grad(), counter as seen:
+    with _eager_attention(model), evaluation_mode(model), _count_layers(model, macs), torch.no_grad(), counter as seen:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
     flops = {name: sum(by_operator.values()) for name, by_operator in seen.get_flop_counts().items()}
-    in_linears = sum(flops.get(f"{type(model).__name__}.{name}", 0) for name, m in model.named_modules() if m in macs)
-    # A matrix product outside every Linear layer is attention's: QK^T or AV.
-    attention = (flops["Global"] - in_linears) // 2
-    # An adapter's matrices are inside the layer that it adapts.
-    linears = (linear for layer in layers_of(model) for linear in layer.linears())
-    linear = sum(macs[module] for linear in linears for module in linear.modules())
+    named = {name: module for name, module in model.named_modules() if module in macs}
+    # A matrix product outside every layer of these is attention's.
+    attention = (flops["Global"] - sum(flops.get(f"{type(model).__name__}.{name}", 0) for name in named)) // 2
+    linear = sum(macs[module] for name, module in named.items() if part_of(f"{name}.weight") == "encoder")
     return MacCount(sequence_length, batch_size, linear, attention, macs.total() - linear)
 
 
 @contextmanager
-def _count_linears(model: nn.Module, macs: Counter[nn.Module]) -> Iterator[None]:
-    """Count Linear layers by what goes through them: FlopCounterMode knows no operator of a quantized layer."""
+def _count_layers(model: nn.Module, macs: Counter[nn.Module]) -> Iterator[None]:
+    """Count Linear layers and convolutions by what goes through them: FlopCounterMode knows no operator of a quantized
+    layer."""
 
-    def count(linear: nn.Linear, inputs: tuple[Tensor, ...], _: Any) -> None:
-        macs[linear] += inputs[0].numel() * linear.out_features
+    def count(layer: nn.Linear | nn.Conv1d, _: tuple[Tensor, ...], outputs: Tensor) -> None:
+        inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()
+        macs[layer] += outputs.numel() * inputs
 
-    linears = (module for module in model.modules() if isinstance(module, nn.Linear))
-    with hooked(linear.register_forward_hook(count) for linear in linears):
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d))
+    with hooked(layer.register_forward_hook(count) for layer in layers):
         yield
 
 
@@ -119,14 +121,28 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def encoder_macs_formula(layers: Sequence[LayerParts], sequence_length: int) -> int:
-    """MACs of the encoder for one sequence, from the shapes of its Linear layers.
+    """MACs of the layers for one sequence, from the shapes of their Linear modules.
 
     S * weights + 2 * S^2 * heads * head_size per layer: each weight is used once per token, and QK^T and AV take
-    S * S * head_size MACs each per head.
+    S * S * head_size MACs each per head. With a table of P relative positions (DeBERTa; He et al. 2021) there are P *
+    weights of the projections that serve it, and S * P * head_size for each head and kind of product with it.
     """
-    weights = sum(linear.in_features * linear.out_features for layer in layers for linear in layer.linears())
-    attended = sum(layer.query_heads * layer.head_size for layer in layers)
-    return sequence_length * weights + 2 * sequence_length**2 * attended
+    return sum(_layer_macs(layer, sequence_length) for layer in layers)
+
+
+def _layer_macs(layer: LayerParts, length: int) -> int:
+    def weights(linears: Iterable[nn.Linear]) -> int:
+        return sum(linear.in_features * linear.out_features for linear in linears)
+
+    attended = layer.query_heads * layer.head_size
+    products = 2 * length**2 * attended
+    positions = layer.positions
+    if positions is None:
+        return length * weights(layer.linears()) + products
+    of_positions = [rows.module for rows in (layer.attention[:2] if positions.shared else layer.attention[3:])]
+    of_tokens = [linear for linear in layer.linears() if positions.shared or linear not in of_positions]
+    products += length * positions.rows * positions.products * attended
+    return length * weights(of_tokens) + positions.rows * weights(of_positions) + products
 
 
 def count_thop(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:
@@ -185,6 +201,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 
 def part_of(parameter_name: str) -> str:
     """The part of the model that a parameter belongs to: embeddings, encoder or head."""
-    if re.search(r"\blayers?\.\d+\.", parameter_name):
+    # What is no layer in DeBERTa's encoder: a convolution, and the norm of its table of positions.
+    if re.search(r"\blayers?\.\d+\.|\bencoder\.(conv|LayerNorm)\.", parameter_name):
         return "encoder"
     return "embeddings" if "embed" in parameter_name else "head"

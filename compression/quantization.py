@@ -22,7 +22,7 @@ QuantType = Literal["nf4", "fp4"]
 Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 DEFAULT_EMBEDDING_BITS = 4
-EMBEDDINGS = re.compile(r"\b(word|position)_embeddings$")
+EMBEDDINGS = re.compile(r"\b(word|position|tok)_embeddings$")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def encoder_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def embedding_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
-    """The word and position tables by name."""
+    """The word and position tables by name; DeBERTa's relative positions are multiplied with, not looked up."""
     return {name: module for name, module in model.named_modules() if EMBEDDINGS.search(name)}
 
 

@@ -7,7 +7,7 @@ channel is a row of the gated MLP's gate and up and a column of its down. Per-st
 as one tensor per layer, by kind.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compression.modeling.pruned_encoder import LAYOUTS
 from compression.runtime import UserError
 
 HEADS, NEURONS = ENCODER_KINDS = ("heads", "neurons")
@@ -41,26 +42,10 @@ class Family:
     """None: the config says it (`head_dim`)."""
     norms: tuple[str, ...] = ()
     """Norms over the queries or the keys of all heads together: a structure has its share of their weights."""
+    behind_padding: bool = False
+    """Whether positions are counted from behind the padding token's id."""
 
 
-BERT = Family(
-    kinds=ENCODER_KINDS,
-    layers="base_model.encoder.layer",
-    attention=("attention.self.query", "attention.self.key", "attention.self.value"),
-    o="attention.output.dense",
-    ffn=("intermediate.dense",),
-    down="output.dense",
-    head_size="attention.self.attention_head_size",
-)
-DISTILBERT = Family(
-    kinds=ENCODER_KINDS,
-    layers="base_model.transformer.layer",
-    attention=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-    o="attention.out_lin",
-    ffn=("ffn.lin1",),
-    down="ffn.lin2",
-    head_size="attention.attention_head_size",
-)
 DECODER = Family(
     kinds=DECODER_KINDS,
     layers="base_model.layers",
@@ -69,10 +54,22 @@ DECODER = Family(
     ffn=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
 )
-ENCODERS = {"bert": BERT, "pruned_bert": BERT, "distilbert": DISTILBERT, "pruned_distilbert": DISTILBERT}
+# Their paths stand where the pruned models are built: in a file that travels alone.
+ENCODERS = {
+    f"{prefix}{name}": Family(kinds=ENCODER_KINDS, **vars(layout))
+    for name, layout in LAYOUTS.items()
+    for prefix in ("", "pruned_")
+}
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 DECODERS = {f"{prefix}{name}": DECODER for name in _LLAMA_LIKE for prefix in ("", "pruned_")}
 FAMILIES = ENCODERS | DECODERS
+# Why not, where there is more to say than that a model type is not among the supported ones.
+REFUSED = {
+    "albert": "its layers share their weights, so none of them could have sizes of its own",
+    "deberta": "its layout is another than that of DeBERTa v2 and v3 (deberta-v2)",
+    "mpnet": "all its layers share a table of positions by heads, so they could not have different ones",
+    "t5": "it is an encoder with a decoder",
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,27 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class RelativePositions:
+    """The table of relative positions that DeBERTa's attention computes with beside the tokens."""
+
+    rows: int
+    products: int
+    """Of each head, with queries (content to position), with keys (position to content)."""
+    shared: bool
+    """Whether the projections of queries and keys serve the table too; else it has its own behind those of values."""
+
+    @classmethod
+    def of(cls, config: Any) -> "RelativePositions | None":
+        """What a config says of it; None: the architecture has no such table, or this model does not use it."""
+        if not getattr(config, "relative_attention", False):
+            return None
+        longest = config.max_relative_positions if config.max_relative_positions > 0 else config.max_position_embeddings
+        buckets = getattr(config, "position_buckets", -1)
+        products = len({"c2p", "p2c"}.intersection(config.pos_att_type or ()))
+        return cls(2 * (buckets if buckets > 0 else longest), products, getattr(config, "share_att_key", False))
+
+
+@dataclass(frozen=True)
 class LayerParts:
     """The modules of one layer's structures; where the layer's attention or FFN was removed, none of it.
 
@@ -115,6 +133,7 @@ class LayerParts:
     norms: tuple[Rows, ...] = ()
     biased: bool = False
     """Whether an output projection has a bias, which stays also where the attention or FFN was removed."""
+    positions: RelativePositions | None = None
 
     @property
     def query_heads(self) -> int:
@@ -196,6 +215,17 @@ class LayerParts:
         return [linear for linear in parts if linear is not None]
 
 
+def unsupported(model_type: Any, families: Collection[str] = FAMILIES) -> str:
+    """What to say of a model type that is none of these: why, and which are.
+
+    Args:
+        families: the supported types; the pruned forms among them go without saying.
+    """
+    why = f": {REFUSED[model_type]}" if model_type in REFUSED else ""
+    dense = sorted(name for name in families if not name.startswith("pruned_"))
+    return f"model type {model_type!r} is not supported here{why}; supported: {', '.join(dense)}"
+
+
 def family_of(model: nn.Module, families: dict[str, Family] = FAMILIES) -> Family:
     """The architecture's layout.
 
@@ -205,8 +235,15 @@ def family_of(model: nn.Module, families: dict[str, Family] = FAMILIES) -> Famil
     config: Any = model.config
     model_type: str = config.model_type
     if model_type not in families:
-        raise UserError(f"model type '{model_type}' is not supported here; supported: {', '.join(sorted(families))}")
+        raise UserError(unsupported(model_type, families))
     return families[model_type]
+
+
+def positions_of(config: Any) -> int:
+    """How many tokens of a text a model has positions for."""
+    family = FAMILIES.get(config.model_type)
+    taken = config.pad_token_id + 1 if family and family.behind_padding else 0
+    return config.max_position_embeddings - taken
 
 
 def layers_of(model: nn.Module) -> list[LayerParts]:
@@ -226,7 +263,8 @@ def _parts(family: Family, layer: nn.Module, model: nn.Module) -> LayerParts:
     attention = tuple(_attention_rows(layer, family, o))
     norms = tuple(Rows(norm, (len(norm.weight),)) for norm in _found(layer, family.norms))
     ffn = tuple(_ffn_rows(layer, family, down))
-    return LayerParts(family.kinds, attention, o, ffn, down, head_size, norms, biased)
+    positions = RelativePositions.of(model.config)
+    return LayerParts(family.kinds, attention, o, ffn, down, head_size, norms, biased, positions)
 
 
 def _attention_rows(layer: nn.Module, family: Family, o: nn.Linear | None) -> Iterator[Rows]:

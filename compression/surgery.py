@@ -29,7 +29,7 @@ def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedM
     """Build the physically smaller classifier.
 
     Args:
-        model: a BERT or DistilBERT classifier, dense or already pruned; it is left as it is.
+        model: a classifier of a supported encoder family, dense or already pruned; it is left as it is.
         kept: for heads and neurons one bool tensor [structures] per layer, True where the structure stays.
 
     Returns:

@@ -282,5 +282,5 @@ def test_unsupported_architecture_writes_nothing(models, common, tmp_path):
     before = sorted(models.iterdir())
     result = run_command_line(PRUNE, *common, "--student_path", tmp_path / "gpt2", expect=2)
     assert len(result.stderr.strip().splitlines()) == 1
-    assert "model type 'gpt2' is not supported here; supported: bert, distilbert" in result.stderr
+    assert "model type 'gpt2' is not supported here; supported: bert, camembert, deberta-v2" in result.stderr
     assert sorted(models.iterdir()) == before

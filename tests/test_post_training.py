@@ -353,7 +353,7 @@ def training_flags(folder):
     ("script", "flags", "message"),
     [
         (TRAIN, "--pruned_model nowhere", "--pruned_model nowhere: no checkpoint there; make it with: python run_gl"),
-        (TRAIN, "--pruned_model {}/bert", "bert: model type 'bert' is no supported language model; allowed are llama"),
+        (TRAIN, "--pruned_model {}/bert", "bert: model type 'bert' is not supported here; supported: "),
         (TRAIN, "--pruned_model {}/quantized", "quantized: is quantized already; name the model it was made from"),
         (TRAIN, "--dataset none.json", "--dataset none.json: no such file; allowed is a file or one of wikitext2, ptb"),
         (TRAIN, "--dataset wiki", "--dataset wiki: no such file; allowed is a file or one of wikitext2, ptb, c4"),
@@ -391,7 +391,7 @@ def training_flags(folder):
         (MERGE, "--pruned_model nowhere", "--pruned_model nowhere: no checkpoint there"),
         (MERGE, "--lora_dir nowhere", "--lora_dir nowhere: no adapter there (no adapter_config.json); make it with"),
         (MERGE, "--pruned_model {}/dense", "the adapter does not fit the model ("),
-        (MERGE, "--pruned_model {}/bert", "model type 'bert' is no supported language model"),
+        (MERGE, "--pruned_model {}/bert", "model type 'bert' is not supported here"),
         (MERGE, "--output_dir {}/pruned", "pruned: is an input of this run; name another place"),
         (EVALUATE, "--run_evaluation efficiency", "--eval_length 16: allowed is at least 32"),
         (EVALUATE, "--lora_dir nowhere", "--lora_dir nowhere: no adapter there"),

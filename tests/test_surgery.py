@@ -72,7 +72,7 @@ def test_gradient_reaches_pruned_columns_until_frozen(tiny_model, batch):
 
 def test_unsupported_architecture_names_the_supported_ones(batch):
     config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, pad_token_id=0)
-    with pytest.raises(UserError, match="'gpt2' is not supported here; supported: bert, distilbert"):
+    with pytest.raises(UserError, match="'gpt2' is not supported here; supported: bert, camembert, deberta-v2"):
         add_masks(GPT2ForSequenceClassification(config))
 
 

@@ -88,7 +88,7 @@ def require_classifier(folder: Path, flag: str, command: str) -> None:
     Args:
         flag, command: what names the folder, and what makes it, for the error text.
     """
-    require_type(folder, flag, command, ENCODERS, "is not supported here; supported:")
+    require_type(folder, flag, command, ENCODERS)
 
 
 class Stage:

@@ -35,6 +35,7 @@ from compression.formats import TABLE_FORMATS, block_scales
 from compression.modeling import PackedEmbedding
 from compression.quantization import compute_in_fp32, encoder_linears, with_packed_tables
 from compression.runtime import UserError
+from compression.structures import positions_of
 
 MODEL_FILE = "model.onnx"
 OPSET = 20
@@ -459,7 +460,7 @@ def check_onnx(
         UserError: it is larger than rounding where the weights are the same, or a logit is not finite.
     """
     compute_in_fp32(model)
-    longest = min(CHECKED_TOKENS, model.config.max_position_embeddings)
+    longest = min(CHECKED_TOKENS, positions_of(model.config))
     rows = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] for text in TEXTS]
     batches = [pad({"input_ids": rows}, some, tokenizer.pad_token_id) for some in (list(range(len(rows))), [0])]
     exported = OnnxClassifier(folder, torch.get_num_threads())

@@ -24,13 +24,9 @@ __all__ = ["CLASSES", "PackedEmbedding", "add_modeling_code", "fix_4bit_layers",
 
 # Configuration -> the model's classes, by the Auto class that finds them.
 CLASSES: dict[type[PretrainedConfig], dict[type[Any], type[PreTrainedModel]]] = {
-    pruned_encoder.PrunedBertConfig: {
-        AutoModel: pruned_encoder.PrunedBertModel,
-        AutoModelForSequenceClassification: pruned_encoder.PrunedBertForSequenceClassification,
-    },
-    pruned_encoder.PrunedDistilBertConfig: {
-        AutoModel: pruned_encoder.PrunedDistilBertModel,
-        AutoModelForSequenceClassification: pruned_encoder.PrunedDistilBertForSequenceClassification,
+    **{
+        config: {AutoModel: base, AutoModelForSequenceClassification: classifier}
+        for config, (base, classifier) in pruned_encoder.CLASSES.items()
     },
     **{
         config: {AutoModel: base, AutoModelForCausalLM: language_model}

@@ -1,13 +1,18 @@
-"""BERT and DistilBERT whose layers differ in width. Self-contained: needs torch and transformers only.
+"""Encoders whose layers differ in width. Self-contained: needs torch and transformers only.
 
 The dense model's sizes stay in the config; `per_layer_config` says what each layer has instead, for example
 `{"3": {"num_attention_heads": 6, "intermediate_size": 1024}}`. Heads keep the dense model's size, `head_size`, so the
 attention of a pruned layer is `num_attention_heads * head_size` wide, less than `hidden_size`.
+
+A family is an entry of `LAYOUTS`, three classes, and an entry of `CLASSES`.
 """
 
 import copy
 import math
+from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
+from typing import Any
 
 import torch
 import transformers
@@ -22,23 +27,88 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    CamembertConfig,
+    CamembertForSequenceClassification,
+    CamembertModel,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DebertaV2Model,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    ElectraModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaModel,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+    XLMRobertaModel,
 )
-from transformers.models.bert.modeling_bert import (
-    BertEmbeddings,
-    BertEncoder,
-    BertLayer,
-    BertPooler,
-    BertPreTrainedModel,
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a stock model keeps its layers, and a layer its Linear modules (dotted paths)."""
+
+    layers: str
+    attention: tuple[str, ...]
+    """Those whose rows belong to heads, an equal share to each."""
+    o: str
+    """The one whose columns do."""
+    ffn: tuple[str, ...]
+    """Those whose rows belong to neurons."""
+    down: str
+    """The one whose columns do."""
+    head_size: str
+    """The attention's attribute that says how wide a head is."""
+    behind_padding: bool = False
+    """Whether positions are counted from behind the padding token's id."""
+
+
+BERT = Layout(
+    layers="base_model.encoder.layer",
+    attention=("attention.self.query", "attention.self.key", "attention.self.value"),
+    o="attention.output.dense",
+    ffn=("intermediate.dense",),
+    down="output.dense",
+    head_size="attention.self.attention_head_size",
 )
-from transformers.models.distilbert.modeling_distilbert import (
-    DistilBertPreTrainedModel,
-    Embeddings,
-    Transformer,
-    TransformerBlock,
+ROBERTA = replace(BERT, behind_padding=True)
+DEBERTA = replace(
+    BERT, attention=tuple(f"attention.self.{name}_proj" for name in ("query", "key", "value", "pos_key", "pos_query"))
 )
+DISTILBERT = Layout(
+    layers="base_model.transformer.layer",
+    attention=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+    o="attention.out_lin",
+    ffn=("ffn.lin1",),
+    down="ffn.lin2",
+    head_size="attention.attention_head_size",
+)
+MODERNBERT = Layout(
+    layers="base_model.layers",
+    attention=("attn.Wqkv",),
+    o="attn.Wo",
+    ffn=("mlp.Wi",),
+    down="mlp.Wo",
+    head_size="attn.head_dim",
+)
+# By the stock model type.
+LAYOUTS = {
+    "bert": BERT,
+    "camembert": ROBERTA,
+    "deberta-v2": DEBERTA,
+    "distilbert": DISTILBERT,
+    "electra": BERT,
+    "modernbert": MODERNBERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+}
 
 
 class PackedEmbedding(nn.Module):
@@ -71,9 +141,10 @@ class PackedEmbedding(nn.Module):
 
 def pack_embeddings(embeddings, bits):
     """Give a model's embeddings empty packed tables, for the weights of a checkpoint."""
-    for name in ("word_embeddings", "position_embeddings"):
-        table = getattr(embeddings, name)
-        setattr(embeddings, name, PackedEmbedding(table.num_embeddings, table.embedding_dim, bits))
+    for name in ("word_embeddings", "position_embeddings", "tok_embeddings"):
+        table = getattr(embeddings, name, None)
+        if table is not None:
+            setattr(embeddings, name, PackedEmbedding(table.num_embeddings, table.embedding_dim, bits))
 
 
 def fix_4bit_layers(model, *_):
@@ -104,78 +175,97 @@ def forward_4bit(layer, input):
     return nn.functional.linear(input.to(dtype), weight.view(layer.out_features, -1), bias).to(input.dtype)
 
 
-def stock_config(config, index):
-    """What a stock layer is built from: a layer's config with the dense model's heads, which fill the hidden size."""
-    layer_config = copy.copy(config.per_layer_config[index])
-    layer_config.num_attention_heads = config.hidden_size // config.head_size
-    return layer_config
+def dense_config(config):
+    """The config of the dense model, which has all layers alike."""
+    dense = copy.copy(config)
+    dense.per_layer_config = None
+    return dense
 
 
-def narrow_linears(config, heads):
-    """Query, key, value and output projections of so many heads."""
-    width = heads * config.head_size
-    return *(nn.Linear(config.hidden_size, width) for _ in range(3)), nn.Linear(width, config.hidden_size)
+def narrow(layer, rows, columns, kept, whole):
+    """Give a dense layer new Linear modules, in which it has `kept` of its `whole` heads or neurons."""
+    for path in rows:
+        parent, _, name = path.rpartition(".")
+        if hasattr(layer.get_submodule(parent), name):
+            linear = layer.get_submodule(path)
+            layer.set_submodule(path, resized(linear, linear.in_features, linear.out_features * kept // whole))
+    linear = layer.get_submodule(columns)
+    layer.set_submodule(columns, resized(linear, linear.in_features * kept // whole, linear.out_features))
 
 
+def resized(linear, inputs, outputs):
+    return nn.Linear(inputs, outputs, bias=linear.bias is not None)
+
+
+class Pruned:
+    """A stock model, bare or a classifier, whose layers were made narrower."""
+
+    def __init__(self: Any, config, *inputs, **options):
+        dense, layout = dense_config(config), LAYOUTS[config.model_type.removeprefix("pruned_")]
+        super().__init__(dense, *inputs, **options)  # type: ignore[call-arg]  # of the stock class
+        config._attn_implementation = dense._attn_implementation
+        base = self.base_model
+        self.config = base.config = config
+        for layer, sizes in zip(attrgetter(layout.layers)(self), config.per_layer_config, strict=True):
+            heads, neurons = sizes.num_attention_heads, sizes.intermediate_size
+            narrow(layer, layout.attention, layout.o, heads, dense.num_attention_heads)
+            narrow(layer, layout.ffn, layout.down, neurons, dense.intermediate_size)
+            attention = layer.get_submodule(layout.head_size.rpartition(".")[0])
+            # Which attention kernel to use is asked of the whole model's config, where it can be changed.
+            attention.config = config
+            counts = {"num_attention_heads": heads, "n_heads": heads, "all_head_size": heads * config.head_size}
+            for name in counts.keys() & vars(attention).keys():
+                setattr(attention, name, counts[name])
+        if config.embedding_bits < 32:
+            pack_embeddings(base.embeddings, config.embedding_bits)
+        base.register_forward_pre_hook(fix_4bit_layers)
+        self.post_init()
+
+
+# A config of a pruned model has `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`.
 class PrunedBertConfig(BertConfig):
-    """BertConfig plus `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`."""
-
     model_type = "pruned_bert"
     head_size: int = 64
     embedding_bits: int = 32
 
 
-class PrunedBertLayer(BertLayer):
-    def __init__(self, config, index):
-        super().__init__(stock_config(config, index), index)
-        heads, attention = config.per_layer_config[index].num_attention_heads, self.attention.self
-        # Which attention kernel to use is asked of the whole model's config, where it can be changed.
-        attention.config = config
-        attention.num_attention_heads, attention.all_head_size = heads, heads * config.head_size
-        linears = narrow_linears(config, heads)
-        attention.query, attention.key, attention.value, self.attention.output.dense = linears
-
-
-class PrunedBertEncoder(BertEncoder):
-    def __init__(self, config):
-        nn.Module.__init__(self)
-        self.config = config
-        self.layer = nn.ModuleList(PrunedBertLayer(config, index) for index in range(config.num_hidden_layers))
-
-
-class PrunedBertModel(BertModel):
+class PrunedBertModel(Pruned, BertModel):
     config_class = PrunedBertConfig
 
-    def __init__(self, config, add_pooling_layer=True):
-        BertPreTrainedModel.__init__(self, config)
-        self.config = config
-        self.gradient_checkpointing = False
-        self.embeddings = BertEmbeddings(config)
-        if config.embedding_bits < 32:
-            pack_embeddings(self.embeddings, config.embedding_bits)
-        self.encoder = PrunedBertEncoder(config)
-        self.pooler = BertPooler(config) if add_pooling_layer else None
-        self.register_forward_pre_hook(fix_4bit_layers)
-        self.post_init()
 
-
-class PrunedBertForSequenceClassification(BertForSequenceClassification):
+class PrunedBertForSequenceClassification(Pruned, BertForSequenceClassification):
     config_class = PrunedBertConfig
 
-    def __init__(self, config):
-        BertPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.config = config
-        self.bert = PrunedBertModel(config)
-        dropout = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+
+class PrunedCamembertConfig(CamembertConfig):
+    model_type = "pruned_camembert"
+    head_size: int = 64
+    embedding_bits: int = 32
+
+
+class PrunedCamembertModel(Pruned, CamembertModel):
+    config_class = PrunedCamembertConfig
+
+
+class PrunedCamembertForSequenceClassification(Pruned, CamembertForSequenceClassification):
+    config_class = PrunedCamembertConfig
+
+
+class PrunedDebertaV2Config(DebertaV2Config):
+    model_type = "pruned_deberta-v2"
+    head_size: int = 64
+    embedding_bits: int = 32
+
+
+class PrunedDebertaV2Model(Pruned, DebertaV2Model):
+    config_class = PrunedDebertaV2Config
+
+
+class PrunedDebertaV2ForSequenceClassification(Pruned, DebertaV2ForSequenceClassification):
+    config_class = PrunedDebertaV2Config
 
 
 class PrunedDistilBertConfig(DistilBertConfig):
-    """DistilBertConfig plus `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`."""
-
     model_type = "pruned_distilbert"
     attribute_map = DistilBertConfig.attribute_map | {"intermediate_size": "hidden_dim"}
     head_size: int = 64
@@ -191,44 +281,78 @@ class PrunedDistilBertConfig(DistilBertConfig):
         return super().to_dict() | {name: getattr(self, name) for name in names}
 
 
-class PrunedDistilBertBlock(TransformerBlock):
-    def __init__(self, config, index):
-        super().__init__(stock_config(config, index))
-        heads, attention = config.per_layer_config[index].num_attention_heads, self.attention
-        attention.config = config  # as in BERT's layers
-        attention.n_heads = heads
-        attention.q_lin, attention.k_lin, attention.v_lin, attention.out_lin = narrow_linears(config, heads)
-
-
-class PrunedDistilBertTransformer(Transformer):
-    def __init__(self, config):
-        nn.Module.__init__(self)
-        self.n_layers = config.n_layers
-        self.layer = nn.ModuleList(PrunedDistilBertBlock(config, index) for index in range(config.n_layers))
-        self.gradient_checkpointing = False
-
-
-class PrunedDistilBertModel(DistilBertModel):
+class PrunedDistilBertModel(Pruned, DistilBertModel):
     config_class = PrunedDistilBertConfig
 
-    def __init__(self, config):
-        DistilBertPreTrainedModel.__init__(self, config)
-        self.embeddings = Embeddings(config)
-        if config.embedding_bits < 32:
-            pack_embeddings(self.embeddings, config.embedding_bits)
-        self.transformer = PrunedDistilBertTransformer(config)
-        self.register_forward_pre_hook(fix_4bit_layers)
-        self.post_init()
 
-
-class PrunedDistilBertForSequenceClassification(DistilBertForSequenceClassification):
+class PrunedDistilBertForSequenceClassification(Pruned, DistilBertForSequenceClassification):
     config_class = PrunedDistilBertConfig
 
-    def __init__(self, config):
-        DistilBertPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
-        self.distilbert = PrunedDistilBertModel(config)
-        self.pre_classifier = nn.Linear(config.dim, config.dim)
-        self.classifier = nn.Linear(config.dim, config.num_labels)
-        self.dropout = nn.Dropout(config.seq_classif_dropout)
-        self.post_init()
+
+class PrunedElectraConfig(ElectraConfig):
+    model_type = "pruned_electra"
+    head_size: int = 64
+    embedding_bits: int = 32
+
+
+class PrunedElectraModel(Pruned, ElectraModel):
+    config_class = PrunedElectraConfig
+
+
+class PrunedElectraForSequenceClassification(Pruned, ElectraForSequenceClassification):
+    config_class = PrunedElectraConfig
+
+
+class PrunedModernBertConfig(ModernBertConfig):
+    model_type = "pruned_modernbert"
+    head_size: int = 64
+    embedding_bits: int = 32
+
+
+class PrunedModernBertModel(Pruned, ModernBertModel):
+    config_class = PrunedModernBertConfig
+
+
+class PrunedModernBertForSequenceClassification(Pruned, ModernBertForSequenceClassification):
+    config_class = PrunedModernBertConfig
+
+
+class PrunedRobertaConfig(RobertaConfig):
+    model_type = "pruned_roberta"
+    head_size: int = 64
+    embedding_bits: int = 32
+
+
+class PrunedRobertaModel(Pruned, RobertaModel):
+    config_class = PrunedRobertaConfig
+
+
+class PrunedRobertaForSequenceClassification(Pruned, RobertaForSequenceClassification):
+    config_class = PrunedRobertaConfig
+
+
+class PrunedXLMRobertaConfig(XLMRobertaConfig):
+    model_type = "pruned_xlm-roberta"
+    head_size: int = 64
+    embedding_bits: int = 32
+
+
+class PrunedXLMRobertaModel(Pruned, XLMRobertaModel):
+    config_class = PrunedXLMRobertaConfig
+
+
+class PrunedXLMRobertaForSequenceClassification(Pruned, XLMRobertaForSequenceClassification):
+    config_class = PrunedXLMRobertaConfig
+
+
+# Configuration -> the bare model's class and the classifier's.
+CLASSES = {
+    PrunedBertConfig: (PrunedBertModel, PrunedBertForSequenceClassification),
+    PrunedCamembertConfig: (PrunedCamembertModel, PrunedCamembertForSequenceClassification),
+    PrunedDebertaV2Config: (PrunedDebertaV2Model, PrunedDebertaV2ForSequenceClassification),
+    PrunedDistilBertConfig: (PrunedDistilBertModel, PrunedDistilBertForSequenceClassification),
+    PrunedElectraConfig: (PrunedElectraModel, PrunedElectraForSequenceClassification),
+    PrunedModernBertConfig: (PrunedModernBertModel, PrunedModernBertForSequenceClassification),
+    PrunedRobertaConfig: (PrunedRobertaModel, PrunedRobertaForSequenceClassification),
+    PrunedXLMRobertaConfig: (PrunedXLMRobertaModel, PrunedXLMRobertaForSequenceClassification),
+}
