@@ -25,6 +25,7 @@ from compression.runtime import UserError, first_line, log, processes, shown
 from compression.sources import (
     LLM,
     LLM_FOLDER,
+    SENTENCEPIECE,
     STUDENT,
     STUDENT_FOLDER,
     TEACHER,
@@ -34,7 +35,7 @@ from compression.sources import (
     read_source,
     source_record,
 )
-from compression.structures import DECODERS
+from compression.structures import DECODERS, ENCODERS, unsupported
 
 MODEL_FILES = [
     "config.json",
@@ -49,6 +50,7 @@ MODEL_FILES = [
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    *SENTENCEPIECE,
     "chat_template.jinja",
 ]
 PROBE_SECONDS = 4.0
@@ -63,8 +65,9 @@ class Role:
     model_types: tuple[str, ...]
 
 
-TEACHER_ROLE = Role("teacher", TEACHER, ("bert", "distilbert"))
-STUDENT_ROLE = Role("student", STUDENT, ("bert", "distilbert"))
+_DENSE_ENCODERS = tuple(name for name in ENCODERS if not name.startswith("pruned_"))
+TEACHER_ROLE = Role("teacher", TEACHER, _DENSE_ENCODERS)
+STUDENT_ROLE = Role("student", STUDENT, _DENSE_ENCODERS)
 LLM_ROLE = Role("base_model", LLM, tuple(DECODERS))
 
 
@@ -188,7 +191,7 @@ def _check_model(role: Role, folder: Path) -> None:
 def _check_model_type(role: Role, label: str, folder: Path) -> None:
     found = read_object(folder / "config.json").get("model_type")
     if found not in role.model_types:
-        raise UserError(f"{label}: model_type {found!r} is not supported; allowed: {', '.join(role.model_types)}")
+        raise UserError(f"{label}: {unsupported(found, role.model_types)}")
 
 
 def _copy_model(given: Path, folder: Path) -> None:

@@ -44,14 +44,16 @@ def pad(inputs: dict[str, list[list[int]]], rows: list[int], pad_token_id: int) 
 def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a model takes of a batch, on the batch's device: all but the labels, its loss is computed outside of it.
 
-    Token types go to the architectures that have them (BERT), not to the others (DistilBERT).
+    Token types go to the models that tell several apart (BERT), not to the others (DistilBERT, RoBERTa).
 
     Args:
         model: may be wrapped for several processes.
     """
     whole: nn.Module = getattr(model, "module", model)
-    takes = inspect.signature(whole.forward).parameters
-    return {name: tensor for name, tensor in batch.items() if name in takes and name != "labels"}
+    takes = inspect.signature(whole.forward).parameters.keys() - {"labels"}
+    if getattr(getattr(whole, "config", None), "type_vocab_size", 2) < 2:
+        takes -= {"token_type_ids"}
+    return {name: tensor for name, tensor in batch.items() if name in takes}
 
 
 def batches(encoded: TrainingData, batch_size: int, pad_token_id: int) -> Iterator[dict[str, Tensor]]:

@@ -48,6 +48,7 @@ from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.offload import Placement, offload_of, put_offloaded
 from compression.outputs import Output, exports_of, is_export, some
 from compression.runtime import UserError, fingerprint, log, processes, relative_path, shown
+from compression.sources import missing_tokenizer
 from compression.structures import DECODERS, positions_of, unsupported
 from compression.weights import MAX_SHARD_SIZE, Shards, check_finite
 
@@ -517,8 +518,8 @@ def _check_folder(folder: Path, tokenizer: bool = True) -> dict[str, Any]:
     restore_replaced(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no checkpoint there (no config.json); name a folder that a stage has written")
-    if tokenizer and not any((folder / name).exists() for name in ("tokenizer.json", "vocab.txt")):
-        raise UserError(f"{folder}: has no tokenizer (tokenizer.json or vocab.txt); save it beside the model")
+    if tokenizer and (missing := missing_tokenizer(folder)):
+        raise UserError(f"{folder}: has no {missing}; save the tokenizer beside the model")
     verify(folder)
     return read_object(folder / "config.json")
 

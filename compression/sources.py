@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ TEACHER, TEACHER_FOLDER = "bert-base-uncased", MODELS / "bert-local"
 STUDENT, STUDENT_FOLDER = "distilbert-base-uncased", MODELS / "distilbert-local"
 LLM, LLM_FOLDER = "HuggingFaceTB/SmolLM2-135M-Instruct", MODELS / "llm-local"
 SENTIMENT_FOLDER, GLUE_FOLDER = ROOT / "sst2_data", ROOT / "glue_data"
+# What a tokenizer is loaded from: one of these sets of files, or with the package sentencepiece one of its models.
+TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))
+SENTENCEPIECE = ("spm.model", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 def describe_source(folder: Path) -> str:
@@ -29,8 +33,8 @@ def missing_file(folder: Path) -> str | None:
     """The first file that a model folder lacks, None for a complete one."""
     if not (folder / "config.json").is_file():
         return "config.json"
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.txt").is_file():
-        return "tokenizer.json"
+    if missing := missing_tokenizer(folder):
+        return missing
     index = folder / "model.safetensors.index.json"
     shards = {"model.safetensors"}
     if index.is_file():
@@ -39,6 +43,18 @@ def missing_file(folder: Path) -> str | None:
             raise UserError(f"{index}: `weight_map` does not give a file for each weight; fetch the model again")
         shards = set(weight_map.values())
     return next((shard for shard in sorted(shards) if not (folder / shard).is_file()), None)
+
+
+def missing_tokenizer(folder: Path) -> str | None:
+    """The file that a model folder lacks for its tokenizer to load, and why; None where it has what it takes."""
+    if any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):
+        return None
+    found = next((name for name in SENTENCEPIECE if (folder / name).is_file()), None)
+    if found is None:
+        return "tokenizer.json"
+    if find_spec("sentencepiece") is None:
+        return f"tokenizer.json (with {found} alone the package sentencepiece is needed, which is not installed)"
+    return None
 
 
 def read_source(folder: Path) -> dict[str, Any] | None:

@@ -81,11 +81,7 @@ def measure_latency(
         By name: {"latency": median, p10, p90 in milliseconds; "throughput": the same in samples per second}, with
         batch size, sequence length and number of repeats beside them.
     """
-    vocabulary = min(model.config.vocab_size for model in models.values())
-    generator = torch.Generator().manual_seed(seed)
-    shape = (throughput_batch_size, sequence_length)
-    ids = torch.randint(vocabulary, shape, generator=generator).to(device)
-
+    ids = _random_ids(models, (throughput_batch_size, sequence_length), seed).to(device)
     one = interleaved_times(_forwards(models, ids[:1]), latency_repeats, device, untimed=1)
     many = interleaved_times(_forwards(models, ids), throughput_repeats, device)
     stated = {"sequence_length": sequence_length}
@@ -117,8 +113,7 @@ def measure_generation(
     Returns:
         By name: {"prefill": median, p10, p90 in tokens per second; "decode": the same}, with lengths and repeats.
     """
-    vocabulary = min(model.config.vocab_size for model in models.values())
-    ids = torch.randint(vocabulary, (1, prompt_length), generator=torch.Generator().manual_seed(seed)).to(device)
+    ids = _random_ids(models, (1, prompt_length), seed).to(device)
     caches = {name: model(ids, use_cache=True, logits_to_keep=1).past_key_values for name, model in models.items()}
 
     def prefill(model: PreTrainedModel) -> None:
@@ -142,6 +137,15 @@ def measure_generation(
         }
         for name in models
     }
+
+
+def _random_ids(models: Mapping[str, PreTrainedModel], shape: tuple[int, int], seed: int) -> torch.Tensor:
+    """Token ids that all models know and none takes for padding, of which RoBERTa makes no position."""
+    configs = [model.config for model in models.values()]
+    known = torch.arange(min(config.vocab_size for config in configs))
+    padding = [config.pad_token_id for config in configs if config.pad_token_id is not None]
+    known = known[~torch.isin(known, torch.tensor(padding, dtype=known.dtype))]
+    return known[torch.randint(len(known), shape, generator=torch.Generator().manual_seed(seed))]
 
 
 def _forwards(models: Mapping[str, PreTrainedModel], ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
