@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from compression.hooks import evaluation_mode
 from compression.offload import States, offload_of
 from compression.runtime import UserError
-from compression.structures import DECODERS, family_of
+from compression.structures import DECODERS, family_of, output_bias
 
 CHECKED_TOKENS = 8
 # Models whose layout was checked.
@@ -25,19 +25,19 @@ _checked: WeakSet[nn.Module] = WeakSet()
 
 
 class Decoder:
-    """A language model of LLaMA's layout, dense or pruned.
+    """A language model, dense or pruned.
 
-    Each layer adds two branches to the state [windows, length, hidden], one after the other: state + attention(norm),
-    then state + mlp(norm). Behind the last layer come a norm and the head. Another layout is a subclass.
+    Each layer adds two branches to the state [windows, length, hidden], one after the other: state + attention, then
+    state + mlp. Each branch may have a norm before and one behind its attention or MLP, and be multiplied with a
+    number. Behind the last layer come a norm and the head, whose logits may be divided and capped.
+    `structures.Family` says what of this a model has.
 
     Args:
         model: its layout is taken for granted here; `decoder_of` checks it.
     """
 
-    layer_parts = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
-
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        self.model, self.family = model, family_of(model, DECODERS)
         self.body: Any = model.model
         self.offload = offload_of(model)
 
@@ -74,17 +74,37 @@ class Decoder:
     def embeddings(self) -> nn.Module:
         return self.body.embed_tokens
 
+    @property
+    def layer_parts(self) -> set[str]:
+        """Names of the modules of a layer."""
+        return {name for part, around in self.family.around.items() for name in (part, *around) if name is not None}
+
     def attention_branch(self, layer: Any, state: Tensor, options: dict[str, Any]) -> Tensor:
         """What a layer's attention adds to the state that enters the layer.
 
         Args:
             options: the layer's own, see `first_input`.
         """
-        return layer.self_attn(hidden_states=layer.input_layernorm(state), **options)[0]
+        before, _ = self.family.around["self_attn"]
+        return self._added(
+            layer, "self_attn", layer.self_attn(hidden_states=_passed(layer, before, state), **options)[0]
+        )
 
     def mlp_branch(self, layer: Any, state: Tensor) -> Tensor:
         """What a layer's MLP adds to the state behind its attention."""
-        return layer.mlp(layer.post_attention_layernorm(state))
+        before, _ = self.family.around["mlp"]
+        return self._added(layer, "mlp", layer.mlp(_passed(layer, before, state)))
+
+    def constant(self, layer: Any, kind: str) -> Tensor | float:
+        """What a layer's attention or MLP adds to the state when all its structures are gone: [hidden], or nothing."""
+        bias = output_bias(layer, self.family, kind)
+        return 0.0 if bias is None else self._added(layer, self.family.path(kind).partition(".")[0], bias)
+
+    def _added(self, layer: Any, part: str, given: Tensor) -> Tensor:
+        """What is added to the state of what an attention or MLP gives."""
+        _, behind = self.family.around[part]
+        passed = _passed(layer, behind, given)
+        return passed if self.family.multiplier is None else passed * getattr(layer, self.family.multiplier)
 
     def norm(self, state: Tensor) -> Tensor:
         """The final norm."""
@@ -93,7 +113,16 @@ class Decoder:
     def logits(self, states: Tensor) -> Tensor:
         """The head, [..., hidden] behind the final norm -> [..., vocabulary]."""
         head: Any = self.model.lm_head
-        return head(states)
+        logits = head(states)
+        if (divisor := self._field(self.family.divisor)) is not None:
+            logits = logits / divisor
+        if (cap := self._field(self.family.cap)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _field(self, name: str | None) -> Any:
+        """A field of the config; None where the family has none of the kind."""
+        return None if name is None else getattr(self.model.config, name)
 
     def final_states(self, ids: Tensor) -> Tensor:
         """The model's own states [windows, length, hidden] behind the final norm, for token ids [windows, length]."""
@@ -127,8 +156,14 @@ class Decoder:
             return self.model(input_ids=ids, use_cache=False).logits
 
     def share_tables(self, other: "Decoder") -> None:
-        """Take over the rotary tables of another model, which are in no state dict."""
-        self.body.rotary_emb = other.body.rotary_emb
+        """Take over what is in no state dict from another model of the same weights: rotary tables, and what
+        embeddings are multiplied with."""
+        self.body.rotary_emb, self.body.embed_tokens = other.body.rotary_emb, other.body.embed_tokens
+
+
+def _passed(layer: Any, name: str | None, values: Tensor) -> Tensor:
+    """Values behind a module of a layer, if there is one."""
+    return values if name is None else getattr(layer, name)(values)
 
 
 class _InputRecorder(nn.Module):
@@ -148,7 +183,6 @@ def decoder_of(model: PreTrainedModel) -> Decoder:
     Raises:
         UserError: an architecture that is not supported, or a model that does not have the layout its type stands for.
     """
-    family_of(model, DECODERS)
     decoder = Decoder(model)
     if model not in _checked:
         check_layout(decoder)
@@ -185,7 +219,7 @@ def check_layout(decoder: Decoder) -> None:
         if not _same(decoder.final_states(ids), decoder.norm(state)):
             _refuse(model, "its final states are not its layers, one after the other, and the final norm")
         if not _same(decoder.logits_without_layers(ids), decoder.logits(decoder.norm(first))):
-            _refuse(model, "its logits are not those of the head alone (are they capped or scaled?)")
+            _refuse(model, "its logits are not those of the head (are they capped or scaled otherwise?)")
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
@@ -198,5 +232,5 @@ def _refuse(model: PreTrainedModel, what: str) -> NoReturn:
     name = getattr(model, "name_or_path", "") or type(model).__name__
     raise UserError(
         f"{name} (model type '{model.config.model_type}') cannot be pruned or analysed here: {what}; allowed are "
-        f"models that compute as LLaMA does, of type {', '.join(sorted(DECODERS))}"
+        f"models that compute as their type does, of {', '.join(sorted(DECODERS))}"
     )

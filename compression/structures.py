@@ -8,13 +8,14 @@ as one tensor per layer, by kind.
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compression.modeling.pruned_decoder import BEFORE, BEHIND, BOTH, DROPOUT, Around
 from compression.modeling.pruned_encoder import LAYOUTS
 from compression.runtime import UserError
 
@@ -44,6 +45,23 @@ class Family:
     """Norms over the queries or the keys of all heads together: a structure has its share of their weights."""
     behind_padding: bool = False
     """Whether positions are counted from behind the padding token's id."""
+    around: Around = field(default_factory=dict)
+    """Of a decoder's attention and MLP: what the state passes before it and what it gives passes behind it."""
+    multiplier: str | None = None
+    """A decoder layer's attribute: what attention and MLP give is multiplied with it."""
+    divisor: str | None = None
+    """A field of a decoder's config: logits are divided by it."""
+    cap: str | None = None
+    """A field of a decoder's config: what no logit exceeds, by tanh; None there: they are not capped."""
+
+    def path(self, kind: str) -> str:
+        """Where a layer has the output projection of a kind's structures."""
+        return self.o if kind == self.kinds[0] else self.down
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of all Linear modules with structures."""
+        return tuple(path.rpartition(".")[2] for path in (*self.attention, self.o, *self.ffn, self.down))
 
 
 DECODER = Family(
@@ -53,23 +71,46 @@ DECODER = Family(
     o="self_attn.o_proj",
     ffn=("mlp.gate_proj", "mlp.up_proj"),
     down="mlp.down_proj",
+    around=BEFORE,
 )
+GRANITE = replace(DECODER, multiplier="residual_multiplier", divisor="logits_scaling")
+GEMMA = replace(DECODER, around=BOTH, cap="final_logit_softcapping")
+OLMO2 = replace(DECODER, around=BEHIND, norms=("self_attn.q_norm", "self_attn.k_norm"))
+PHI3 = replace(DECODER, attention=("self_attn.qkv_proj",), ffn=("mlp.gate_up_proj",), around=DROPOUT)
 # Their paths stand where the pruned models are built: in a file that travels alone.
 ENCODERS = {
     f"{prefix}{name}": Family(kinds=ENCODER_KINDS, **vars(layout))
     for name, layout in LAYOUTS.items()
     for prefix in ("", "pruned_")
 }
-_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-DECODERS = {f"{prefix}{name}": DECODER for name in _LLAMA_LIKE for prefix in ("", "pruned_")}
+_DENSE_DECODERS = {
+    "llama": DECODER,
+    "mistral": DECODER,
+    "qwen2": DECODER,
+    "qwen3": DECODER,
+    "smollm3": DECODER,
+    "granite": GRANITE,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "phi3": PHI3,
+    "olmo2": OLMO2,
+}
+DECODERS = {f"{prefix}{name}": family for name, family in _DENSE_DECODERS.items() for prefix in ("", "pruned_")}
 FAMILIES = ENCODERS | DECODERS
+_MIXTURES = (
+    *("afmoe", "dbrx", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "flex_olmo", "glm4_moe"),
+    *("gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "jamba", "jetmoe", "lfm2_moe"),
+    *("llama4", "llama4_text", "longcat_flash", "minimax", "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe"),
+    *("qwen3_5_moe", "qwen3_moe", "qwen3_next"),
+)
 # Why not, where there is more to say than that a model type is not among the supported ones.
 REFUSED = {
     "albert": "its layers share their weights, so none of them could have sizes of its own",
     "deberta": "its layout is another than that of DeBERTa v2 and v3 (deberta-v2)",
     "mpnet": "all its layers share a table of positions by heads, so they could not have different ones",
     "t5": "it is an encoder with a decoder",
-}
+    "gemma3": "it takes pictures too; save its text part, whose model type is gemma3_text, and name that",
+} | dict.fromkeys(_MIXTURES, "it is a mixture of experts, and these are not supported")
 
 
 @dataclass(frozen=True)
@@ -298,10 +339,9 @@ def _bias(layer: nn.Module, path: str) -> nn.Parameter | None:
     return (attrgetter(path.rpartition(".")[0])(layer) if projection is None else projection).bias
 
 
-def output_bias(layer: nn.Module, kind: str) -> Tensor | float:
-    """What a decoder layer's attention or MLP adds to the residual stream when all its structures are gone."""
-    bias = _bias(layer, DECODER.o if kind == GROUPS else DECODER.down)
-    return 0.0 if bias is None else bias
+def output_bias(layer: nn.Module, family: Family, kind: str) -> nn.Parameter | None:
+    """The bias of the output projection of a layer's attention or FFN, also where its structures are gone."""
+    return _bias(layer, family.path(kind))
 
 
 def spread(kept: Tensor, width: int) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import (
 from compression.checkpoint import write_description
 from compression.decoder import Decoder, decoder_of
 from compression.modeling import pruned_classes
-from compression.modeling.pruned_decoder import remove_attention, remove_mlp
+from compression.modeling.pruned_decoder import remove, set_heads
 from compression.offload import LayerWriter, offload_of, put_offloaded
 from compression.runtime import UserError
 from compression.structures import DECODER_KINDS, ENCODER_KINDS, GROUPS, LayerParts, head_dim, layers_of, spread
@@ -129,13 +129,25 @@ def _cut_layers(decoder: Decoder, kept: dict[str, list[Tensor]], before: Callabl
 
 def _cut_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:
     # What is taken out may be mapped from a file: nothing must refer to it behind this.
-    layer, parts = decoder.layers[index], layers_of(decoder.model)[index]
+    layer, parts, family = decoder.layers[index], layers_of(decoder.model)[index], decoder.family
     for kind, stays in kept.items():
         if parts.count(kind):
             if stays.any():
-                shrink_layer(parts, {kind: stays})
+                shrink_decoder_layer(decoder, index, {kind: stays})
             else:
-                (remove_attention if kind == GROUPS else remove_mlp)(layer)
+                remove(layer, family.path(kind).partition(".")[0], family.around)
+
+
+def shrink_decoder_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:
+    """Cut one layer down in place: it computes on, in the stock class too, with fewer heads of one ratio.
+
+    Args:
+        kept: for some or all kinds a bool tensor [structures], True where the structure stays; some of each kind must.
+    """
+    shrink_layer(layers_of(decoder.model)[index], kept)
+    parts = layers_of(decoder.model)[index]
+    if parts.groups:
+        set_heads(decoder.layers[index].self_attn, decoder.model.config, parts.query_heads, parts.groups)
 
 
 def _drop_empty_layers(decoder: Decoder) -> list[int]:
@@ -215,8 +227,9 @@ def _rebuild(model: PreTrainedModel, config: PretrainedConfig, model_class: type
 def _decoder_values(model: PreTrainedModel, stay: list[int] | range) -> dict[str, Any]:
     """The values of a dense config with these of its layers."""
     values = _plain_values(model.config)
-    if values.get("layer_types"):
-        values["layer_types"] = [values["layer_types"][index] for index in stay]
+    for name in ("layer_types", "no_rope_layers"):  # an entry for each layer
+        if values.get(name):
+            values[name] = [values[name][index] for index in stay]
     return values | {"num_hidden_layers": len(stay), "head_dim": head_dim(model.config)}
 
 
@@ -239,7 +252,7 @@ def _plain_values(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def shrink_layer(parts: LayerParts, kept: dict[str, Tensor]) -> None:
-    """Cut one layer down in place: its attention computes on, in the stock class too, with fewer heads of one ratio.
+    """Cut the weights of one layer down in place.
 
     Args:
         kept: for some or all kinds a bool tensor [structures], True where the structure stays.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -321,7 +321,18 @@ def masked(model: PreTrainedModel, kept: Kept) -> Iterator[None]:
 def _mask_hooks(model: PreTrainedModel, kept: Kept) -> Iterator[RemovableHandle]:
     for index, parts in enumerate(layers_of(model)):
         for kind in DECODER_KINDS:
-            if parts.count(kind) and not kept[kind][index].all():
+            stays = kept[kind][index]
+            if parts.count(kind) and not stays.all():
                 outer = parts.split(kind)[1]
-                columns = spread(kept[kind][index], outer.in_features)
+                columns = spread(stays, outer.in_features)
                 yield outer.register_forward_pre_hook(lambda _, given, columns=columns: given[0] * columns.to(given[0]))
+                if parts.is_attention(kind) and stays.any():
+                    for rows in parts.norms:
+                        yield from _norm_hooks(rows.module, rows.spread(stays))
+
+
+def _norm_hooks(norm: nn.Module, stays: Tensor) -> Iterator[RemovableHandle]:
+    """Let an RMS norm divide by the mean square of these of its values alone, bool [width]; the others become zero."""
+    factor = (len(stays) / int(stays.sum())) ** 0.5
+    yield norm.register_forward_pre_hook(lambda _, given: given[0] * (factor * stays.to(given[0])))
+    yield norm.register_forward_hook(lambda _, __, output: output / factor)

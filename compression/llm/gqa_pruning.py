@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.allocation import all_but_least, largest_ratio, split_budget, spread_rates
-from compression.decoder import decoder_of
+from compression.decoder import Decoder, decoder_of
 from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
 from compression.llm.score_passes import score_layer
@@ -26,7 +26,7 @@ from compression.llm.text import CalibrationText
 from compression.offload import LayerWriter, Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of
-from compression.surgery import shrink_layer, stock_group_counts, to_pruned, write_pruned_description
+from compression.surgery import shrink_decoder_layer, stock_group_counts, to_pruned, write_pruned_description
 
 SWEEP = "model_of_sweep_"
 """The beginning of the names of an offloaded model's smaller forms, one for each sweep."""
@@ -120,7 +120,7 @@ def _keep(model: PreTrainedModel, layer: int, kind: str, kept: Tensor) -> None:
     if len(kept) and not kept.any():
         raise ValueError(f"layer {layer}: at least one of its {kind} has to stay")
     if not kept.all():
-        shrink_layer(parts, {kind: kept})
+        shrink_decoder_layer(Decoder(model), layer, {kind: kept})
 
 
 # Rates of the layers.

@@ -10,7 +10,7 @@ from compression.decoder import Decoder, decoder_of
 from compression.llm.layerwise import LayerStream, streams
 from compression.llm.perplexity import exp_of_mean, token_losses
 from compression.runtime import sum_over_processes
-from compression.structures import CHANNELS, GROUPS, output_bias
+from compression.structures import CHANNELS, GROUPS
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def _without(part: str, decoder: Decoder, layer: nn.Module, state: Tensor, optio
     if part == "mlp":
         state = state + decoder.attention_branch(layer, state, options)
     else:
-        state = state + output_bias(layer, GROUPS)
+        state = state + decoder.constant(layer, GROUPS)
     if part == "attention":
         return state + decoder.mlp_branch(layer, state)
-    return state + output_bias(layer, CHANNELS)
+    return state + decoder.constant(layer, CHANNELS)

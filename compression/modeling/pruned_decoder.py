@@ -1,11 +1,12 @@
-"""LLaMA-class decoders whose layers differ in width or lack a part. Self-contained: needs torch and transformers only.
+"""Decoders whose layers differ in width or lack a part. Self-contained: needs torch and transformers only.
 
 The dense model's sizes stay in the config; `per_layer_config` says what each layer has instead, for example
 `{"3": {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024}, "5": {"skip": ["attention"]}}`.
 Heads keep the dense model's size, `head_dim`. Of a skipped part nothing is there but the bias of its output projection,
-where the dense model has one; the norm before it is gone too.
+where the dense model has one, with the norm behind it; the norms around it are gone else.
 """
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -19,29 +20,65 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 14):
     raise ImportError(f"pruned_decoder.py needs transformers 5.14 or newer, found {found}: pip install -U transformers")
 
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     MistralModel,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo2Model,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3Model,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
 )
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer
+
+# Names of what the state passes on its way into a layer's attention and MLP, and what they give on its way out.
+Around = dict[str, tuple[str | None, str | None]]
+BEFORE: Around = {"self_attn": ("input_layernorm", None), "mlp": ("post_attention_layernorm", None)}
+BEHIND: Around = {"self_attn": (None, "post_attention_layernorm"), "mlp": (None, "post_feedforward_layernorm")}
+BOTH: Around = {
+    "self_attn": ("input_layernorm", "post_attention_layernorm"),
+    "mlp": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+DROPOUT: Around = {
+    "self_attn": ("input_layernorm", "resid_attn_dropout"),
+    "mlp": ("post_attention_layernorm", "resid_mlp_dropout"),
+}
 
 
 class Removed(nn.Module):
-    """In the place of a removed part: adds to the residual stream the bias of its output projection, if it had one."""
+    """In the place of a removed part: gives the bias of its output projection, if it had one."""
 
     def __init__(self, projection):
         super().__init__()
@@ -83,30 +120,75 @@ class NoMLP(Removed):
         super().__init__(mlp.down_proj)
 
 
-def remove_attention(layer):
-    """Take a layer's attention out, and the norm before it."""
-    layer.input_layernorm, layer.self_attn = nn.Identity(), NoAttention(layer.self_attn)
+# As `skip` names them.
+PARTS = {"attention": "self_attn", "mlp": "mlp"}
+REMOVED = {"self_attn": NoAttention, "mlp": NoMLP}
 
 
-def remove_mlp(layer):
-    """Take a layer's MLP out, and the norm before it."""
-    layer.post_attention_layernorm, layer.mlp = nn.Identity(), NoMLP(layer.mlp)
+def remove(layer, part, around):
+    """Take a layer's attention or MLP out, and what is around it; but what a bias passes stays with it.
+
+    Args:
+        part: self_attn or mlp.
+        around: names of what is before and behind each part.
+    """
+    left, (before, behind) = REMOVED[part](getattr(layer, part)), around[part]
+    setattr(layer, part, left)
+    for name in (before, behind if left.bias is None else None):
+        if name is not None:
+            setattr(layer, name, nn.Identity())
 
 
-def pruned_layers(config, layer_class):
+class AttentionConfig:
+    """The whole model's config, but for the numbers of heads of one layer, which some read when they compute.
+
+    Which attention kernel to use is asked of the whole model's config, where it can be changed.
+    """
+
+    def __init__(self, whole, heads, groups):
+        self.__dict__.update(whole=whole, num_attention_heads=heads, num_key_value_heads=groups)
+
+    def __getattr__(self, name):
+        if name == "whole":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+
+def set_heads(attention, config, heads, groups):
+    """Tell an attention its numbers of query heads and key-value heads.
+
+    Args:
+        config: the whole model's.
+    """
+    attention.config = AttentionConfig(config, heads, groups)
+    if hasattr(attention, "num_key_value_heads"):
+        attention.num_key_value_heads = groups
+
+
+def pruned_layers(config, layer_class, around):
     """The layers that a config describes."""
     layers = nn.ModuleList()
     for index, layer_config in enumerate(config.per_layer_config):
         layer = layer_class(layer_config, index)
-        # Which attention kernel to use is asked of the whole model's config, where it can be changed.
-        layer.self_attn.config = config
-        skip = getattr(layer_config, "skip", ())
-        if "attention" in skip:
-            remove_attention(layer)
-        if "mlp" in skip:
-            remove_mlp(layer)
+        set_heads(layer.self_attn, config, layer_config.num_attention_heads, layer_config.num_key_value_heads)
+        for skipped in getattr(layer_config, "skip", ()):
+            remove(layer, PARTS[skipped], around)
         layers.append(layer)
     return layers
+
+
+def dense_config(config):
+    """The dense model's config: a copy without what is said of single layers."""
+    dense = copy.deepcopy(config)
+    dense.per_layer_config = None
+    return dense
+
+
+def without_layers(config):
+    """The config that a stock constructor makes everything but the layers from."""
+    dense = dense_config(config)
+    dense.num_hidden_layers = 0  # what else has an entry for each layer stays
+    return dense
 
 
 # These two functions are those of pruned_encoder.py: each file travels alone.
@@ -138,47 +220,45 @@ def forward_4bit(layer, input):
     return nn.functional.linear(input.to(dtype), weight.view(layer.out_features, -1), bias).to(input.dtype)
 
 
+class PrunedConfig:
+    def validate(self):
+        """Check the dense model's fields, but not that its number of heads divides the hidden size: see `head_dim`."""
+        PreTrainedConfig.validate(dense_config(self))  # type: ignore[attr-defined]
+
+
 class PrunedModel:
-    """What the stock models' constructors do, with layers that differ."""
+    """A stock model, all but its layers; these are in the place of none."""
+
+    around = BEFORE
 
     def __init__(self: Any, config):
-        PreTrainedModel.__init__(self, config)
-        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = pruned_layers(config, self.layer_class)
-        self.norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = self.rotary_class(config=config)
-        self.gradient_checkpointing = False
-        self.has_sliding_layers = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        super().__init__(without_layers(config))  # type: ignore[call-arg]
+        config._attn_implementation = self.config._attn_implementation
+        self.config = config
+        self.layers = pruned_layers(config, self.layer_class, self.around)
         if getattr(config, "quantization_config", None) is not None:
             self.register_forward_pre_hook(fix_4bit_layers)
         self.post_init()
 
 
 class PrunedForCausalLM:
-    """What the stock language models' constructors do."""
+    """A stock language model, all but the model under its head."""
 
     def __init__(self: Any, config):
-        PreTrainedModel.__init__(self, config)
+        super().__init__(without_layers(config))  # type: ignore[call-arg]
+        config._attn_implementation = self.config._attn_implementation
+        self.config = config
         self.model = self.model_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
-class PrunedLlamaConfig(LlamaConfig):
+class PrunedLlamaConfig(PrunedConfig, LlamaConfig):
     model_type = "pruned_llama"
-
-    def validate(self):
-        PreTrainedConfig.validate(self)  # type: ignore[attr-defined]
-
-    def validate_architecture(self):
-        """Without the check that the number of heads divides the hidden size: `head_dim` says how wide they are."""
 
 
 class PrunedLlamaModel(PrunedModel, LlamaModel):
     config_class = PrunedLlamaConfig
-    layer_class, norm_class, rotary_class = LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+    layer_class = LlamaDecoderLayer
 
 
 class PrunedLlamaForCausalLM(PrunedForCausalLM, LlamaForCausalLM):
@@ -186,13 +266,13 @@ class PrunedLlamaForCausalLM(PrunedForCausalLM, LlamaForCausalLM):
     model_class = PrunedLlamaModel
 
 
-class PrunedMistralConfig(MistralConfig):
+class PrunedMistralConfig(PrunedConfig, MistralConfig):
     model_type = "pruned_mistral"
 
 
 class PrunedMistralModel(PrunedModel, MistralModel):
     config_class = PrunedMistralConfig
-    layer_class, norm_class, rotary_class = MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding
+    layer_class = MistralDecoderLayer
 
 
 class PrunedMistralForCausalLM(PrunedForCausalLM, MistralForCausalLM):
@@ -200,14 +280,14 @@ class PrunedMistralForCausalLM(PrunedForCausalLM, MistralForCausalLM):
     model_class = PrunedMistralModel
 
 
-class PrunedQwen2Config(Qwen2Config):
+class PrunedQwen2Config(PrunedConfig, Qwen2Config):
     model_type = "pruned_qwen2"
     head_dim: int = 128
 
 
 class PrunedQwen2Model(PrunedModel, Qwen2Model):
     config_class = PrunedQwen2Config
-    layer_class, norm_class, rotary_class = Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
+    layer_class = Qwen2DecoderLayer
 
 
 class PrunedQwen2ForCausalLM(PrunedForCausalLM, Qwen2ForCausalLM):
@@ -215,18 +295,110 @@ class PrunedQwen2ForCausalLM(PrunedForCausalLM, Qwen2ForCausalLM):
     model_class = PrunedQwen2Model
 
 
-class PrunedQwen3Config(Qwen3Config):
+class PrunedQwen3Config(PrunedConfig, Qwen3Config):
     model_type = "pruned_qwen3"
 
 
 class PrunedQwen3Model(PrunedModel, Qwen3Model):
     config_class = PrunedQwen3Config
-    layer_class, norm_class, rotary_class = Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
+    layer_class = Qwen3DecoderLayer
 
 
 class PrunedQwen3ForCausalLM(PrunedForCausalLM, Qwen3ForCausalLM):
     config_class = PrunedQwen3Config
     model_class = PrunedQwen3Model
+
+
+class PrunedSmolLM3Config(PrunedConfig, SmolLM3Config):
+    model_type = "pruned_smollm3"
+    head_dim: int = 128
+
+
+class PrunedSmolLM3Model(PrunedModel, SmolLM3Model):
+    config_class = PrunedSmolLM3Config
+    layer_class = SmolLM3DecoderLayer
+
+
+class PrunedSmolLM3ForCausalLM(PrunedForCausalLM, SmolLM3ForCausalLM):
+    config_class = PrunedSmolLM3Config
+    model_class = PrunedSmolLM3Model
+
+
+class PrunedGraniteConfig(PrunedConfig, GraniteConfig):
+    model_type = "pruned_granite"
+    head_dim: int = 128
+
+
+class PrunedGraniteModel(PrunedModel, GraniteModel):
+    config_class = PrunedGraniteConfig
+    layer_class = GraniteDecoderLayer
+
+
+class PrunedGraniteForCausalLM(PrunedForCausalLM, GraniteForCausalLM):
+    config_class = PrunedGraniteConfig
+    model_class = PrunedGraniteModel
+
+
+class PrunedGemma2Config(PrunedConfig, Gemma2Config):
+    model_type = "pruned_gemma2"
+
+
+class PrunedGemma2Model(PrunedModel, Gemma2Model):
+    config_class = PrunedGemma2Config
+    layer_class = Gemma2DecoderLayer
+    around = BOTH
+
+
+class PrunedGemma2ForCausalLM(PrunedForCausalLM, Gemma2ForCausalLM):
+    config_class = PrunedGemma2Config
+    model_class = PrunedGemma2Model
+
+
+class PrunedGemma3TextConfig(PrunedConfig, Gemma3TextConfig):
+    model_type = "pruned_gemma3_text"
+
+
+class PrunedGemma3TextModel(PrunedModel, Gemma3TextModel):
+    config_class = PrunedGemma3TextConfig
+    layer_class = Gemma3DecoderLayer
+    around = BOTH
+
+
+class PrunedGemma3ForCausalLM(PrunedForCausalLM, Gemma3ForCausalLM):
+    config_class = PrunedGemma3TextConfig
+    model_class = PrunedGemma3TextModel
+
+
+class PrunedPhi3Config(PrunedConfig, Phi3Config):
+    model_type = "pruned_phi3"
+    head_dim: int = 128
+
+
+class PrunedPhi3Model(PrunedModel, Phi3Model):
+    config_class = PrunedPhi3Config
+    layer_class = Phi3DecoderLayer
+    around = DROPOUT
+
+
+class PrunedPhi3ForCausalLM(PrunedForCausalLM, Phi3ForCausalLM):
+    config_class = PrunedPhi3Config
+    model_class = PrunedPhi3Model
+
+
+class PrunedOlmo2Config(PrunedConfig, Olmo2Config):
+    model_type = "pruned_olmo2"
+    head_dim: int = 128
+
+
+class PrunedOlmo2Model(PrunedModel, Olmo2Model):
+    config_class = PrunedOlmo2Config
+    layer_class = Olmo2DecoderLayer
+    around = BEHIND
+
+
+class PrunedOlmo2ForCausalLM(PrunedForCausalLM, Olmo2ForCausalLM):
+    config_class = PrunedOlmo2Config
+    model_class = PrunedOlmo2Model
 
 
 # Configuration -> the model's class and the language model's.
@@ -235,4 +407,10 @@ CLASSES = {
     PrunedMistralConfig: (PrunedMistralModel, PrunedMistralForCausalLM),
     PrunedQwen2Config: (PrunedQwen2Model, PrunedQwen2ForCausalLM),
     PrunedQwen3Config: (PrunedQwen3Model, PrunedQwen3ForCausalLM),
+    PrunedSmolLM3Config: (PrunedSmolLM3Model, PrunedSmolLM3ForCausalLM),
+    PrunedGraniteConfig: (PrunedGraniteModel, PrunedGraniteForCausalLM),
+    PrunedGemma2Config: (PrunedGemma2Model, PrunedGemma2ForCausalLM),
+    PrunedGemma3TextConfig: (PrunedGemma3TextModel, PrunedGemma3ForCausalLM),
+    PrunedPhi3Config: (PrunedPhi3Model, PrunedPhi3ForCausalLM),
+    PrunedOlmo2Config: (PrunedOlmo2Model, PrunedOlmo2ForCausalLM),
 }
