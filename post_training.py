@@ -59,8 +59,8 @@ class PostTrainingConfig(Config):
     """Numerator of lora_alpha / lora_r, by which the adapters' output is scaled."""
     lora_dropout: Annotated[float, Between(0, 0.99)] = 0.0
     """Dropout on the adapters' input."""
-    lora_projections: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-    """Projections that get adapters, separated by commas."""
+    lora_projections: str = "auto"
+    """Projections that get adapters, separated by commas (q_proj,v_proj); auto: all that the model's layers have."""
     load_in_4bit: bool = False
     """Frozen weights under the adapters in 4 bits (NF4)."""
     dtype: Dtype = "auto"

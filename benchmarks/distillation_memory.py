@@ -27,11 +27,12 @@ from compression.decoder import decoder_of
 from compression.distillation import distillation_loss
 from compression.files import write_json
 from compression.llm.head import before_predicted
-from compression.llm.lora import PROJECTIONS, add_lora
+from compression.llm.lora import add_lora
 from compression.llm.recovery import LanguageModelling, Recovery
 from compression.llm.rows import of_windows
 from compression.llm.teacher import LiveTeacher
 from compression.runtime import RESULTS, fingerprint, log, pick_device
+from compression.structures import family_of
 from post_training import PostTrainingConfig
 
 WHOLE, BLOCKS = "whole logits", "blocks"
@@ -85,7 +86,7 @@ def measure(way: str, method: str, checkpointing: bool, config: DistillationMemo
     decoder_of(model), decoder_of(teacher)  # kernels and their buffers are there
     loaded = start_peak(device)
     if method == "lora":
-        add_lora(model, 8, 16.0, 0.0, list(PROJECTIONS))
+        add_lora(model, 8, 16.0, 0.0, family_of(model).projections)
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]

@@ -22,6 +22,7 @@ import torch
 from compression.assets import ensure_llm
 from compression.checkpoint import load_language_model
 from compression.config import Config, run_script
+from compression.decoder import decoder_of
 from compression.files import write_json
 from compression.llm.perplexity import perplexity, token_losses
 from compression.llm.score_passes import score_structures
@@ -51,7 +52,7 @@ def keep_all_gradients(model, ids) -> None:
     """The plain way: one backward pass, then |weight * gradient| of every matrix from the gradients that it left."""
     for window in ids.split(1):
         hidden = model.model(input_ids=window, use_cache=False).last_hidden_state
-        token_losses(model.lm_head, hidden, window).mean().backward()
+        token_losses(decoder_of(model).logits, hidden, window).mean().backward()
     scores = [(weight * weight.grad).abs().sum() for weight in model.parameters() if weight.dim() > 1]
     assert all(score.isfinite() for score in scores)
 

@@ -24,15 +24,27 @@ from transformers import (
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from compression import structures
@@ -77,6 +89,39 @@ DECODER = dict(vocab_size=VOCABULARY, max_position_embeddings=64, initializer_ra
 DECODER |= dict(hidden_size=32, num_attention_heads=8, num_key_value_heads=4)
 DECODER |= dict(intermediate_size=NEURONS, num_hidden_layers=4)
 
+# Gemma: heads that are not of the hidden size's share, and windows shorter than the tests' texts.
+GEMMA = dict(head_dim=8, query_pre_attn_scalar=12, sliding_window=4)
+GRANITE = dict(embedding_multiplier=3.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.3)
+# Decoders whose layers are laid out otherwise, that compute more than LLaMA does, or whose positions are stretched.
+MORE_DECODERS = {
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, dict(no_rope_layers=[1, 0, 1, 0], bos_token_id=1, eos_token_id=2)),
+    "granite": (GraniteConfig, GraniteForCausalLM, GRANITE | dict(attention_bias=True, mlp_bias=True)),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, GEMMA | dict(final_logit_softcapping=3.0, attn_logit_softcapping=2.0)),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, GEMMA | dict(sliding_window_pattern=2)),
+    "phi3": (Phi3Config, Phi3ForCausalLM, dict(resid_pdrop=0.1)),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+}
+
+
+def rope(kind, **fields):
+    """A config's field: rotary positions of a kind."""
+    return dict(rope_parameters=dict(rope_type=kind, rope_theta=10_000.0, **fields))
+
+
+_STRETCHED = dict(factor=4.0, original_max_position_embeddings=16)
+_FACTORS = dict(short_factor=[1.0, 1.5], long_factor=[2.0, 3.0])
+# Name -> family and fields: positions beyond the original length, which is shorter than the tests' texts, and biases.
+VARIANTS = {
+    "llama, llama3 rope": ("llama", rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0, **_STRETCHED)),
+    "llama, yarn": ("llama", rope("yarn", **_STRETCHED)),
+    "llama, linear rope": ("llama", rope("linear", factor=4.0)),
+    "llama, dynamic rope": ("llama", rope("dynamic", factor=4.0) | dict(max_position_embeddings=16)),
+    "phi3, longrope": ("phi3", rope("longrope", **_FACTORS) | dict(original_max_position_embeddings=16)),
+    "phi3, partial rope": ("phi3", rope("default", partial_rotary_factor=0.5) | dict(sliding_window=5)),
+    "gemma2, biases": ("gemma2", dict(attention_bias=True)),
+    "olmo2, biases": ("olmo2", dict(attention_bias=True)),
+}
+
 # Qwen2 and Qwen3: layers that attend to a window, shorter than the tests' texts, and layers that attend to all.
 MIXED = dict(use_sliding_window=True, sliding_window=4, layer_types=["sliding_attention", "full_attention"] * 2)
 # Name -> family and fields: layers that differ in what they attend to, windows shorter than the tests' texts, biases.
@@ -92,11 +137,13 @@ LAYOUTS = {
 def tiny_decoder(family: str = "llama", seed: int = 0, **fields):
     """A language model with two query heads for each of four key-value heads."""
     torch.manual_seed(seed)
-    config_class, model_class, more = DECODERS[family]
+    config_class, model_class, more = (DECODERS | MORE_DECODERS)[family]
     model = model_class(config_class(**DECODER | more | fields)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # as a trained model's, not zero
             torch.nn.init.normal_(parameter, std=0.2)
+        elif "norm" in name and family in MORE_DECODERS:  # so that it matters whose weights are whose
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     return model
 
 

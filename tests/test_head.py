@@ -11,10 +11,11 @@ from compression.checkpoint import load_language_model
 from compression.decoder import decoder_of
 from compression.distillation import distillation_loss, largest_label_losses, soft_label_losses
 from compression.llm.head import TRAINED_ROWS, in_blocks
-from compression.llm.lora import PROJECTIONS, add_lora
+from compression.llm.lora import add_lora
 from compression.llm.recovery import LanguageModelling
 from compression.llm.rows import of_instructions, of_windows
 from compression.llm.teacher import LiveTeacher
+from compression.structures import family_of
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def plain_terms(model, teacher, batch):
 def test_loss_and_gradients_are_those_of_whole_logits(folder, kind, rows):
     model = pruned() if kind == "tied" else tiny_decoder("qwen2", max_position_embeddings=128)
     if kind == "lora":
-        add_lora(model, 4, 8.0, 0.0, list(PROJECTIONS))
+        add_lora(model, 4, 8.0, 0.0, family_of(model).projections)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

@@ -11,9 +11,9 @@ from transformers import BitsAndBytesConfig
 
 from compression.checkpoint import load_tensors, save_folder
 from compression.flops import count_macs
-from compression.llm.lora import PROJECTIONS, add_lora, load_adapter, write_adapter
+from compression.llm.lora import add_lora, load_adapter, write_adapter
 from compression.runtime import UserError
-from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, HEADS, NEURONS, layers_of
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, HEADS, NEURONS, family_of, layers_of
 from compression.surgery import shrink_decoder
 
 
@@ -26,7 +26,7 @@ def pruned(family="llama"):
 
 def with_adapter(model, r=4, seed=0):
     """An adapter as a training leaves it: with a B that is not zero."""
-    adapted = add_lora(model, r, 8.0, 0.0, list(PROJECTIONS))
+    adapted = add_lora(model, r, 8.0, 0.0, family_of(model).projections)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -45,7 +45,7 @@ def test_new_adapter_changes_nothing_and_sits_where_there_is_a_layer(ids, family
     model = pruned(family)
     expected = model(ids).logits
     whole = {name for name, _ in model.named_parameters()}
-    add_lora(model, 4, 8.0, 0.0, list(PROJECTIONS))
+    add_lora(model, 4, 8.0, 0.0, family_of(model).projections)
     assert torch.equal(model(ids).logits, expected)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert not whole & set(trained) and len(trained) == 2 * (2 * 7 + 3 + 4)

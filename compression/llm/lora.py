@@ -6,7 +6,7 @@ model itself stays of its class, dense or pruned, and computes with its adapter.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from compression.weights import check_finite
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What PEFT and safetensors raise on damaged files, and on fields of a type that they did not expect.
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def add_lora(model: PreTrainedModel, r: int, alpha: float, dropout: float, projections: list[str]) -> PeftModel:
+def add_lora(model: PreTrainedModel, r: int, alpha: float, dropout: float, projections: Iterable[str]) -> PeftModel:
     """Freeze a language model and give its projections new adapters, in place; a layer may lack some of them.
+
+    Args:
+        projections: names of Linear modules, some or all of its family's.
 
     Returns:
         The handle that saves and merges the adapters; the model is used as before.

@@ -37,7 +37,7 @@ from compression.files import read_object
 from compression.integrity import digest_of
 from compression.llm.evaluate import Evaluation, evaluation_windows, measure, sizes
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
-from compression.llm.lora import PROJECTIONS, adapter_weights, add_lora, draw_adapter, write_adapter
+from compression.llm.lora import adapter_weights, add_lora, draw_adapter, write_adapter
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
 from compression.llm.spread import load_unfilled, save_spread, spread
@@ -48,6 +48,7 @@ from compression.quantization import nf4_base
 from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.saved_parts import SavedParts
 from compression.sharding import fill, within
+from compression.structures import DECODERS
 from compression.training import Recipe, Training, clean_up, fit
 
 EVALUATIONS = ("ppl", "zeroshot")
@@ -83,12 +84,6 @@ class Recovery(Settings):
     def check(self) -> None:
         self.evaluation.check_allowed(EVALUATIONS)
         self._check_texts()
-        unknown = set(self.projections) - set(PROJECTIONS)
-        if unknown:
-            raise UserError(
-                f"--lora_projections {self.lora_projections}: unknown {', '.join(sorted(unknown))}; allowed are "
-                f"{', '.join(PROJECTIONS)}, separated by commas"
-            )
         if self.finetune_method == "full" and self.load_in_4bit:
             raise UserError("--load_in_4bit: not allowed with --finetune_method full; use --finetune_method lora")
         if self.finetune_method == "full" and self.dtype not in ("auto", "float32"):
@@ -203,6 +198,7 @@ def recover(
     place.check(filter(None, [pruned, recovery.teacher]))
     recovery.evaluation.check_zero_shot(data_dir)
     teacher = find_teacher(recovery, pruned)
+    recovery = recovery.updated(lora_projections=named_projections(recovery.lora_projections, pruned))
     inputs = {"parent": identify(pruned)} | ({"teacher": identify(teacher)} if teacher else {})
     seed_everything(recovery.training.seed)
     device = pick_device()
@@ -241,12 +237,33 @@ def recover(
 
         model.eval()
         metrics = {"before": before, "after": figures(), "trained": trained}
-        stage = describe_stage("recovery", recovery.as_dict() | (record or {}), inputs, metrics, data)
+        stage = describe_stage("recovery", (record or {}) | recovery.as_dict(), inputs, metrics, data)
         student.save(output, tokenizer, stage, {"training_history.json": history})
         clean_up(work_dir)
         saved.remove()
     log.info("-> %s", shown(output))
     return metrics
+
+
+def named_projections(names: str, folder: Path) -> str:
+    """The Linear modules of a checkpoint's model that get adapters, separated by commas.
+
+    Args:
+        names: as --lora_projections has them; auto is all of them.
+
+    Raises:
+        UserError: the model's family has none of a name.
+    """
+    model_type = read_object(folder / "config.json")["model_type"]
+    own = DECODERS[model_type].projections
+    if names == "auto":
+        return ",".join(own)
+    if unknown := sorted(set(names.split(",")) - set(own)):
+        raise UserError(
+            f"--lora_projections {names}: unknown {', '.join(unknown)}; allowed are {', '.join(own)}, separated by "
+            f"commas (those of {folder}, model type {model_type!r}), or auto for all of them"
+        )
+    return names
 
 
 def load_student(

@@ -40,7 +40,6 @@ from compression.llm.evaluate import (
     measure,
     measure_efficiency,
 )
-from compression.llm.lora import PROJECTIONS
 from compression.llm.recovery import EVALUATIONS, Recovery, recover
 from compression.llm.removal import removal_perplexities
 from compression.llm.text import CalibrationText, Corpus, load_corpus, sample_windows, tokenize
@@ -205,7 +204,7 @@ def recovery_after(config: RunConfig) -> Recovery:
         lora_r=finetuning.lora_r,
         lora_alpha=16.0,
         lora_dropout=0.0,
-        lora_projections=",".join(PROJECTIONS),
+        lora_projections="auto",
         load_in_4bit=False,
         dtype=run.dtype if finetuning.finetune_method == "lora" else "auto",
         kd_weight=0.0,
