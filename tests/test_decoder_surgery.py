@@ -189,7 +189,7 @@ def test_nothing_to_attend_with_is_refused():
 
 def test_unsupported_architecture_is_refused_by_name():
     config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20)
-    with pytest.raises(UserError, match="'gpt2' is not supported here; supported: llama, mistral"):
+    with pytest.raises(UserError, match="'gpt2' is not supported here; supported: gemma2, gemma3_text"):
         shrink_decoder(GPT2LMHeadModel(config), SAME)
 
 

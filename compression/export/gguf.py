@@ -120,13 +120,17 @@ class Plan:
     """What a checkpoint's GGUF file holds.
 
     Raises:
-        UserError: the model has what llama.cpp does not.
+        UserError: the model is of another family, or has what llama.cpp does not.
     """
 
     def __init__(self, folder: Path, flag: str, pre_tokenizer: str | None):
         self.folder, self.flag = Path(folder), flag
         self.model, self.shards = load_skeleton(folder, torch.float32)
         self.config: Any = self.model.config
+        if self.family not in ARCHITECTURES:
+            raise self._refuse(
+                f"model type {self.family!r} is not exported to GGUF; allowed are {', '.join(ARCHITECTURES)}"
+            )
         self.layers = layers_of(self.model)
         self.tokenizer = load_tokenizer(folder, self.model)
         self.vocabulary: Vocabulary = vocabulary_of(self.tokenizer, self.config.vocab_size, self.folder, pre_tokenizer)
