@@ -180,11 +180,32 @@ def _pruned_config(
 def stock_group_counts(model: PreTrainedModel) -> list[int]:
     """The numbers of key-value heads per layer, largest first, that the stock class of a language model takes.
 
-    Its number of query heads has to divide the hidden size.
+    Its number of query heads has to divide the hidden size; a class may ask for more.
     """
     parts, hidden = layers_of(model)[0], model.config.hidden_size
     queries = parts.query_heads // parts.groups
-    return [count for count in range(parts.groups, 0, -1) if hidden % (count * queries) == 0]
+    counts = (count for count in range(parts.groups, 0, -1) if hidden % (count * queries) == 0)
+    heads = ({"num_attention_heads": count * queries, "num_key_value_heads": count} for count in counts)
+    return [sizes["num_key_value_heads"] for sizes in heads if _stock_refuses(model, sizes) is None]
+
+
+def _stock_config(model: PreTrainedModel, sizes: dict[str, int]) -> PretrainedConfig:
+    """The stock config of a language model, with these sizes in every layer.
+
+    Raises:
+        StrictDataclassClassValidationError: it refuses them.
+    """
+    model_type = model.config.model_type.removeprefix("pruned_")
+    return AutoConfig.for_model(model_type, **_decoder_values(model, range(len(layers_of(model)))) | sizes)
+
+
+def _stock_refuses(model: PreTrainedModel, sizes: dict[str, int]) -> BaseException | None:
+    """Why the stock config refuses sizes, if it does."""
+    try:
+        _stock_config(model, sizes)
+    except StrictDataclassClassValidationError as error:
+        return error.__cause__
+    return None
 
 
 def to_stock(model: PreTrainedModel) -> PreTrainedModel:
@@ -200,12 +221,11 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     sizes = {(parts.query_heads, parts.groups, parts.channels) for parts in layers}
     if len(sizes) > 1 or not all(*sizes):
         raise UserError(f"layers of different sizes {sorted(sizes)} cannot be had in the stock model class")
-    model_type = model.config.model_type.removeprefix("pruned_")
-    values = _decoder_values(model, range(len(layers))) | _layer_values(layers[0])
-    try:
-        config = AutoConfig.for_model(model_type, **values)
-    except StrictDataclassClassValidationError as error:
-        raise UserError(f"the stock {model_type} class refuses the pruned sizes: {error.__cause__}") from None
+    values = _layer_values(layers[0])
+    if (why := _stock_refuses(model, values)) is not None:
+        model_type = model.config.model_type.removeprefix("pruned_")
+        raise UserError(f"the stock {model_type} class refuses the pruned sizes: {why}")
+    config = _stock_config(model, values)
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     return _rebuild(model, config, model_class)  # type: ignore[arg-type]
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DECODERS, LAYOUTS, tiny_decoder
+from conftest import DECODERS, LAYOUTS, VARIANTS, tiny_decoder
 
 from compression.config import parse
 from compression.importance import removal_costs
@@ -22,7 +22,9 @@ def windows():
     return torch.randint(3, 120, (3, 12), generator=torch.Generator().manual_seed(2))
 
 
-MODELS = {family: (family, {}) for family in DECODERS} | LAYOUTS
+# Fused projections, norms on both sides of attention and MLP, norms over all heads together, multiplied branches.
+OTHERS = {family: (family, {}) for family in ("phi3", "olmo2", "granite")}
+MODELS = {family: (family, {}) for family in DECODERS} | LAYOUTS | OTHERS | {"gemma2": VARIANTS["gemma2, biases"]}
 
 
 @pytest.fixture(params=sorted(MODELS))
@@ -38,9 +40,12 @@ def plain_loss(model, ids):
 
 def rows_of(parts, kind, index):
     """(matrix, slice of its rows) that belong to one structure."""
-    for linear in (rows.module for rows in parts.split(kind)[0]):
-        size = linear.out_features // parts.count(kind)
-        yield linear, slice(index * size, (index + 1) * size)
+    for rows in parts.split(kind)[0]:
+        start = 0
+        for share in rows.shares:
+            size = share // parts.count(kind)
+            yield rows.module, slice(start + index * size, start + (index + 1) * size)
+            start += share
 
 
 def columns_of(parts, kind, index):

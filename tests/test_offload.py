@@ -25,8 +25,10 @@ from compression.surgery import write_shrunk_decoder
 from compression.weights import Shards
 
 PLACES = ("cpu", "disk")
-# Layers with biases, attention to a window, norms of heads, a head of its own and one that is the embeddings.
+# Layers with biases, attention to a window, norms of heads, a head of its own and one that is the embeddings; fused
+# projections; norms on both sides, embeddings that are scaled.
 MODELS = {"llama": ("llama", {}), "untied": ("mistral", {}), "mixed": LAYOUTS["qwen3, biases"]}
+MODELS |= {"fused": ("phi3", {}), "gemma2": ("gemma2", {})}
 
 
 def token_ids(count, length=12, seed=2):
