@@ -28,6 +28,11 @@ CASES = {
         ["--ways", "blocks"],
         lambda found: len(found["steps"]) == 4 and all(step["bytes_above_the_models"] > 0 for step in found["steps"]),
     ),
+    "families": (
+        "--families qwen3 --checks masked_is_smaller",
+        [],
+        lambda found: found["outcomes"]["decoders"] == {"qwen3": {"masked_is_smaller": "passed"}},
+    ),
     "gqa_motivation": (
         f"{LLM} {CALIBRATION} --results_dir {{out}} --sequence_length 16 --analysis_samples 1 --analysis_length 16 "
         "--eval_length 16 --finetune_samples 4",

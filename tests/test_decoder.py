@@ -1,5 +1,7 @@
 """The interface to a language model's parts, and what is refused because it computes something else."""
 
+import json
+
 import pytest
 import torch
 from conftest import DECODERS, MIXED, MORE_DECODERS, repair, tiny_decoder
@@ -20,6 +22,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from compression import structures
+from compression.checkpoint import require_language_model
 from compression.config import pick
 from compression.decoder import decoder_of
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
@@ -183,3 +186,20 @@ def test_unsupported_architecture_is_refused_by_name():
     with pytest.raises(UserError, match="'gpt2' is not supported here; supported: gemma2, gemma3_text"):
         decoder_of(AutoModelForCausalLM.from_config(config))
     assert LlamaConfig.model_type in structures.DECODERS
+
+
+REFUSED = {
+    "mixtral": "it is a mixture of experts, and these are not supported",
+    "qwen3_moe": "it is a mixture of experts, and these are not supported",
+    "gemma3": "save its text part, whose model type is gemma3_text",
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_others_are_refused_with_a_reason(model_type, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UserError) as caught:
+        require_language_model(tmp_path, "--base_model")
+    assert REFUSED[model_type] in str(caught.value)
+    assert "supported: gemma2, gemma3_text, granite, llama, mistral, olmo2, phi3" in str(caught.value)
+    assert "\n" not in str(caught.value)

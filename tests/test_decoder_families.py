@@ -13,7 +13,7 @@ from conftest import DECODERS, MORE_DECODERS, VARIANTS, letters, letters_tokeniz
 from test_decoder_surgery import difference_elsewhere, save_elsewhere
 from transformers import AutoModelForCausalLM
 
-from compression.checkpoint import load_language_model, require_language_model
+from compression.checkpoint import load_language_model
 from compression.config import pick
 from compression.decoder import check_layout, decoder_of
 from compression.flops import count_macs, encoder_macs_formula
@@ -26,7 +26,6 @@ from compression.llm.rows import of_windows
 from compression.llm.text import CalibrationText
 from compression.llm.zeroshot import zero_shot
 from compression.quantization import FourBit, pack_linears
-from compression.runtime import UserError
 from compression.sharding import fill
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, family_of, layers_of
 from compression.surgery import shrink_decoder, stock_group_counts, to_pruned, to_stock
@@ -220,7 +219,8 @@ def test_gqa_aware(model, text, ids):
     assert not torch.allclose(small(ids).logits, stock(ids).logits, atol=0.1)
 
 
-def test_zero_shot(small, tmp_path):
+def test_zero_shot(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # which takes a second
     path = tmp_path / "zeroshot" / "piqa" / "validation.jsonl"
     path.parent.mkdir(parents=True)
     words = letters(36).split()
@@ -232,20 +232,3 @@ def test_zero_shot(small, tmp_path):
         row["label"] = int(small(ids).logits[0, -1, words].argmax())
     path.write_text("\n".join(map(json.dumps, rows)))
     assert zero_shot(small, tokenizer, ["piqa"], str(tmp_path))["piqa"]["acc"] == 1
-
-
-REFUSED = {
-    "mixtral": "it is a mixture of experts, and these are not supported",
-    "qwen3_moe": "it is a mixture of experts, and these are not supported",
-    "gemma3": "save its text part, whose model type is gemma3_text",
-}
-
-
-@pytest.mark.parametrize("model_type", REFUSED)
-def test_others_are_refused_with_a_reason(model_type, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(UserError) as caught:
-        require_language_model(tmp_path, "--base_model")
-    assert REFUSED[model_type] in str(caught.value)
-    assert "supported: gemma2, gemma3_text, granite, llama, mistral, olmo2, phi3" in str(caught.value)
-    assert "\n" not in str(caught.value)

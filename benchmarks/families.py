@@ -1,0 +1,91 @@
+"""What works for which family of models: the tests over all families, as a table of families and checks.
+
+    python benchmarks/families.py [--families gemma2 phi3] [--checks loads_outside h_gsp]
+
+Runs tests/test_encoder_families.py and tests/test_decoder_families.py, on random weights of each family's real layout.
+Prints a table in markdown for each and writes results/families.json, and results/families_TRACK.xml as pytest has it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+
+from compression.config import Config, run_script
+from compression.files import write_json
+from compression.runtime import RESULTS, ROOT, UserError, fingerprint, log
+from compression.tables import Column, markdown_table
+
+TRACKS = {"encoders": "tests/test_encoder_families.py", "decoders": "tests/test_decoder_families.py"}
+SYMBOLS = {"passed": "✓", "failed": "failed", "skipped": "not applicable"}
+NAME = re.compile(r"test_(\w+)\[(.+)\]")
+
+
+@dataclass
+class FamiliesConfig(Config):
+    families: tuple[str, ...] = ()
+    """Words of the model types and variants that are tested, such as gemma2; none: all of them."""
+    checks: tuple[str, ...] = ()
+    """Words of the tests' names, such as loads_outside; none: all of them."""
+
+
+def run_tests(file: str, results: Path, chosen: str) -> None:
+    """Run the tests of a file; what they find goes to an XML file."""
+    os.chdir(ROOT)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        pytest.main([file, "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={results}", "-k", chosen])
+
+
+def outcomes(results: Path) -> dict[str, dict[str, str]]:
+    """By family and check: passed, failed or skipped."""
+    found: dict[str, dict[str, str]] = {}
+    for case in ElementTree.parse(results).iter("testcase"):
+        if matched := NAME.fullmatch(case.get("name", "")):
+            check, family = matched.groups()
+            outcome = "skipped" if case.find("skipped") is not None else "passed"
+            outcome = "failed" if case.find("failure") is not None or case.find("error") is not None else outcome
+            found.setdefault(family, {})[check] = outcome
+    return found
+
+
+def table(found: dict[str, dict[str, str]]) -> str:
+    """Families down, checks across."""
+    checks = dict.fromkeys(check for outcome in found.values() for check in outcome)
+    columns = [Column("", lambda family: family)]
+    for check in checks:
+        columns.append(
+            Column(check.replace("_", " "), lambda family, check=check: SYMBOLS[found[family].get(check, "skipped")])
+        )
+    return markdown_table(columns, list(found), align=":---:")
+
+
+def main(config: FamiliesConfig) -> None:
+    chosen = " and ".join(f"({' or '.join(words)})" for words in (config.families, config.checks) if words)
+    processes, tables = multiprocessing.get_context("spawn"), {}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for track, file in TRACKS.items():
+        results = RESULTS / f"families_{track}.xml"
+        if (ROOT / file).is_file():
+            process = processes.Process(target=run_tests, args=(file, results, chosen))
+            process.start()
+            process.join()
+            if found := outcomes(results):
+                tables[track] = found
+                log.info("%s\n\n%s\n", track.capitalize(), table(found))
+    if not tables:
+        raise UserError(f"--families {' '.join(config.families)}: no test is of one of these and --checks; see --help")
+    path = RESULTS / "families.json"
+    write_json(path, {"config": config.as_dict(), "environment": fingerprint(), "outcomes": tables})
+    log.info("-> %s", path)
+
+
+if __name__ == "__main__":
+    run_script(FamiliesConfig, main)
