@@ -4,6 +4,7 @@ Models are timed interleaved, round after round in one process and in a rotating
 speed, temperature or load meets all of them alike. Numbers of two separate runs do not have that.
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,7 +22,11 @@ WARM_UP_CALLS = 3
 
 
 def interleaved_times(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, untimed: int = 0
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    untimed: int = 0,
+    prepare: Callable[[str], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, one per round, by name.
 
@@ -30,17 +35,21 @@ def interleaved_times(
         rounds: in each, every call has one turn; the one that goes first changes from round to round.
         device: where the calls compute; a CUDA device is synchronized around each timed call.
         untimed: calls before the timed one of each turn, so that the caches hold this model and not the last one.
+        prepare: called with the name before each call, not timed.
     """
     names = list(calls)
     for name in names:
         for _ in range(WARM_UP_CALLS):
+            prepare(name)
             calls[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             for _ in range(untimed):
+                prepare(name)
                 calls[name]()
+            prepare(name)
             seconds[name].append(_time(calls[name], device))
     return seconds
 
@@ -119,15 +128,19 @@ def measure_generation(
     def prefill(model: PreTrainedModel) -> None:
         model(ids, use_cache=True, logits_to_keep=1)
 
-    def decode(model: PreTrainedModel, cache: Any) -> None:
-        for place in range(new_tokens):
-            model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-        cache.crop(-new_tokens)
+    begun: dict[str, Any] = {}
 
-    prefills = {name: lambda model=model: prefill(model) for name, model in models.items()}
-    decodes = {name: lambda model=model, name=name: decode(model, caches[name]) for name, model in models.items()}
-    first = interleaved_times(prefills, repeats, device)
-    then = interleaved_times(decodes, repeats, device)
+    def begin(name: str) -> None:
+        """A cache that holds the prompt alone: one with windows forgets, and cannot be cut back to it."""
+        begun[name] = copy.deepcopy(caches[name])
+
+    def decode(name: str, model: PreTrainedModel) -> None:
+        for place in range(new_tokens):
+            model(ids[:, place : place + 1], past_key_values=begun[name], use_cache=True)
+
+    first = interleaved_times({name: partial(prefill, model) for name, model in models.items()}, repeats, device)
+    decodes = {name: partial(decode, name, model) for name, model in models.items()}
+    then = interleaved_times(decodes, repeats, device, prepare=begin)
     return {
         name: {
             "prefill": _spread(prompt_length / np.array(first[name]), "tokens_per_second")

@@ -29,6 +29,7 @@ from compression.quantization import FourBit, pack_linears
 from compression.sharding import fill
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, family_of, layers_of
 from compression.surgery import shrink_decoder, stock_group_counts, to_pruned, to_stock
+from compression.timing import measure_generation
 from gqa_aware_pruning import GQAAwarePruningConfig
 from post_training import PostTrainingConfig
 from run_global_pruning import GlobalPruningConfig
@@ -156,6 +157,12 @@ def test_perplexity_is_that_of_its_own_logits(model, ids):
 def test_macs_are_those_of_the_formula(model):
     for found in (model, shrink_decoder(copy.deepcopy(model), KEPT)):
         assert count_macs(found, 16).encoder == encoder_macs_formula(layers_of(found), 16)
+
+
+def test_speed_is_measured(small):
+    """With a prompt that is longer than the windows that layers attend to."""
+    found = measure_generation({"small": small}, torch.device("cpu"), 8, 2, repeats=1)["small"]
+    assert found["prefill"]["median_tokens_per_second"] > 0 and found["decode"]["new_tokens"] == 2
 
 
 def one_step(model, ids):
