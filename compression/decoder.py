@@ -198,6 +198,8 @@ def check_layout(decoder: Decoder) -> None:
         UserError: names what differs.
     """
     model = decoder.model
+    if getattr(model.config, "use_bidirectional_attention", None):
+        _refuse(model, "it looks at the tokens behind too (use_bidirectional_attention), so it predicts none")
     for index, layer in enumerate(decoder.layers):
         own = (layer.named_children(), layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))
         parts = {name for named in own for name, _ in named}

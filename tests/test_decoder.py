@@ -96,7 +96,12 @@ def with_a_step_behind_the_layers(model):
     model.model.layers[3].register_forward_hook(lambda layer, given, output: output * 1.01)
 
 
+def with_a_view_of_what_follows(model):
+    model.config.use_bidirectional_attention = True
+
+
 CHANGES = {
+    with_a_view_of_what_follows: "it looks at the tokens behind too",
     with_more_norm: "layer 1 has post_feedforward_layernorm",
     with_a_scaled_layer: "layer 2 computes something else than state",
     with_a_gain: "layer 3 has gain",
