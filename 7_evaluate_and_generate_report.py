@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import check_positions, find_all, find_exports, load_classifier, load_tokenizer, read_stage
-from compression.classifier.data import DatasetSettings, encode, load_data
+from compression.classifier.data import DatasetSettings, encode, load_data_for
 from compression.classifier.metrics import classification_metrics, describe_task, paired_difference, predict
 from compression.classifier.models import BASELINE, EVALUATED
 from compression.classifier.parts import TaskData
@@ -33,7 +33,7 @@ from compression.classifier.report import (
     results_table,
     write_report,
 )
-from compression.classifier.tasks import Task, check_labels
+from compression.classifier.tasks import Task
 from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.export.onnx import PRECISIONS, OnnxClassifier
 from compression.flops import count_macs, count_parameters, count_thop
@@ -147,9 +147,7 @@ def count_work(candidates: dict[str, Candidate], sequence_length: int) -> dict[s
     return {name: counted[one.same_as or name] for name, one in candidates.items()}
 
 
-def build_report(
-    found: dict[str, Path], missing: list[dict[str, str]], data: TaskData, config: EvaluationConfig
-) -> dict[str, Any]:
+def build_report(found: dict[str, Path], missing: list[Entry], data: TaskData, config: EvaluationConfig) -> Entry:
     """Measure every model that was found."""
     device, task = pick_device(), data.task
     candidates = load_candidates(found, config.models_dir, device)
@@ -202,9 +200,7 @@ def main(config: EvaluationConfig) -> None:
     if not found:
         command = missing[0]["command"]
         raise UserError(f"--models_dir {config.models_dir}: no model to evaluate; make the first with: {command}")
-    data = load_data(config.dataset)
-    for folder in found.values():
-        check_labels(folder, "--models_dir", data.task)
+    data = load_data_for(found.values(), config.dataset)
     check_files(config.output_dir, report_files(data.task.labels), "--output_dir")
     report = build_report(found, missing, data, config)
     paths = write_report(report, config.output_dir, MODELS_TO_EVALUATE)

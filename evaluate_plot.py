@@ -14,12 +14,11 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 
 from compression.checkpoint import check_positions, find_newest, load_classifier
-from compression.classifier.data import DatasetSettings, encode, load_data
+from compression.classifier.data import DatasetSettings, encode, load_data_for
 from compression.classifier.metrics import classification_metrics, describe_task, predict
 from compression.classifier.models import EVALUATED
 from compression.classifier.parts import TaskData
 from compression.classifier.plots import plot_model_comparison
-from compression.classifier.tasks import check_labels
 from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.flops import count_parameters
 from compression.outputs import check_files, new_files
@@ -116,9 +115,7 @@ def main(config: ComparisonConfig) -> None:
         )
     if absent := [name for name, folder in newest.items() if not folder]:
         log.info("Not there, so not compared: %s", "; ".join(absent))
-    data = load_data(config.dataset)
-    for folder in found.values():
-        check_labels(folder, "--models_dir", data.task)
+    data = load_data_for(found.values(), config.dataset)
     check_files(config.output_dir, FILES, "--output_dir")
     primary = data.task.primary
     own = [] if primary == "accuracy" else [Column(primary, at("quality", primary), "{:.4f}")]

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +150,8 @@ def count_thop(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:
     """MACs and parameters by `thop` (https://github.com/Lyken17/pytorch-OpCounter), to compare with its figures alone.
 
     It counts what it knows of a model's modules: here Linear layers, quantized ones by their shape. Functions it does
-    not see, so that attention's QK^T and AV are missing: `macs` is `MacCount.total` less `MacCount.attention`.
+    not see, so that attention's QK^T and AV are missing: `macs` is `MacCount.total` less `MacCount.attention` (and less
+    a convolution, which some DeBERTa have).
     Parameters are those of Linear layers and LayerNorms; embedding tables are missing.
 
     Returns:

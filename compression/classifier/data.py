@@ -1,6 +1,8 @@
 """The data that classifiers are trained and evaluated on: a named task, or the user's own; tokenized rows."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -13,6 +15,7 @@ from compression.classifier.glue import GLUE, ensure_glue, load_glue
 from compression.classifier.own_data import load_own
 from compression.classifier.parts import Split, TaskData
 from compression.classifier.reviews import REVIEWS3, load_reviews
+from compression.classifier.tasks import check_labels
 from compression.config import NO_EFFECT, Between, Settings, pick
 from compression.integrity import digest_of
 from compression.runtime import UserError
@@ -68,6 +71,18 @@ def load_data(settings: DatasetSettings, use_hub: bool = True) -> TaskData:
     if name == REVIEWS3.name:
         return load_reviews(data_dir).check()
     return load_own(name, pick(ColumnFlags, settings), settings.validation_fraction, use_hub).check()
+
+
+def load_data_for(folders: Iterable[Path], settings: DatasetSettings) -> TaskData:
+    """The data that the models in some folders are evaluated on: see `load_data`.
+
+    Raises:
+        UserError: also where a model's labels are not the task's.
+    """
+    data = load_data(settings)
+    for folder in folders:
+        check_labels(folder, "--models_dir", data.task)
+    return data
 
 
 @dataclass(frozen=True)
