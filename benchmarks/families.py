@@ -3,21 +3,17 @@
     python benchmarks/families.py [--families gemma2 phi3] [--checks loads_outside h_gsp]
 
 Runs tests/test_encoder_families.py and tests/test_decoder_families.py, on random weights of each family's real layout.
-Prints a table in markdown for each and writes results/families.json, and results/families_TRACK.xml as pytest has it.
+Prints a table in markdown for each and writes results/families.json, and results/families.xml as pytest has it.
 """
 
-import contextlib
-import multiprocessing
-import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import pytest
 
 from compression.config import Config, run_script
 from compression.files import write_json
@@ -37,21 +33,22 @@ class FamiliesConfig(Config):
     """Words of the tests' names, such as loads_outside; none: all of them."""
 
 
-def run_tests(file: str, results: Path, chosen: str) -> None:
-    """Run the tests of a file; what they find goes to an XML file."""
-    os.chdir(ROOT)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        pytest.main([file, "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={results}", "-k", chosen])
+def run_tests(files: list[str], results: Path, chosen: str) -> None:
+    """Run the tests of some files; what they find goes to an XML file."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    words = [*files, "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--junitxml={results}", "-k", chosen]
+    subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def outcomes(results: Path) -> dict[str, dict[str, str]]:
-    """By family and check: passed, failed or skipped."""
+def outcomes(results: Path, file: str) -> dict[str, dict[str, str]]:
+    """What the tests of a file found, by family and check: passed, failed or skipped."""
     found: dict[str, dict[str, str]] = {}
     for case in ElementTree.parse(results).iter("testcase"):
-        if matched := NAME.fullmatch(case.get("name", "")):
+        matched = NAME.fullmatch(case.get("name", ""))
+        if matched and case.get("classname", "").endswith(Path(file).stem):
             check, family = matched.groups()
-            outcome = "skipped" if case.find("skipped") is not None else "passed"
-            outcome = "failed" if case.find("failure") is not None or case.find("error") is not None else outcome
+            tags = {part.tag for part in case}
+            outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
             found.setdefault(family, {})[check] = outcome
     return found
 
@@ -69,17 +66,11 @@ def table(found: dict[str, dict[str, str]]) -> str:
 
 def main(config: FamiliesConfig) -> None:
     chosen = " and ".join(f"({' or '.join(words)})" for words in (config.families, config.checks) if words)
-    processes, tables = multiprocessing.get_context("spawn"), {}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for track, file in TRACKS.items():
-        results = RESULTS / f"families_{track}.xml"
-        if (ROOT / file).is_file():
-            process = processes.Process(target=run_tests, args=(file, results, chosen))
-            process.start()
-            process.join()
-            if found := outcomes(results):
-                tables[track] = found
-                log.info("%s\n\n%s\n", track.capitalize(), table(found))
+    results = RESULTS / "families.xml"
+    run_tests([file for file in TRACKS.values() if (ROOT / file).is_file()], results, chosen)
+    tables = {track: found for track, file in TRACKS.items() if (found := outcomes(results, file))}
+    for track, found in tables.items():
+        log.info("%s\n\n%s\n", track.capitalize(), table(found))
     if not tables:
         raise UserError(f"--families {' '.join(config.families)}: no test is of one of these and --checks; see --help")
     path = RESULTS / "families.json"
