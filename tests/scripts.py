@@ -25,8 +25,8 @@ from typing import Any
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("bert", "distilbert", "gemma2", "gemma3", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
-FAMILIES += ("smollm3",)
+FAMILIES = ("bert", "camembert", "deberta_v2", "distilbert", "electra", "modernbert", "roberta", "xlm_roberta")
+FAMILIES += ("gemma2", "gemma3", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 LIBRARIES = ["torch", "accelerate", "bitsandbytes", "peft", "sklearn.metrics", "matplotlib.pyplot", "tyro"]
 LIBRARIES += [f"transformers.models.{family}.modeling_{family}" for family in FAMILIES]
 SECONDS = 120.0

@@ -1,7 +1,8 @@
 """Classifiers as ONNX files, and ONNX Runtime to run them.
 
-A file has the inputs `input_ids`, `attention_mask` and, for BERT, `token_type_ids`, all int64 [batch, length], and the
-output `logits`, fp32 [batch, labels]; batch and length are free, up to the model's positions.
+A file has the inputs `input_ids`, `attention_mask` and, where the model tells token types apart (BERT),
+`token_type_ids`, all int64 [batch, length], and the output `logits`, fp32 [batch, labels]; batch and length are free,
+up to the model's positions.
 
 fp32 and int8_static are standard operators. int8 and nf4 have some of ONNX Runtime's own (`com.microsoft`).
 """
@@ -49,6 +50,8 @@ LARGEST_CHANGE = 0.02
 # Weights of 7 bits, symmetric, one scale for each output: 8-bit ones with uint8 inputs overflow the 16-bit sums of
 # CPUs that have AVX2 or AVX-512 and no VNNI, without a word; uint8 weights do not, but are slow where VNNI is.
 INT8 = dict(per_channel=True, reduce_range=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"])
+SECOND = ".second"
+"""Behind a layer's name in that of its second product: DeBERTa's projections may serve its table of positions too."""
 CHECKED_TOKENS = 128
 """Of a text that an export is checked on."""
 Batch = Mapping[str, Tensor]
@@ -109,7 +112,7 @@ def _write_fp32(model: PreTrainedModel, path: Path, _: Sequence[Batch]) -> dict[
 
 def _write_int8(model: PreTrainedModel, path: Path, _: Sequence[Batch]) -> dict[str, Any]:
     traced = _trace(with_packed_tables(model, TABLE_FORMATS[8]))
-    quantize_dynamic(traced, path, nodes_to_quantize=list(encoder_linears(model)), **INT8)
+    quantize_dynamic(traced, path, nodes_to_quantize=_nodes(encoder_linears(model)), **INT8)
     return {}
 
 
@@ -132,7 +135,7 @@ def _write_int8_static(model: PreTrainedModel, path: Path, calibration: Sequence
                 _Calibration(data),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QUInt8,
-                nodes_to_quantize=list(quantized),
+                nodes_to_quantize=_nodes(quantized),
                 calibration_cache_path=ranges,
                 extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
                 **INT8,
@@ -324,12 +327,19 @@ def _sample(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _name_layers(graph: onnx.ModelProto) -> None:
     """Give the products of Linear layers the names that the layers have in PyTorch."""
+    named = set()
     for node in graph.graph.node:
         if node.op_type == "MatMul":
             scopes = next(entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes")
             *_, module, operation = ast.literal_eval(scopes)
             if operation.startswith("linear"):
-                node.name = module
+                node.name = f"{module}{SECOND}" if module in named else module
+                named.add(module)
+
+
+def _nodes(layers: Iterable[str]) -> list[str]:
+    """The names of the nodes of Linear layers."""
+    return [f"{layer}{use}" for layer in layers for use in ("", SECOND)]
 
 
 def _keep_layer_norms_apart(graph: onnx.ModelProto) -> None:
@@ -337,8 +347,9 @@ def _keep_layer_norms_apart(graph: onnx.ModelProto) -> None:
     kernel takes about five times as long for."""
     producers = {output: node for node in graph.graph.node for output in node.output}
     for node in graph.graph.node:
-        if node.op_type == "LayerNormalization" and producers[node.input[0]].op_type == "Add":
-            producers[node.input[0]].op_type = "Sum"
+        producer = producers.get(node.input[0])  # there is none where a weight is normalized (DeBERTa)
+        if node.op_type == "LayerNormalization" and producer is not None and producer.op_type == "Add":
+            producer.op_type = "Sum"
 
 
 def _strip(graph: onnx.ModelProto) -> None:
