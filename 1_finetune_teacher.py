@@ -26,7 +26,7 @@ from compression.training import Recipe, Training
 @dataclass
 class TeacherConfig(Config):
     teacher: Annotated[str, NO_EFFECT] = TEACHER
-    """BERT or DistilBERT to start from: a folder, or a name on the hub."""
+    """Encoder to start from: a folder, or a name on the hub."""
     models_dir: Annotated[Path, NO_EFFECT] = MODELS
     """Folder that checkpoints are read from and written to."""
     overwrite: Annotated[bool, NO_EFFECT] = False

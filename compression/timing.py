@@ -154,10 +154,9 @@ def measure_generation(
 
 def _random_ids(models: Mapping[str, PreTrainedModel], shape: tuple[int, int], seed: int) -> torch.Tensor:
     """Token ids that all models know and none takes for padding, of which RoBERTa makes no position."""
-    configs = [model.config for model in models.values()]
-    known = torch.arange(min(config.vocab_size for config in configs))
-    padding = [config.pad_token_id for config in configs if config.pad_token_id is not None]
-    known = known[~torch.isin(known, torch.tensor(padding, dtype=known.dtype))]
+    known = torch.arange(min(model.config.vocab_size for model in models.values()))
+    padding = {getattr(model.config, "pad_token_id", None) for model in models.values()} - {None}
+    known = known[~torch.isin(known, torch.tensor(sorted(padding), dtype=known.dtype))]
     return known[torch.randint(len(known), shape, generator=torch.Generator().manual_seed(seed))]
 
 

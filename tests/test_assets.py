@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-from compression import assets, embedded
+from compression import assets, embedded, sources
 from compression.classifier.glue import GLUE, REPOSITORY, ensure_glue
 from compression.runtime import UserError
 from compression.sources import describe_source
@@ -283,7 +283,7 @@ def test_hub_model_of_another_type_or_without_safetensors_is_refused(hub, tmp_pa
     hub["a/llama"] = tmp_path / "llama"
     hub["a/llama"].mkdir()
     (hub["a/llama"] / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="'llama'.*bert, distilbert"):
+    with pytest.raises(UserError, match="'llama'.*bert, camembert, deberta-v2, distilbert"):
         assets.ensure_teacher("a/llama", folder=tmp_path / "bert-local")
 
     hub["a/pickle"] = write_model(tmp_path / "pickle")
@@ -331,9 +331,53 @@ def test_given_folder_that_is_missing_or_of_another_type_is_refused(tmp_path):
         assets.ensure_student(str(tmp_path / "nowhere"), folder=tmp_path / "distilbert-local")
     given = write_model(tmp_path / "mine")
     config = json.loads((given / "config.json").read_text())
-    (given / "config.json").write_text(json.dumps(config | {"model_type": "roberta"}))
-    with pytest.raises(UserError, match="'roberta'.*bert, distilbert"):
+    (given / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    with pytest.raises(UserError, match="'gpt2' is not supported here; supported: bert, camembert"):
         assets.ensure_student(str(given), folder=tmp_path / "distilbert-local")
+
+
+@pytest.mark.parametrize("ensure", [assets.ensure_teacher, assets.ensure_student])
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [("albert", "its layers share their weights"), ("mpnet", "a table"), ("deberta", "another"), ("t5", "a decoder")],
+)
+def test_encoders_that_cannot_be_pruned_are_refused_with_the_reason_before_they_are_fetched(
+    model_type, why, ensure, hub, tmp_path
+):
+    hub["a/model"] = tmp_path / "model"
+    hub["a/model"].mkdir()
+    (hub["a/model"] / "config.json").write_text(json.dumps({"model_type": model_type}))
+    supported = "bert, camembert, deberta-v2, distilbert, electra, modernbert, roberta, xlm-roberta"
+    with pytest.raises(
+        UserError, match=f"^a/model: model type '{model_type}' is not .*: .*{why}.*; supported: {supported}$"
+    ):
+        ensure("a/model", folder=tmp_path / "local")
+    assert not (tmp_path / "local").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "missing"),
+    [
+        (["tokenizer.json"], None),
+        (["vocab.txt"], None),
+        (["vocab.json", "merges.txt"], None),
+        (["vocab.json"], "tokenizer.json"),
+        ([], "tokenizer.json"),
+        (
+            ["spm.model"],
+            "tokenizer.json (with spm.model alone the package sentencepiece is needed, which is not installed)",
+        ),
+        (["spm.model", "tokenizer.json"], None),
+    ],
+    ids=str,
+)
+def test_tokenizers_of_every_kind_are_found(files, missing, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "find_spec", lambda _: None)
+    for name in files:
+        (tmp_path / name).touch()
+    assert sources.missing_tokenizer(tmp_path) == missing
+    monkeypatch.setattr(sources, "find_spec", lambda name: name)
+    assert (sources.missing_tokenizer(tmp_path) is None) == (missing is None or "spm.model" in files)
 
 
 # ---------------------------------------------------------------- sentiment data
