@@ -7,7 +7,7 @@ import torch
 from conftest import repair, tiny_decoder
 
 from compression.config import pick
-from compression.llm import removal
+from compression.decoder import Decoder
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import exp_of_mean, perplexity
@@ -91,7 +91,7 @@ def test_removal_analysis_names_the_part(broken, windows):
 
 
 def test_removal_analysis_names_what_the_model_cannot_do_without(windows, monkeypatch):
-    monkeypatch.setattr(removal, "output_bias", lambda layer, kind: torch.nan if layer is third else 0.0)
+    monkeypatch.setattr(Decoder, "constant", lambda _, layer, kind: torch.nan if layer is third else 0.0)
     model = tiny_decoder("qwen3")
     third = model.model.layers[2]
     with pytest.raises(UserError, match="perplexity of the model without layer 2: the mean loss is nan; the weights"):

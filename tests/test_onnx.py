@@ -14,6 +14,7 @@ from test_quantization import SHAPES
 from compression.checkpoint import load_classifier, save_checkpoint
 from compression.classifier.data import Encoded
 from compression.classifier.metrics import predict
+from compression.classifier.tasks import SST2
 from compression.export import onnx as onnx_export
 from compression.export.onnx import (
     PRECISIONS,
@@ -125,8 +126,8 @@ def test_the_file_is_all_that_another_process_needs(name, exported, tmp_path):
 def test_evaluation_and_timing_take_an_exported_model(exported):
     model, found = exported["bert"]  # it gets no token types here: they are all 0
     encoded = Encoded({"input_ids": [[5, 6, 7], [8], [9] * 30, [10, 11]]}, torch.tensor([0, 1, 0, 1]))
-    expected = predict(model, encoded, pad_token_id=0)
-    torch.testing.assert_close(predict(found, encoded, pad_token_id=0), expected, atol=1e-5, rtol=0)
+    expected = predict(model, encoded, 0, SST2)
+    torch.testing.assert_close(predict(found, encoded, 0, SST2), expected, atol=1e-5, rtol=0)
     timings = measure_latency({"pytorch": model, "onnx": found}, torch.device("cpu"), 8, 2, 2, 3)
     assert timings["onnx"]["latency"]["median_ms"] > 0
 
