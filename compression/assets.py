@@ -21,6 +21,7 @@ from pathlib import Path
 from compression.embedded import make_embedded_llm, make_embedded_student, make_embedded_teacher
 from compression.files import read_object, real_path, restore_replaced
 from compression.integrity import SOURCE_FILE
+from compression.modeling.pruned_encoder import LAYOUTS
 from compression.runtime import UserError, first_line, log, processes, shown
 from compression.sources import (
     LLM,
@@ -35,7 +36,7 @@ from compression.sources import (
     read_source,
     source_record,
 )
-from compression.structures import DECODERS, ENCODERS, unsupported
+from compression.structures import DECODERS, unsupported
 
 MODEL_FILES = [
     "config.json",
@@ -65,9 +66,8 @@ class Role:
     model_types: tuple[str, ...]
 
 
-_DENSE_ENCODERS = tuple(name for name in ENCODERS if not name.startswith("pruned_"))
-TEACHER_ROLE = Role("teacher", TEACHER, _DENSE_ENCODERS)
-STUDENT_ROLE = Role("student", STUDENT, _DENSE_ENCODERS)
+TEACHER_ROLE = Role("teacher", TEACHER, tuple(LAYOUTS))
+STUDENT_ROLE = Role("student", STUDENT, tuple(LAYOUTS))
 LLM_ROLE = Role("base_model", LLM, tuple(DECODERS))
 
 

@@ -85,12 +85,12 @@ class TaskData:
         Raises:
             UserError: there are too few rows, fewer than two classes, or none of one class to train on.
         """
-        task, rows = self.task, len(self.train) + len(self.selection)
+        task, rows, known = self.task, len(self.train) + len(self.selection), set(self.train.labels)
         if rows < 10:
             raise UserError(f"{self.name}: {rows} training rows; at least 10 are needed")
         if not len(self.validation):
             raise UserError(f"{self.name}: no validation rows; at least 1 is needed")
-        if missing := [label for place, label in enumerate(task.labels) if place not in set(self.train.labels)]:
+        if missing := [label for place, label in enumerate(task.labels) if place not in known]:
             raise UserError(f"{self.name}: no training rows of {listed(missing)}; each class needs some")
         if self.duplicates:
             log.warning(
