@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import torch.nn.functional as F
-
 from compression.assets import ensure_teacher
-from compression.batching import model_inputs
+from compression.classifier.finetuning import FineTuning, Smoothing
 from compression.classifier.stage import DataSettings, Stage
-from compression.config import NO_EFFECT, Config, Flat, group, run_script
+from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.hub import Publishing
 from compression.runtime import MODELS
+from compression.schedule import EarlyStopping
 from compression.sources import TEACHER
-from compression.training import Recipe, Training
+from compression.training import Training
 
 
 @dataclass
@@ -31,19 +30,18 @@ class TeacherConfig(Config):
     """Folder that checkpoints are read from and written to."""
     overwrite: Annotated[bool, NO_EFFECT] = False
     """Replace an earlier result that was made with other settings or inputs."""
+    layer_decay: Annotated[float, Between(0.1, 1)] = 0.9
+    """Learning rate of each layer as a share of the next one's; 1: all layers learn alike."""
+    r_drop: Annotated[float, AtLeast(0)] = 1.0
+    """Weight of R-Drop: two passes with other dropout shall agree; 0: one pass, in half the time."""
+    patience: Annotated[int, AtLeast(1)] = 2
+    """Epochs without a better accuracy (or the task's own metric) on held-out training sentences, after which training
+    stops; the best epoch is kept."""
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
     training: Flat[Training] = group(Training, num_epochs=3, batch_size=32, learning_rate=5e-5)
     publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {"fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto")}
-
-
-class FineTuning(Recipe):
-    """Cross-entropy on the labels."""
-
-    def loss(self, model, batch, step):
-        logits = model(**model_inputs(model, batch)).logits
-        return {"loss": F.cross_entropy(logits.float(), batch["labels"])}
 
 
 def main(config: TeacherConfig) -> None:
@@ -54,8 +52,11 @@ def main(config: TeacherConfig) -> None:
 
     with stage.running():
         model, task = stage.load_model(new_head=True)
-        recipe = FineTuning(config.training, len(task.train))
+        stopping = EarlyStopping(config.patience, min_delta=0.0)
+        smoothing = pick(Smoothing, config)
+        recipe = FineTuning(model, config.training, smoothing, len(task.train), stopping, stage.task.primary)
         history = stage.train(model, task, recipe)
+        recipe.best.restore()
         stage.save(model, task, history)
 
 

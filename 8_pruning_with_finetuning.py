@@ -11,16 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from compression.classifier.gradual_pruning import (
-    MODES,
-    DistillationSchedule,
-    GradualPruning,
-    Importance,
-    ModeName,
-    PruningSchedule,
-    Targets,
-)
+from compression.classifier.gradual_pruning import DistillationSchedule, GradualPruning, PruningSchedule, Targets
 from compression.classifier.stage import DataSettings, Stage, require_classifier
+from compression.classifier.structure_scores import MODES, Importance, ModeName
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.hub import Publishing
 from compression.runtime import MODELS, UserError, log
@@ -67,7 +60,7 @@ class GradualPruningWithFinetuningConfig(Config):
 
     # Which structures go (KGSP): the least important ones.
     importance_mode: ModeName = "l2+kd_grad"
-    """Score of a structure: one of MODES in compression/classifier/gradual_pruning.py, which --help lists."""
+    """Score of a structure: one of MODES in compression/classifier/structure_scores.py, which --help lists."""
     lambda_mag: Annotated[float, AtLeast(0)] = 0.5
     """Weight of the norm in l2+kd_grad."""
     lambda_grad: Annotated[float, AtLeast(0)] = 0.5

@@ -287,6 +287,18 @@ def positions_of(config: Any) -> int:
     return config.max_position_embeddings - taken
 
 
+def depths_of(model: nn.Module) -> dict[str, int]:
+    """For each parameter how many layers lie behind it: 0 for the head, 1 for the last layer, L + 1 for embeddings."""
+    layers: Any = attrgetter(family_of(model).layers)(model)
+    places = {parameter: len(layers) - place for place, layer in enumerate(layers) for parameter in layer.parameters()}
+    base: Any = model.base_model
+    head = {*model.parameters()} - {*base.parameters()}
+    return {
+        name: places.get(parameter, 0 if parameter in head else len(layers) + 1)
+        for name, parameter in model.named_parameters()
+    }
+
+
 def layers_of(model: nn.Module) -> list[LayerParts]:
     """The prunable Linear modules of every layer, dense or already pruned.
 

@@ -5,6 +5,7 @@ What differs between the stages is a `Recipe`: its loss, its learning rate and w
 
 import importlib.util
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from compression.files import new_folder, remove_folder
 from compression.integrity import STATE_FILE, seal
 from compression.runtime import UserError, log, processes, seed_step
 from compression.saved_parts import read_state
-from compression.schedule import warmup_then_linear_decay
+from compression.schedule import EarlyStopping, warmup_then_linear_decay
 from compression.sharding import load_parts, save_parts, whole
 
 PARTS = "parts"
@@ -98,6 +99,10 @@ class Recipe:
         """What is wrapped for several processes: the model, or a module that has it and in whose forward it is used."""
         return model
 
+    def rate_share(self, name: str) -> float:
+        """What the learning rate of a parameter, named as in the model, is multiplied with."""
+        return 1.0
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         """Loss terms of a batch (means by the rows' weights); the term `loss` is the one that is minimised.
 
@@ -126,6 +131,40 @@ class Recipe:
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take back what `state` and `tensors` gave."""
+
+
+class BestEpoch:
+    """The weights of the epoch with the best metric, kept on the CPU while training goes on."""
+
+    def __init__(self, model: PreTrainedModel, stopping: EarlyStopping):
+        self.model, self.stopping = model, stopping
+        self.weights: dict[str, Tensor] = {}
+
+    def update(self, metric: float) -> None:
+        """Take in one epoch's metric."""
+        if self.stopping.update(metric):
+            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+
+    def restore(self) -> None:
+        """Give the model these weights back, if an epoch was taken in."""
+        if self.weights:
+            self.model.load_state_dict(self.weights)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values to resume from."""
+        best = None if self.stopping.best == float("-inf") else self.stopping.best
+        return {"best_metric": best, "waited": self.stopping.waited}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors to resume from."""
+        return {f"best.{name}": tensor for name, tensor in self.weights.items()}
+
+    def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` and `tensors` gave."""
+        self.stopping.waited = state["waited"]
+        if state["best_metric"] is not None:
+            self.stopping.best = state["best_metric"]
+        self.weights = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("best.")}
 
 
 def fit(
@@ -176,7 +215,7 @@ def fit(
         accelerator.init_trackers("compression", config={k: str(v) for k, v in (record or training.as_dict()).items()})
     if training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    optimizer = _optimizer(model, training)
+    optimizer = _optimizer(model, recipe)
     wrapped = recipe.module(model)
     if isinstance(wrapped, FSDPModule):  # its parameters are spread over the processes already
         optimizer = accelerator.prepare(optimizer)
@@ -232,12 +271,15 @@ def _tracker(name: str) -> str | None:
     return name
 
 
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    training, groups = recipe.training, defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = training.weight_decay if parameter.dim() > 1 else 0.0
+            groups[decay, recipe.rate_share(name)].append(parameter)
+    described = [{"params": p, "weight_decay": decay, "share": share} for (decay, share), p in groups.items()]
     # The fused kernel takes a fifth of the time of the default one on a CPU, where the embeddings dominate it.
-    return torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
+    return torch.optim.AdamW(described, lr=training.learning_rate, fused=True)
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -292,7 +334,7 @@ class _Run:
         total = train.weights[rows].sum().item()
         seed_step(self.training.seed, self.step, accelerator.process_index)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(self.step)
+            group["lr"] = group["share"] * recipe.learning_rate(self.step)
         *first, last = self._parts(rows)
         # Gradients add up here, and processes share them once, with the last part; a model that is spread over them
         # shares those of each part, so that no process holds the gradient of a whole model.

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compression.classifier.gradual_pruning import MODES
+from compression.classifier.structure_scores import MODES
 from compression.export import gguf, onnx
 from compression.files import write_text
 from compression.llm import scoring

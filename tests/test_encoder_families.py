@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from compression.batching import model_inputs
 from compression.checkpoint import check_positions, load_classifier, save_checkpoint
-from compression.classifier.gradual_pruning import Importance, StructureScores
 from compression.classifier.masks import add_masks, remove_masks
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
+from compression.classifier.structure_scores import Importance, StructureScores
 from compression.export.onnx import OnnxClassifier, logit_difference, write_onnx
 from compression.flops import count_macs, encoder_macs_formula
 from compression.formats import TABLE_FORMATS, EightBit, FourBit

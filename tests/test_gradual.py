@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, load_script, tiny_bert, tiny_distilbert
 
-from compression.classifier.gradual_pruning import MODES
+from compression.classifier.structure_scores import MODES
 from compression.runtime import UserError
 from compression.structures import ENCODER_KINDS, HEADS, NEURONS, layers_of
 
@@ -189,10 +189,10 @@ def test_state_round_trip_gives_the_same_next_decision(recipe_of):
     first, second = recipe_of(pruning_frequency=2), recipe_of(pruning_frequency=2)
     for step in range(6):
         train_step(first, step)
-    first.early_stopping.update(0.7)
+    first.best.update(0.7)
     second.model.load_state_dict(first.model.state_dict())
     second.load(first.state(), {name: tensor.clone() for name, tensor in first.tensors().items()})
-    assert second.early_stopping == first.early_stopping
+    assert second.best.stopping == first.best.stopping
     for recipe in (first, second):
         for step in range(6, 10):
             train_step(recipe, step)

@@ -80,8 +80,8 @@ def test_killed_and_resumed_equals_undisturbed(train, tmp_path, kill_at):
     for kind, masks in recipe.kept().items():
         for mask, expected in zip(masks, expected_recipe.kept()[kind], strict=True):
             assert torch.equal(mask, expected)
-    assert recipe.best and recipe.best.keys() == expected_recipe.best.keys()
-    assert all(torch.equal(value, expected_recipe.best[name]) for name, value in recipe.best.items())
+    assert recipe.best.weights and recipe.best.weights.keys() == expected_recipe.best.weights.keys()
+    assert all(torch.equal(value, expected_recipe.best.weights[name]) for name, value in recipe.best.weights.items())
 
 
 def test_same_seed_same_result_other_seed_other_result(train, tmp_path):
