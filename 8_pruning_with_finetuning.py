@@ -147,7 +147,7 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
         history = stage.train(model, task, recipe)
 
         # From masks to smaller layers, which must compute the same.
-        recipe.load_best()
+        recipe.best.restore()
         masked_logits = task.predict(model, task.validation)
         small = recipe.finish()
         difference = (task.predict(small, task.validation) - masked_logits).abs().max().item()

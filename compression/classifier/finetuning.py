@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compression.batching import model_inputs
+from compression.distillation import soft_label_loss
 from compression.schedule import EarlyStopping
 from compression.structures import depths_of
 from compression.training import BestEpoch, Recipe, Training
@@ -58,7 +59,8 @@ class FineTuning(Recipe):
             return {"loss": F.cross_entropy(model(**inputs).logits.float(), labels)}
         logits = model(**{name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}).logits.float()
         cross_entropy = F.cross_entropy(logits, torch.cat([labels, labels]))
-        divergence = symmetric_divergence(*logits.chunk(2))
+        one, other = logits.chunk(2)
+        divergence = (soft_label_loss(one, other, 1.0) + soft_label_loss(other, one, 1.0)) / 2
         loss = cross_entropy + weight / 2 * divergence
         return {"loss": loss, "cross_entropy": cross_entropy, "r_drop": divergence}
 
@@ -78,9 +80,3 @@ class FineTuning(Recipe):
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.best.load(state, tensors)
-
-
-def symmetric_divergence(one: Tensor, other: Tensor) -> Tensor:
-    """Mean over rows of the mean of KL(one || other) and KL(other || one), from logits [rows, classes]."""
-    first, second = F.log_softmax(one, dim=-1), F.log_softmax(other, dim=-1)
-    return ((first.exp() - second.exp()) * (first - second)).sum(-1).mean() / 2

@@ -207,10 +207,6 @@ class GradualPruning(Recipe):
             total += sum(len(mask) * size for mask, size in zip(masks, sizes, strict=True))
         return {"head_sparsity": shares[HEADS], "neuron_sparsity": shares[NEURONS], "total_sparsity": removed / total}
 
-    def load_best(self) -> None:
-        """Go back to the weights of the best epoch with the final masks."""
-        self.best.restore()
-
     def finish(self) -> PreTrainedModel:
         """Take the masks off the model and return the physically smaller one."""
         kept = self.kept()
