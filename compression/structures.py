@@ -39,14 +39,14 @@ class Family:
     """Linear modules whose rows are the FFN's structures'; where gate and up are fused, one with two rows of each."""
     down: str
     """The FFN's output projection."""
-    head_size: str | None = None
-    """None: the config says it (`head_dim`)."""
     norms: tuple[str, ...] = ()
     """Norms over the queries or the keys of all heads together: a structure has its share of their weights."""
     behind_padding: bool = False
     """Whether positions are counted from behind the padding token's id."""
     around: Around = field(default_factory=dict)
     """Of a decoder's attention and MLP: what the state passes before it and what it gives passes behind it."""
+    removed: dict[str, dict[str, type[nn.Module]]] = field(default_factory=dict)
+    """Of an encoder's attention and FFN: the modules that go with it, and what is in their place then."""
     multiplier: str | None = None
     """A decoder layer's attribute: what attention and MLP give is multiplied with it."""
     divisor: str | None = None
@@ -173,7 +173,7 @@ class LayerParts:
     head_size: int
     norms: tuple[Rows, ...] = ()
     biased: bool = False
-    """Whether an output projection has a bias, which stays also where the attention or FFN was removed."""
+    """Whether an output projection has a bias, which stays also where a decoder's attention or FFN was removed."""
     positions: RelativePositions | None = None
 
     @property
@@ -311,13 +311,12 @@ def layers_of(model: nn.Module) -> list[LayerParts]:
 
 def _parts(family: Family, layer: nn.Module, model: nn.Module) -> LayerParts:
     o, down = _find(layer, family.o), _find(layer, family.down)
-    head_size = attrgetter(family.head_size)(layer) if family.head_size else head_dim(model.config)
     biased = any(_bias(layer, path) is not None for path in (family.o, family.down))
     attention = tuple(_attention_rows(layer, family, o))
     norms = tuple(Rows(norm, (len(norm.weight),)) for norm in _found(layer, family.norms))
     ffn = tuple(_ffn_rows(layer, family, down))
     positions = RelativePositions.of(model.config)
-    return LayerParts(family.kinds, attention, o, ffn, down, head_size, norms, biased, positions)
+    return LayerParts(family.kinds, attention, o, ffn, down, head_dim(model.config), norms, biased, positions)
 
 
 def _attention_rows(layer: nn.Module, family: Family, o: nn.Linear | None) -> Iterator[Rows]:
@@ -341,14 +340,16 @@ def _found(layer: nn.Module, paths: tuple[str, ...]) -> Iterator[Any]:
 
 
 def _find(layer: nn.Module, path: str) -> Any:
-    parent, _, name = path.rpartition(".")
-    return getattr(attrgetter(parent)(layer), name, None)
+    """A module of a layer; None: it is not there."""
+    found: Any = layer
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def _bias(layer: nn.Module, path: str) -> nn.Parameter | None:
     """The bias of an output projection, also where it is all that is left of its part."""
-    projection = _find(layer, path)
-    return (attrgetter(path.rpartition(".")[0])(layer) if projection is None else projection).bias
+    return getattr(_find(layer, path) or _find(layer, path.rpartition(".")[0]), "bias", None)
 
 
 def output_bias(layer: nn.Module, family: Family, kind: str) -> nn.Parameter | None:
@@ -366,16 +367,19 @@ def spread(kept: Tensor, width: int) -> Tensor:
 
 
 def head_dim(config: Any) -> int:
-    """Width of one attention head of a decoder."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Width of one attention head."""
+    for name in ("head_size", "head_dim", "attention_head_size"):  # of pruned encoders, of decoders, of DeBERTa
+        if size := getattr(config, name, None):
+            return size
+    return config.hidden_size // config.num_attention_heads
 
 
-def output_projections(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, int]]:
-    """(kind, parent module, attribute name, structures) of each layer's output projections, layer by layer."""
+def output_projections(model: nn.Module) -> Iterator[tuple[str, int, nn.Module, str, int]]:
+    """(kind, layer, parent module, attribute name, structures) of each output projection, layer by layer."""
     family = family_of(model)
-    for layer in attrgetter(family.layers)(model):
+    for index, layer in enumerate(attrgetter(family.layers)(model)):
         parts = _parts(family, layer, model)
         for kind, path in zip(family.kinds, (family.o, family.down), strict=True):
             parent, _, name = path.rpartition(".")
             if parts.count(kind):
-                yield kind, attrgetter(parent)(layer), name, parts.count(kind)
+                yield kind, index, attrgetter(parent)(layer), name, parts.count(kind)

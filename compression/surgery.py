@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,23 @@ from transformers import (
 
 from compression.checkpoint import write_description
 from compression.decoder import Decoder, decoder_of
-from compression.modeling import pruned_classes
-from compression.modeling.pruned_decoder import remove, set_heads
+from compression.modeling import pruned_classes, pruned_decoder, pruned_encoder
 from compression.offload import LayerWriter, offload_of, put_offloaded
 from compression.runtime import UserError
-from compression.structures import DECODER_KINDS, ENCODER_KINDS, GROUPS, LayerParts, head_dim, layers_of, spread
+from compression.structures import (
+    DECODER_KINDS,
+    ENCODER_KINDS,
+    GROUPS,
+    HEADS,
+    LayerParts,
+    family_of,
+    head_dim,
+    layers_of,
+    spread,
+)
+
+# As `skip` names them.
+_PARTS = dict(zip(ENCODER_KINDS, ("attention", "mlp"), strict=True))
 
 
 def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedModel:
@@ -30,27 +43,74 @@ def shrink(model: PreTrainedModel, kept: dict[str, list[Tensor]]) -> PreTrainedM
 
     Args:
         model: a classifier of a supported encoder family, dense or already pruned; it is left as it is.
-        kept: for heads and neurons one bool tensor [structures] per layer, True where the structure stays.
+        kept: for heads and neurons one bool tensor [structures] per layer, True where the structure stays. An
+            attention or FFN of which nothing stays is taken out; a layer of which both are gone is taken out whole.
 
     Returns:
-        A model of the pruned class of that family, in evaluation mode, whose logits equal the masked model's.
+        A model of the pruned class of that family, in evaluation mode, whose logits equal the masked model's, with the
+        identity in the place of what was taken out.
 
     Raises:
-        UserError: an architecture that is not supported.
+        UserError: an architecture that is not supported, or no attention is left in any layer.
     """
+    _check_attention(kept[HEADS])
     small = copy.deepcopy(model)
-    for index, parts in enumerate(layers_of(small)):
-        shrink_layer(parts, {kind: kept[kind][index] for kind in ENCODER_KINDS})
+    for index in range(len(layers_of(small))):
+        shrink_encoder_layer(small, index, {kind: kept[kind][index] for kind in ENCODER_KINDS})
+    stay = _drop_empty_encoder_layers(small)
     config_class, model_class = pruned_classes(model.config.model_type, AutoModelForSequenceClassification)
-    layers = layers_of(small)
-    sizes = {
-        index: {"num_attention_heads": parts.heads, "intermediate_size": parts.neurons}
-        for index, parts in enumerate(layers)
-    }
-    values = _plain_values(model.config) | {"head_size": layers[0].head_size, "per_layer_config": sizes}
+    sizes = {index: _layer_values(parts) for index, parts in enumerate(layers_of(small))}
+    values = _dense_values(model.config, stay) | {"head_size": head_dim(model.config), "per_layer_config": sizes}
     pruned = model_class(config_class(**values))
     pruned.load_state_dict(small.state_dict())
     return pruned.to(model.device).eval()  # type: ignore[arg-type]
+
+
+def shrink_encoder_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor]) -> None:
+    """Cut one layer of a classifier down in place: it computes on, in the stock class too.
+
+    Args:
+        kept: for some or all kinds a bool tensor [structures], True where the structure stays. Where none does, the
+            attention or FFN is taken out.
+    """
+    before = layers_of(model)[index]
+    for kind, stays in kept.items():
+        if before.count(kind) and not stays.any():
+            remove_part(model, kind, index)
+    shrink_layer(layers_of(model)[index], kept)
+    parts, family = layers_of(model)[index], family_of(model)
+    if parts.heads:
+        layer = attrgetter(family.layers)(model)[index]
+        pruned_encoder.set_heads(layer, family, parts.heads, parts.head_size)
+
+
+def remove_part(model: PreTrainedModel, kind: str, index: int) -> None:
+    """Take a layer's attention (kind: heads) or FFN (neurons) out of a classifier in place, also while it is trained.
+
+    The state passes by it unchanged from then on: its residual connection and its norm are gone too.
+    """
+    family = family_of(model)
+    pruned_encoder.remove(attrgetter(family.layers)(model)[index], family, _PARTS[kind])
+
+
+def _drop_empty_encoder_layers(model: PreTrainedModel) -> list[int]:
+    """Take out the layers of which nothing is left; the indices of the others."""
+    first = 0 if _keeps_first(model.config) else None
+    stay = [index for index, parts in enumerate(layers_of(model)) if not parts.empty or index == first]
+    parent, _, name = family_of(model).layers.rpartition(".")
+    owner = attrgetter(parent)(model)
+    setattr(owner, name, nn.ModuleList(getattr(owner, name)[index] for index in stay))
+    return stay
+
+
+def _keeps_first(config: PretrainedConfig) -> bool:
+    """Whether no other layer can be the first: ModernBERT's has no norm, DeBERTa may have a convolution around it."""
+    return config.model_type.endswith("modernbert") or getattr(config, "conv_kernel_size", 0) > 0
+
+
+def _check_attention(kept: list[Tensor]) -> None:
+    if not any(mask.any() for mask in kept):
+        raise UserError("nothing is left of any layer's attention: choose a lower pruning ratio")
 
 
 def shrink_decoder(
@@ -118,8 +178,7 @@ def write_pruned_description(
 
 def _cut_layers(decoder: Decoder, kept: dict[str, list[Tensor]], before: Callable[[int], None]) -> Iterator[int]:
     """Cut down layer after layer; yields the index of each while its weights are there."""
-    if not any(mask.any() for mask in kept[GROUPS]):
-        raise UserError("nothing is left of any layer's attention: choose a lower pruning ratio")
+    _check_attention(kept[GROUPS])
     for index in range(len(decoder.layers)):
         with decoder.present(index):
             before(index)
@@ -135,7 +194,7 @@ def _cut_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:
             if stays.any():
                 shrink_decoder_layer(decoder, index, {kind: stays})
             else:
-                remove(layer, family.path(kind).partition(".")[0], family.around)
+                pruned_decoder.remove(layer, family.path(kind).partition(".")[0], family.around)
 
 
 def shrink_decoder_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:
@@ -147,7 +206,7 @@ def shrink_decoder_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) 
     shrink_layer(layers_of(decoder.model)[index], kept)
     parts = layers_of(decoder.model)[index]
     if parts.groups:
-        set_heads(decoder.layers[index].self_attn, decoder.model.config, parts.query_heads, parts.groups)
+        pruned_decoder.set_heads(decoder.layers[index].self_attn, decoder.model.config, parts.query_heads, parts.groups)
 
 
 def _drop_empty_layers(decoder: Decoder) -> list[int]:
@@ -245,30 +304,34 @@ def _rebuild(model: PreTrainedModel, config: PretrainedConfig, model_class: type
 
 
 def _decoder_values(model: PreTrainedModel, stay: list[int] | range) -> dict[str, Any]:
-    """The values of a dense config with these of its layers."""
-    values = _plain_values(model.config)
+    """The values of a dense decoder's config with these of its layers."""
+    return _dense_values(model.config, stay) | {"head_dim": head_dim(model.config)}
+
+
+def _dense_values(config: PretrainedConfig, stay: list[int] | range) -> dict[str, Any]:
+    """The values of a dense config with these of its layers, each under the name that the family gives it."""
+    values = config.to_dict()
+    others = ("model_type", "architectures", "auto_map", "head_size", "per_layer_config", "transformers_version")
+    for name in (*others, *config.attribute_map):
+        values.pop(name, None)
     for name in ("layer_types", "no_rope_layers"):  # an entry for each layer
         if values.get(name):
             values[name] = [values[name][index] for index in stay]
-    return values | {"num_hidden_layers": len(stay), "head_dim": head_dim(model.config)}
+    return values | {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(stay)}
 
 
 def _layer_values(parts: LayerParts) -> dict[str, Any]:
     """What `per_layer_config` says of a layer."""
+    attention, ffn = map(parts.count, parts.kinds)
     values: dict[str, Any] = {}
-    if parts.groups:
-        values |= {"num_attention_heads": parts.query_heads, "num_key_value_heads": parts.groups}
-    if parts.channels:
-        values |= {"intermediate_size": parts.channels}
-    skip = ["attention"] * (not parts.groups) + ["mlp"] * (not parts.channels)
+    if attention:
+        values["num_attention_heads"] = parts.query_heads
+    if attention and GROUPS in parts.kinds:
+        values["num_key_value_heads"] = attention
+    if ffn:
+        values["intermediate_size"] = ffn
+    skip = ["attention"] * (not attention) + ["mlp"] * (not ffn)
     return values | ({"skip": skip} if skip else {})
-
-
-def _plain_values(config: PretrainedConfig) -> dict[str, Any]:
-    values = config.to_dict()
-    for name in ("model_type", "architectures", "auto_map", "head_size", "per_layer_config", "transformers_version"):
-        values.pop(name, None)
-    return values
 
 
 def shrink_layer(parts: LayerParts, kept: dict[str, Tensor]) -> None:

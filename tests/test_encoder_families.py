@@ -4,6 +4,7 @@ A family is here by its model type, one of its layouts by its model type and wha
 """
 
 import copy
+from operator import attrgetter
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from compression.classifier.structure_scores import Importance, StructureScores
 from compression.export.onnx import OnnxClassifier, logit_difference, write_onnx
 from compression.flops import count_macs, encoder_macs_formula
 from compression.formats import TABLE_FORMATS, EightBit, FourBit
+from compression.hooks import hooked
 from compression.quantization import Format, check_exact, embedding_tables, encoder_linears, pack
 from compression.runtime import UserError
-from compression.structures import ENCODER_KINDS, HEADS, NEURONS, layers_of, positions_of
+from compression.structures import ENCODER_KINDS, HEADS, NEURONS, family_of, layers_of, positions_of
 from compression.surgery import shrink, shrink_layer
 from compression.training import Training
 
@@ -121,6 +123,66 @@ def test_pruned_again(small):
     }
     smaller = shrink(small, again)
     torch.testing.assert_close(logits(smaller), masked_logits(small, again), atol=1e-5, rtol=0)
+
+
+NONE = torch.zeros(48, dtype=torch.bool)
+# What stays of four layers: one has no FFN, one no attention, one neither; the others of these are narrower.
+LACKING = {
+    "the third is gone": {
+        HEADS: [torch.tensor(row).bool() for row in ([1, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0])],
+        NEURONS: [NONE, torch.arange(48) < 8, NONE, torch.arange(48) % 2 == 0],
+    },
+    "the first is gone": {
+        HEADS: [torch.tensor(row).bool() for row in ([0, 0, 0, 0], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0])],
+        NEURONS: [NONE, NONE, torch.arange(48) < 8, torch.arange(48) % 2 == 0],
+    },
+}
+# Where another layer cannot be the first, an empty one stays.
+FIRST_STAYS = ("deberta-v2, convolution", "modernbert", "modernbert, biases")
+
+
+def without(model, kept):
+    """The logits of a model whose parts of which nothing stays are passed by."""
+    layers = attrgetter(family_of(model).layers)(model)
+    with hooked(hook for index, layer in enumerate(layers) for hook in passed_by(layer, index, kept)):
+        return masked_logits(model, kept)
+
+
+def passed_by(layer, index, kept):
+    """Hooks that let a part's input be its output; what has no residual connection in itself gives nothing."""
+
+    def same(_, given, __):
+        return given[0]
+
+    def nothing(_, given, __):
+        return torch.zeros_like(given[0])
+
+    if not kept[HEADS][index].any():
+        if hasattr(layer, "sa_layer_norm"):  # DistilBERT
+            yield layer.sa_layer_norm.register_forward_hook(same)
+        inside = hasattr(layer, "intermediate")
+        attention = getattr(layer, "attention", None) or layer.attn
+        yield attention.register_forward_hook(lambda *given: ((same if inside else nothing)(*given), None))
+    if not kept[NEURONS][index].any():
+        if hasattr(layer, "output_layer_norm"):
+            yield layer.output_layer_norm.register_forward_hook(same)
+        if hasattr(layer, "intermediate"):  # BERT and its kin
+            yield layer.output.register_forward_hook(lambda _, given, __: given[1])
+        else:
+            yield (getattr(layer, "ffn", None) or layer.mlp).register_forward_hook(nothing)
+
+
+@pytest.mark.parametrize("gone", LACKING)
+def test_parts_of_which_nothing_stays_are_taken_out(name, gone):
+    model, kept = tiny_encoder(name, num_hidden_layers=4), LACKING[gone]
+    dense, expected = logits(model), without(model, kept)
+    assert (expected - dense).abs().max() > 1e-3
+    small = shrink(model, kept)
+    torch.testing.assert_close(logits(small), expected, atol=1e-5, rtol=0)
+    left = [(parts.heads, parts.neurons) for parts in layers_of(small)]
+    first = [(0, 0)] * (name in FIRST_STAYS and gone == "the first is gone")
+    assert left == [*first, (3, 0), (0, 8), (1, 24)]
+    assert small.config.num_hidden_layers == len(left)
 
 
 ELSEWHERE = """

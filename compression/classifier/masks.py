@@ -74,7 +74,7 @@ def gradient_of(linear: nn.Linear) -> Tensor:
 def add_masks(model: nn.Module) -> dict[str, list[MaskedLinear]]:
     """Replace the output projections by masked ones, all structures in use; returns them by kind, layer by layer."""
     masked: dict[str, list[MaskedLinear]] = {kind: [] for kind in ENCODER_KINDS}
-    for kind, parent, name, count in output_projections(model):
+    for kind, _, parent, name, count in output_projections(model):
         layer = MaskedLinear(getattr(parent, name), count)
         setattr(parent, name, layer)
         masked[kind].append(layer)
@@ -83,5 +83,5 @@ def add_masks(model: nn.Module) -> dict[str, list[MaskedLinear]]:
 
 def remove_masks(model: nn.Module) -> None:
     """Put plain Linear layers back; the columns of pruned structures become zero in the weights."""
-    for _, parent, name, _ in output_projections(model):
+    for _, _, parent, name, _ in output_projections(model):
         setattr(parent, name, getattr(parent, name).to_linear())

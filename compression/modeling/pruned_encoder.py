@@ -1,15 +1,16 @@
-"""Encoders whose layers differ in width. Self-contained: needs torch and transformers only.
+"""Encoders whose layers differ in width or lack a part. Self-contained: needs torch and transformers only.
 
 The dense model's sizes stay in the config; `per_layer_config` says what each layer has instead, for example
-`{"3": {"num_attention_heads": 6, "intermediate_size": 1024}}`. Heads keep the dense model's size, `head_size`, so the
-attention of a pruned layer is `num_attention_heads * head_size` wide, less than `hidden_size`.
+`{"3": {"num_attention_heads": 6, "intermediate_size": 1024}, "5": {"skip": ["attention"]}}`. Heads keep the dense
+model's size, `head_size`, so the attention of a pruned layer is `num_attention_heads * head_size` wide, less than
+`hidden_size`. Of a skipped part nothing is there, its norm included: the hidden states pass by it unchanged.
 
 A family is an entry of `LAYOUTS`, three classes, and an entry of `CLASSES`.
 """
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -51,6 +52,34 @@ from transformers import (
 )
 
 
+class PassedOn(nn.Module):
+    """In the place of an attention with its residual connection: the state goes on as it came."""
+
+    def forward(self, hidden_states, *_, **__):
+        return hidden_states, None
+
+
+class PassedBy(nn.Module):
+    """In the place of an FFN's output projection with its residual connection: what passes by it goes on."""
+
+    def forward(self, hidden_states, input_tensor):
+        return input_tensor
+
+
+class NothingAttended(nn.Module):
+    """In the place of an attention: adds nothing to what passes by it."""
+
+    def forward(self, hidden_states, *_, **__):
+        return 0, None
+
+
+class Nothing(nn.Module):
+    """In the place of an FFN: adds nothing to what passes by it."""
+
+    def forward(self, hidden_states):
+        return 0
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where a stock model keeps its layers, and a layer its Linear modules (dotted paths)."""
@@ -64,8 +93,8 @@ class Layout:
     """Those whose rows belong to neurons."""
     down: str
     """The one whose columns do."""
-    head_size: str
-    """The attention's attribute that says how wide a head is."""
+    removed: dict[str, dict[str, type[nn.Module]]] = field(default_factory=dict)
+    """Of each part, as `skip` names them: the layer's modules that go with it, and what is in their place then."""
     behind_padding: bool = False
     """Whether positions are counted from behind the padding token's id."""
 
@@ -76,7 +105,7 @@ BERT = Layout(
     o="attention.output.dense",
     ffn=("intermediate.dense",),
     down="output.dense",
-    head_size="attention.self.attention_head_size",
+    removed={"attention": {"attention": PassedOn}, "mlp": {"intermediate": nn.Identity, "output": PassedBy}},
 )
 ROBERTA = replace(BERT, behind_padding=True)
 DEBERTA = replace(
@@ -88,7 +117,10 @@ DISTILBERT = Layout(
     o="attention.out_lin",
     ffn=("ffn.lin1",),
     down="ffn.lin2",
-    head_size="attention.attention_head_size",
+    removed={
+        "attention": {"attention": NothingAttended, "sa_layer_norm": nn.Identity},
+        "mlp": {"ffn": Nothing, "output_layer_norm": nn.Identity},
+    },
 )
 MODERNBERT = Layout(
     layers="base_model.layers",
@@ -96,7 +128,10 @@ MODERNBERT = Layout(
     o="attn.Wo",
     ffn=("mlp.Wi",),
     down="mlp.Wo",
-    head_size="attn.head_dim",
+    removed={
+        "attention": {"attn": NothingAttended, "attn_norm": nn.Identity},
+        "mlp": {"mlp": Nothing, "mlp_norm": nn.Identity},
+    },
 )
 # By the stock model type.
 LAYOUTS = {
@@ -197,6 +232,26 @@ def resized(linear, inputs, outputs):
     return nn.Linear(inputs, outputs, bias=linear.bias is not None)
 
 
+def remove(layer, layout, part):
+    """Take a layer's attention or FFN out in place, with its residual connection and norm: it becomes the identity.
+
+    Args:
+        layer: of a stock or a pruned model.
+        part: attention or mlp, as `skip` names them.
+    """
+    for name, left in layout.removed[part].items():
+        setattr(layer, name, left())
+
+
+def set_heads(layer, layout, heads, head_size):
+    """Tell a layer's attention how many heads it has; returns it."""
+    attention = layer.get_submodule(layout.attention[0].rpartition(".")[0])
+    counts = {"num_attention_heads": heads, "n_heads": heads, "all_head_size": heads * head_size}
+    for name in counts.keys() & vars(attention).keys():
+        setattr(attention, name, counts[name])
+    return attention
+
+
 class Pruned:
     """A stock model, bare or a classifier, whose layers were made narrower."""
 
@@ -210,12 +265,10 @@ class Pruned:
             heads, neurons = sizes.num_attention_heads, sizes.intermediate_size
             narrow(layer, layout.attention, layout.o, heads, dense.num_attention_heads)
             narrow(layer, layout.ffn, layout.down, neurons, dense.intermediate_size)
-            attention = layer.get_submodule(layout.head_size.rpartition(".")[0])
             # Which attention kernel to use is asked of the whole model's config, where it can be changed.
-            attention.config = config
-            counts = {"num_attention_heads": heads, "n_heads": heads, "all_head_size": heads * config.head_size}
-            for name in counts.keys() & vars(attention).keys():
-                setattr(attention, name, counts[name])
+            set_heads(layer, layout, heads, config.head_size).config = config
+            for part in getattr(sizes, "skip", ()):
+                remove(layer, layout, part)
         if config.embedding_bits < 32:
             pack_embeddings(base.embeddings, config.embedding_bits)
         base.register_forward_pre_hook(fix_4bit_layers)
