@@ -8,11 +8,10 @@ models/pruned_qkd4bit_<timestamp>, a 4-bit model that computes with exactly the 
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from compression.checkpoint import find_unquantized, load_classifier
+from compression.checkpoint import find_unquantized
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
 from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
@@ -37,7 +36,7 @@ class QATKDConfig(Config):
     beta_logits: Annotated[float, AtLeast(0)] = 0.5
     """Weight of the soft-label loss."""
     beta_hidden: Annotated[float, AtLeast(0)] = 0.2
-    """Weight of the hidden-state loss; with 0 the teacher's outputs are computed once and kept."""
+    """Weight of the hidden-state loss; with 0 the teacher runs once and no more."""
     temperature: Annotated[float, Between(0.1, 100)] = 4.0
     """Softening of both models' logits."""
 
@@ -59,20 +58,11 @@ class QATKDConfig(Config):
 
 def make_recipe(stage: Stage, model, task, config: QATKDConfig) -> QuantizationAwareDistillation:
     """The losses, with a teacher that runs on every batch only where its hidden states are needed."""
-    recipe = partial(
-        QuantizationAwareDistillation,
-        model,
-        config.training,
-        pick(LossWeights, config),
-        config.storage.format(),
-        len(task.train),
+    weights, storage = pick(LossWeights, config), config.storage.format()
+    hidden_states = stage.hidden_states(model, task, config.beta_hidden)
+    return QuantizationAwareDistillation(
+        model, config.training, weights, storage, stage.teacher_logits(), hidden_states
     )
-    if not config.beta_hidden:
-        return recipe(teacher_logits=stage.teacher_logits())
-    teacher, tokenizer = load_classifier(stage.teacher, model.device)
-    if tokenizer.get_vocab() != task.tokenizer.get_vocab():
-        raise UserError(f"--teacher_path {stage.teacher}: splits text otherwise than the student; use --beta_hidden 0")
-    return recipe(teacher=teacher)
 
 
 def main(config: QATKDConfig) -> None:

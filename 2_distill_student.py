@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 from compression.batching import model_inputs
 from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.classifier.student import StudentStart
-from compression.config import NO_EFFECT, Between, Config, Flat, group, run_script
+from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, run_script
 from compression.distillation import distillation_loss
 from compression.hub import Publishing
 from compression.runtime import MODELS
@@ -44,6 +44,9 @@ class DistillationConfig(Config):
     """Softening of both models' logits."""
     alpha: Annotated[float, Between(0, 1)] = 0.5
     """Weight of the soft-label loss, cross-entropy has the rest; with soft_labels it counts as 1."""
+    beta_hidden: Annotated[float, AtLeast(0)] = 0.0
+    """Weight of the hidden-state loss: each layer learns, token by token, what a layer of the teacher
+    gives."""
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
     training: Flat[Training] = group(Training, num_epochs=3, batch_size=32, learning_rate=5e-5)
     publishing: Flat[Publishing] = group(Publishing)
@@ -52,16 +55,18 @@ class DistillationConfig(Config):
 
 
 class Distillation(Recipe):
-    """alpha * T^2 * KL to the teacher + (1 - alpha) * cross-entropy."""
+    """alpha * T^2 * KL to the teacher + (1 - alpha) * cross-entropy, and the hidden-state loss by its weight."""
 
-    def __init__(self, training: Training, teacher_logits, temperature: float, alpha: float):
+    def __init__(self, training: Training, teacher_logits, temperature: float, alpha: float, hidden_states):
         super().__init__(training, len(teacher_logits))
-        self.teacher_logits, self.temperature, self.alpha = teacher_logits, temperature, alpha
+        self.teacher_logits, self.hidden_states = teacher_logits, hidden_states
+        self.temperature, self.alpha = temperature, alpha
 
     def loss(self, model, batch, step):
-        logits = model(**model_inputs(model, batch)).logits
+        student = model(**model_inputs(model, batch), output_hidden_states=self.hidden_states.wanted)
         teacher = self.teacher_logits[batch["rows"]]
-        return distillation_loss(logits, teacher, batch["labels"], self.temperature, self.alpha)
+        terms = distillation_loss(student.logits, teacher, batch["labels"], self.temperature, self.alpha)
+        return self.hidden_states.added(terms, student, batch)
 
 
 def main(config: DistillationConfig) -> None:
@@ -76,8 +81,11 @@ def main(config: DistillationConfig) -> None:
     with stage.running():
         model, task = config.start.load_model(stage)
         alpha = 1.0 if config.variant == "soft_labels" else config.alpha
-        recipe = Distillation(config.training, stage.teacher_logits().to(model.device), config.temperature, alpha)
+        hidden_states = stage.hidden_states(model, task, config.beta_hidden)
+        teacher_logits = stage.teacher_logits().to(model.device)
+        recipe = Distillation(config.training, teacher_logits, config.temperature, alpha, hidden_states)
         history = stage.train(model, task, recipe)
+        hidden_states.finish()
         stage.save(model, task, history)
 
 

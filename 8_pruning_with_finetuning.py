@@ -1,6 +1,8 @@
 """Stage 8: gradual structured pruning of the student while it learns from its teacher (KGSP + MSP).
 
     python 8_pruning_with_finetuning.py [--fast] [--preset conservative|aggressive]
+    python 8_pruning_with_finetuning.py [--fast] --preset half|fifth|tenth|twentieth
+    python 8_pruning_with_finetuning.py [--fast] --start teacher --target latency 0.25
 
 Reads models/student_model, models/teacher_model and the data; writes
 models/pruning_with_finetuning_<timestamp>, a physically smaller model.
@@ -9,25 +11,37 @@ models/pruning_with_finetuning_<timestamp>, a physically smaller model.
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from compression.classifier.gradual_pruning import DistillationSchedule, GradualPruning, PruningSchedule, Targets
-from compression.classifier.stage import DataSettings, Stage, require_classifier
+from compression.checkpoint import identify, load_classifier
+from compression.classifier.budget import Budget, Quantity, latency_budget, macs_budget, parameters_budget
+from compression.classifier.gradual_pruning import DistillationSchedule, Finetuning, GradualPruning, PruningSchedule
+from compression.classifier.hidden_states import HiddenStates
+from compression.classifier.latency import latency_table
+from compression.classifier.stage import DataSettings, Stage, TokenizedTask, require_classifier
 from compression.classifier.structure_scores import MODES, Importance, ModeName
+from compression.classifier.targets import Floors, OneBudget, SeparateTargets, Target
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.hub import Publishing
 from compression.runtime import MODELS, UserError, log
 from compression.schedule import EarlyStopping
+from compression.structures import layers_of
 from compression.training import Training
 
 # Masked and smaller model compute the same sums in another order; more than this is a mistake in the surgery.
 LOGIT_TOLERANCE = 1e-4
+# What the presets of deep compression share.
+DEEP = dict(start="teacher", pruning_start_epoch=1, pruning_end_epoch=4, num_epochs=12, pruning_frequency=100) | dict(
+    neuron_multiple=32, finetuning_learning_rate=5e-5
+)
 
 
 @dataclass
 class GradualPruningWithFinetuningConfig(Config):
+    start: Literal["student", "teacher"] = "student"
+    """What is pruned: the student of stage 2, or the teacher's own weights, which deep compression makes more of."""
     student_path: Annotated[Path | None, NO_EFFECT] = None
-    """The model to prune; by default student_model in models_dir."""
+    """The model to prune with --start student; by default student_model in models_dir."""
     teacher_path: Annotated[Path | None, NO_EFFECT] = None
     """The fine-tuned teacher; by default teacher_model in models_dir."""
     models_dir: Annotated[Path, NO_EFFECT] = MODELS
@@ -57,6 +71,9 @@ class GradualPruningWithFinetuningConfig(Config):
     """Weight of the soft-label loss at the first step; cross-entropy has the rest."""
     alpha_end: Annotated[float, Between(0, 1)] = 0.2
     """Weight of the soft-label loss at the last step."""
+    beta_hidden: Annotated[float, AtLeast(0)] = 0.0
+    """Weight of the hidden-state loss: each layer that is left learns, token by token, what a layer of the teacher
+    gives."""
 
     # Which structures go (KGSP): the least important ones.
     importance_mode: ModeName = "l2+kd_grad"
@@ -69,7 +86,13 @@ class GradualPruningWithFinetuningConfig(Config):
     """Steps up to a pruning event whose gradients count at it: a sliding window, which may reach behind the event
     before."""
 
-    # How much goes (MSP): heads and neurons apart, or all together.
+    # How much goes: one budget for heads, neurons, whole parts and layers; or (MSP) heads and neurons apart.
+    target: tuple[Quantity, float] | None = None
+    """One budget instead of the sparsities below: mac or parameters (of the encoder) or latency (of the whole model, by
+    a table of times measured on this machine), and the share of the teacher's that may stay: mac 0.1. Attention or FFN
+    of a layer go as a whole where that costs least."""
+    min_part_share: Annotated[float, Between(0, 1)] = 0.25
+    """Least share of its heads or neurons that a part keeps with --target, if it stays at all."""
     enable_multi_granularity: bool = True
     """MSP: rank heads and neurons apart, each to its own target; off: one ranking by score per parameter."""
     head_final_sparsity: Annotated[float, Between(0, 0.99)] = 0.30
@@ -94,6 +117,10 @@ class GradualPruningWithFinetuningConfig(Config):
         "conservative": dict(lambda_mag=0.6, lambda_grad=0.4, pruning_window_steps=100)
         | dict(head_final_sparsity=0.20, ffn_final_sparsity=0.15),
         "aggressive": dict(head_final_sparsity=0.40, ffn_final_sparsity=0.35),
+        "half": dict(target=("mac", 0.5)) | DEEP,
+        "fifth": dict(target=("mac", 0.2)) | DEEP,
+        "tenth": dict(target=("mac", 0.1)) | DEEP,
+        "twentieth": dict(target=("mac", 0.05)) | DEEP,
     }
 
     @classmethod
@@ -113,27 +140,83 @@ class GradualPruningWithFinetuningConfig(Config):
                 f"{self.pruning_end_epoch}; set both"
             )
         Between(1, self.pruning_end_epoch).check("pruning_start_epoch", self.pruning_start_epoch)
+        if self.target is not None and not 0 < self.target[1] <= 1:
+            quantity, share = self.target
+            raise UserError(f"--target {quantity} {share}: allowed is a share of the teacher's, above 0 and at most 1")
         if not any(MODES[self.importance_mode].weights(pick(Importance, self))):
             raise UserError(
                 "--lambda_mag 0 --lambda_grad 0: one of them must be above 0 with --importance_mode l2+kd_grad"
             )
 
 
+def make_budget(stage: Stage, model: Any, quantity: Quantity, share: float) -> Budget:
+    """What the parts of the model may take, as a share of what the teacher's take."""
+    assert stage.teacher is not None
+    teacher, _ = load_classifier(stage.teacher, model.device)
+    length = stage.config.data.max_length
+    if quantity == "mac":
+        return macs_budget(share, model, teacher, length)
+    if quantity == "parameters":
+        return parameters_budget(share, model, teacher)
+    identities = [identify(folder)["sha256"] for folder in (stage.parent, stage.teacher)]
+    return latency_budget(share, model, latency_table(model, teacher, identities, length, stage.config.models_dir))
+
+
+def make_target(model: Any, config: GradualPruningWithFinetuningConfig, budget: Budget | None = None) -> Target:
+    """How much goes: by the budget, if there is one."""
+    floors, layers = pick(Floors, config), layers_of(model)
+    if budget is None:
+        return pick(SeparateTargets, config, floors=floors).check(layers)
+    return OneBudget(floors, config.min_part_share, budget).check(layers)
+
+
 def make_recipe(
-    model: Any, teacher_logits: Any, config: GradualPruningWithFinetuningConfig, metric: str = "accuracy"
+    model: Any,
+    teacher_logits: Any,
+    config: GradualPruningWithFinetuningConfig,
+    target: Target,
+    hidden_states: HiddenStates,
 ) -> GradualPruning:
-    """Phases Warmup, Pruning, Finetuning: the masks go in with the recipe; `metric` chooses the best epoch."""
+    """Phases Warmup and Pruning: the masks go in with the recipe."""
     schedule, distillation = pick(PruningSchedule, config), pick(DistillationSchedule, config)
-    importance, targets = pick(Importance, config), pick(Targets, config)
+    shared = model, teacher_logits, config.training, schedule, distillation, hidden_states
+    return GradualPruning(*shared, pick(Importance, config), target)
+
+
+def make_finetuning(
+    model: Any,
+    teacher_logits: Any,
+    config: GradualPruningWithFinetuningConfig,
+    sparsity: dict[str, float],
+    hidden_states: HiddenStates,
+    metric: str = "accuracy",
+) -> Finetuning:
+    """Phase Finetuning, of the smaller model: `metric` chooses the best epoch."""
+    schedule, distillation = pick(PruningSchedule, config), pick(DistillationSchedule, config)
+    shared = model, teacher_logits, config.training, schedule, distillation, hidden_states
     stopping = EarlyStopping(config.patience, config.min_delta)
-    settings = schedule, distillation, importance, targets, stopping
-    return GradualPruning(model, teacher_logits, config.training, *settings, f"selection_{metric}")
+    return Finetuning(*shared, stopping, f"selection_{metric}", sparsity)
+
+
+def check_same(task: TokenizedTask, small: Any, masked_logits: Any) -> float:
+    """The largest difference of logits between smaller and masked model.
+
+    Raises:
+        UserError: it is more than rounding.
+    """
+    difference = (task.predict(small, task.validation) - masked_logits).abs().max().item()
+    if not difference <= LOGIT_TOLERANCE:
+        raise UserError(f"smaller and masked model differ by {difference:.2e} in logits; nothing was saved")
+    log.info("Masked and smaller model agree to %.1e in logits", difference)
+    return difference
 
 
 def main(config: GradualPruningWithFinetuningConfig) -> None:
     student = config.student_path or config.models_dir / "student_model"
     teacher = config.teacher_path or config.models_dir / "teacher_model"
     require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
+    if config.start == "teacher":
+        student = teacher
     require_classifier(student, "--student_path", "python 2_distill_student.py")
     stage = Stage("pruned", config, parent=student, output="pruning_with_finetuning_*", teacher=teacher)
     if stage.is_done():
@@ -143,21 +226,25 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
         model, task = stage.load_model()
         metric = stage.task.primary
         before = task.evaluate(model)[metric]
-        recipe = make_recipe(model, stage.teacher_logits(), config, metric)
-        history = stage.train(model, task, recipe)
+        budget = None if config.target is None else make_budget(stage, model, *config.target)
+        target, teacher_logits = make_target(model, config, budget), stage.teacher_logits()
+        pruning = make_recipe(
+            model, teacher_logits, config, target, stage.hidden_states(model, task, config.beta_hidden)
+        )
+        history = stage.train(model, task, pruning)
 
-        # From masks to smaller layers, which must compute the same.
-        recipe.best.restore()
+        # From masks to smaller layers, which must compute the same; they are what is trained on.
         masked_logits = task.predict(model, task.validation)
-        small = recipe.finish()
-        difference = (task.predict(small, task.validation) - masked_logits).abs().max().item()
-        if not difference <= LOGIT_TOLERANCE:
-            raise UserError(f"smaller and masked model differ by {difference:.2e} in logits; nothing was saved")
-        log.info("Masked and smaller model agree to %.1e in logits", difference)
+        sparsity = pruning.sparsity()
+        small, hidden_states = pruning.finish()
+        difference = check_same(task, small, masked_logits)
+        finetuning = make_finetuning(small, teacher_logits, config, sparsity, hidden_states, metric)
+        history += stage.train(small, task, finetuning, "finetuning")
+        finetuning.finish()
 
         log.info("%s before pruning %.4f", stage.task.title, before)
-        metrics = recipe.sparsity() | {f"{metric}_before": before, "logit_difference": difference}
-        stage.save(small, task, history, **metrics)
+        metrics = sparsity | {f"{metric}_before": before, "logit_difference": difference}
+        stage.save(small, task, history, target.files, **metrics)
 
 
 if __name__ == "__main__":

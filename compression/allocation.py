@@ -142,6 +142,62 @@ def _kept_share(pools: list[Pool], kept: list[Tensor]) -> float:
     return left / max(_parameters(pools), 1)
 
 
+# One budget over parts of different widths.
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths that a part may have, and what each means.
+
+    Args:
+        counts: [widths], structures that stay.
+        losses: [widths], what their choice adds to the loss.
+        costs: [widths], in the unit of the budget, at least 0.
+    """
+
+    counts: Tensor
+    losses: Tensor
+    costs: Tensor
+
+
+def best_widths(parts: list[Widths], budget: float, cells: int = 10_000) -> list[int]:
+    """A width for each part: the least sum of losses of all choices whose costs fit the budget.
+
+    By dynamic programming over the budget, cut into cells; costs are rounded up to them, so that the budget holds. So
+    that no cell is wasted on every part, more of them are taken where there are many parts.
+
+    Args:
+        budget: what the costs may sum up to.
+        cells: the least number of them.
+
+    Returns:
+        For each part the index of its width.
+
+    Raises:
+        ValueError: even the cheapest widths do not fit.
+    """
+    cells = max(cells, 200 * len(parts))
+    least = torch.zeros(cells + 1, dtype=torch.double)
+    choices = []
+    for part in parts:
+        spent = (part.costs.double() / max(budget, 1e-30) * cells * (1 - 1e-9)).ceil().clamp(max=cells + 1).long()
+        before = torch.arange(cells + 1) - spent[:, None]  # [widths, cells + 1]: what the parts before may take
+        sums = torch.where(before >= 0, least[before.clamp(min=0)], torch.inf) + part.losses.double()[:, None]
+        least, choice = sums.min(0)
+        choices.append((choice, spent))
+    if not least[cells].isfinite():
+        raise ValueError(f"a budget of {budget} is out of reach: the cheapest widths cost {_cheapest(parts)}")
+    chosen, left = [], cells
+    for choice, spent in reversed(choices):
+        chosen.append(int(choice[left]))
+        left -= int(spent[chosen[-1]])
+    return chosen[::-1]
+
+
+def _cheapest(parts: list[Widths]) -> float:
+    return sum(float(part.costs.min()) for part in parts)
+
+
 # Rates of layers that are pruned one by one.
 
 

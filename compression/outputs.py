@@ -6,7 +6,7 @@ is an earlier output of the same kind, all of its files as they were written and
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -25,7 +25,7 @@ from compression.files import (
     write_json,
     writing,
 )
-from compression.integrity import STAGE_FILE, differing, files_in, read_record, sha256_of
+from compression.integrity import STAGE_FILE, differing, files_in, is_sound, read_record, seal, sha256_of
 from compression.runtime import MODELS, RESULTS, ROOT, UserError, log, processes, shown
 
 # In a folder for loose files that a user names: the sha256 of those that this project wrote there.
@@ -34,6 +34,8 @@ STATES_END = ".resume"
 """The end of the hidden folders that hold what a killed run goes on from."""
 KEPT_LOGITS = ".teacher_logits_"
 """The beginning of the hidden folders that hold teachers' logits, computed once."""
+KEPT_TIMES = ".latency_"
+"""The beginning of the hidden folders that hold how long parts of a model take, measured once."""
 EXPORT_FORMATS = ("onnx", "gguf")
 FETCHED = "fetched"
 """The kind of every folder with a `source.json`, wherever it came from."""
@@ -185,14 +187,14 @@ def owned(*paths: Path) -> Iterator[None]:
 
 
 def remove_states(folder: Path) -> list[Path]:
-    """Remove what a folder holds to resume from and teachers' logits, but for those of runs that go on just now.
+    """Remove what a folder holds to resume from and what is kept there, but for what runs that go on just now use.
 
     Returns:
         What was removed.
     """
     removed = []
     for path in sorted(Path(folder).glob(".*")):
-        if path.is_dir() and (path.name.endswith(STATES_END) or path.name.startswith(KEPT_LOGITS)):
+        if path.is_dir() and (path.name.endswith(STATES_END) or path.name.startswith((KEPT_LOGITS, KEPT_TIMES))):
             try:
                 with locked(path, wait=0):
                     remove_folder(path)
@@ -201,6 +203,21 @@ def remove_states(folder: Path) -> list[Path]:
                 continue
             removed.append(path)
     return removed
+
+
+def kept_folder(path: Path, kind: str, make: Callable[[Path], None]) -> Path:
+    """A folder that is made once and kept, by the first process while the others wait; where damaged, made anew.
+
+    Args:
+        kind: what its record calls it.
+        make: writes its files into a new folder.
+    """
+    with processes().main_process_first():
+        if not ((path / STAGE_FILE).is_file() and is_sound(path)):
+            with new_folder(path) as temporary:
+                make(temporary)
+                seal(temporary, {"stage": kind})
+    return path
 
 
 def fresh_path(parent: Path, prefix: str) -> Path:

@@ -90,9 +90,9 @@ def measure_latency(
         By name: {"latency": median, p10, p90 in milliseconds; "throughput": the same in samples per second}, with
         batch size, sequence length and number of repeats beside them.
     """
-    ids = _random_ids(models, (throughput_batch_size, sequence_length), seed).to(device)
-    one = interleaved_times(_forwards(models, ids[:1]), latency_repeats, device, untimed=1)
-    many = interleaved_times(_forwards(models, ids), throughput_repeats, device)
+    ids = random_ids(models, (throughput_batch_size, sequence_length), seed).to(device)
+    one = interleaved_times(forwards(models, ids[:1]), latency_repeats, device, untimed=1)
+    many = interleaved_times(forwards(models, ids), throughput_repeats, device)
     stated = {"sequence_length": sequence_length}
     return {
         name: {
@@ -122,7 +122,7 @@ def measure_generation(
     Returns:
         By name: {"prefill": median, p10, p90 in tokens per second; "decode": the same}, with lengths and repeats.
     """
-    ids = _random_ids(models, (1, prompt_length), seed).to(device)
+    ids = random_ids(models, (1, prompt_length), seed).to(device)
     caches = {name: model(ids, use_cache=True, logits_to_keep=1).past_key_values for name, model in models.items()}
 
     def prefill(model: PreTrainedModel) -> None:
@@ -152,7 +152,7 @@ def measure_generation(
     }
 
 
-def _random_ids(models: Mapping[str, PreTrainedModel], shape: tuple[int, int], seed: int) -> torch.Tensor:
+def random_ids(models: Mapping[str, PreTrainedModel], shape: tuple[int, int], seed: int) -> torch.Tensor:
     """Token ids that all models know and none takes for padding, of which RoBERTa makes no position."""
     known = torch.arange(min(model.config.vocab_size for model in models.values()))
     padding = {getattr(model.config, "pad_token_id", None) for model in models.values()} - {None}
@@ -160,7 +160,7 @@ def _random_ids(models: Mapping[str, PreTrainedModel], shape: tuple[int, int], s
     return known[torch.randint(len(known), shape, generator=torch.Generator().manual_seed(seed))]
 
 
-def _forwards(models: Mapping[str, PreTrainedModel], ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
+def forwards(models: Mapping[str, PreTrainedModel], ids: torch.Tensor) -> dict[str, Callable[[], Any]]:
     mask = torch.ones_like(ids)
     return {name: partial(model, input_ids=ids, attention_mask=mask) for name, model in models.items()}
 

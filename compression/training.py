@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
@@ -80,15 +80,26 @@ class Training(Settings):
 class Recipe:
     """What one stage does in the loop. Steps count optimizer steps from 0 over the whole run, epochs from 1."""
 
-    def __init__(self, training: Training, rows: int):
+    removes_weights = False
+    """Whether weights may go while it trains: processes then look after each step which of them have gradients."""
+    best: "BestEpoch | None" = None
+    """The best epoch so far, where the recipe keeps it."""
+
+    def __init__(self, training: Training, rows: int, first_epoch: int = 1, last_epoch: int | None = None):
+        """
+        Args:
+            rows: of the training data.
+            first_epoch, last_epoch: what this recipe trains, of all epochs of the run.
+        """
         self.training = training
+        self.first_epoch, self.last_epoch = first_epoch, training.num_epochs if last_epoch is None else last_epoch
         self.steps_per_epoch = -(-rows // training.batch_size)
         self.total_steps = self.steps_per_epoch * training.num_epochs
 
     @property
     def stop(self) -> bool:
         """Whether training ends before its last epoch."""
-        return False
+        return self.best is not None and self.best.stopping.stop
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then linear decay to zero."""
@@ -123,14 +134,16 @@ class Recipe:
 
     def state(self) -> dict[str, Any]:
         """JSON values to resume from."""
-        return {}
+        return {} if self.best is None else self.best.state()
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors to resume from."""
-        return {}
+        return {} if self.best is None else self.best.tensors()
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take back what `state` and `tensors` gave."""
+        if self.best is not None:
+            self.best.load(state, tensors)
 
 
 class BestEpoch:
@@ -176,6 +189,7 @@ def fit(
     pad_token_id: int,
     record: dict[str, Any] | None = None,
     in_parts: bool = False,
+    logs_dir: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Train a model in place.
 
@@ -188,6 +202,7 @@ def fit(
             settings and inputs; the caller removes it (`clean_up`) once the result is saved.
         record: the settings that a tracker notes; by default those of the training.
         in_parts: whether states are written by all processes, each what it has, and read by any number of them.
+        logs_dir: where a tracker writes; by default beside `work_dir`.
 
     Returns:
         The history: one dictionary per epoch.
@@ -200,12 +215,13 @@ def fit(
         cpu=not torch.cuda.is_available(),
         mixed_precision=pick_precision(training.amp),
         log_with=_tracker(training.track),
-        project_dir=Path(work_dir).parent / "logs",
+        project_dir=logs_dir or Path(work_dir).parent / "logs",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.removes_weights)],
     )
     log.info(
         "Training: %d rows, %d epochs of %d steps on %d process(es), %s, mixed precision %s",
         len(train),
-        training.num_epochs,
+        recipe.last_epoch - recipe.first_epoch + 1,
         recipe.steps_per_epoch,
         accelerator.num_processes,
         accelerator.device,
@@ -226,7 +242,7 @@ def fit(
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     run = _Run(accelerator, wrapped, model, optimizer, recipe, work_dir, in_parts)
     run.restore()
-    for epoch in range(run.epoch, training.num_epochs + 1):
+    for epoch in range(run.epoch, recipe.last_epoch + 1):
         if recipe.stop:
             break
         run.epoch = epoch
@@ -305,7 +321,8 @@ class _Run:
         self.accelerator, self.wrapped, self.model, self.optimizer = accelerator, wrapped, model, optimizer
         self.recipe, self.training, self.work_dir = recipe, recipe.training, Path(work_dir)
         self.in_parts = in_parts
-        self.step, self.epoch = 0, 1
+        self.epoch = recipe.first_epoch
+        self.step = (self.epoch - 1) * recipe.steps_per_epoch
         self.history: list[dict[str, Any]] = []
         self.sums: dict[str, Tensor] = {}
         self.health = Health(accelerator.device)

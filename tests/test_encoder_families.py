@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from compression.batching import model_inputs
 from compression.checkpoint import check_positions, load_classifier, save_checkpoint
+from compression.classifier.data import Encoded
+from compression.classifier.hidden_states import HiddenStates, LiveTeacher
 from compression.classifier.masks import add_masks, remove_masks
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
 from compression.classifier.structure_scores import Importance, StructureScores
@@ -91,8 +93,8 @@ def small(name):
 
 def masked_logits(model, kept):
     for kind, layers in add_masks(model).items():
-        for layer, keep in zip(layers, kept[kind], strict=True):
-            layer.keep(keep)
+        for index, layer in layers.items():
+            layer.keep(kept[kind][index])
     found = logits(model)
     remove_masks(model)
     return found
@@ -238,10 +240,12 @@ def test_quantized_is_loaded(small, tmp_path):
 
 
 def test_trained_in_4_bits(name, small):
-    weights, storage = LossWeights(beta_ce=0.3, beta_logits=0.5, beta_hidden=0.2, temperature=2.0), Format()
+    weights, storage = LossWeights(beta_ce=0.3, beta_logits=0.5, temperature=2.0), Format()
     training = Training(num_epochs=1, batch_size=5, learning_rate=1e-2)
-    recipe = QuantizationAwareDistillation(small, training, weights, storage, 5, teacher=tiny_encoder(name, seed=1))
     batch = batch_of(small) | {"labels": torch.tensor([0, 1, 2, 0, 1]), "rows": torch.arange(5)}
+    rows = Encoded({"input_ids": batch["input_ids"].tolist()}, batch["labels"])
+    states = HiddenStates(small, LiveTeacher(tiny_encoder(name, seed=1), rows, small.config.pad_token_id), 0.2)
+    recipe = QuantizationAwareDistillation(small, training, weights, storage, torch.zeros(5, 3), states)
     optimizer = torch.optim.SGD(small.parameters(), lr=0.05)
     losses = []
     for step in range(3):

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
 from compression.classifier.data import Encoded
+from compression.classifier.hidden_states import HiddenStates, LiveTeacher
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
 from compression.config import pick
 from compression.distillation import hidden_state_loss, layer_map
@@ -69,15 +70,14 @@ def train():
     return Encoded({"input_ids": ids}, torch.randint(0, 2, (ROWS,), generator=generator))
 
 
-def recipe_of(teacher, **changes):
+def recipe_of(teacher, train, **changes):
     config = QATKDConfig.make(**(dict(batch_size=8, num_epochs=2, learning_rate=1e-3, save_steps=2) | changes))
     torch.manual_seed(0)
     model = shrink(tiny_distilbert(), KEPT)
-    inputs = model, config.training, pick(LossWeights, config), config.storage.format(), ROWS
-    if config.beta_hidden:
-        return QuantizationAwareDistillation(*inputs, teacher=teacher)
+    live = LiveTeacher(teacher, train, 0) if config.beta_hidden else None
     logits = torch.randn(ROWS, 2, generator=torch.Generator().manual_seed(0))
-    return QuantizationAwareDistillation(*inputs, teacher_logits=logits)
+    inputs = model, config.training, pick(LossWeights, config), config.storage.format(), logits
+    return QuantizationAwareDistillation(*inputs, HiddenStates(model, live, config.beta_hidden))
 
 
 def run_fit(recipe, train, work_dir):
@@ -86,11 +86,12 @@ def run_fit(recipe, train, work_dir):
 
 @pytest.mark.parametrize("teacher", [tiny_bert, wide_teacher])
 def test_all_losses_count_and_the_projection_is_trained(train, tmp_path, teacher):
-    recipe = recipe_of(teacher())
+    recipe = recipe_of(teacher(), train)
     wide = teacher is wide_teacher
     assert hasattr(recipe.model, "hidden_projection") == wide
     before = recipe.model.hidden_projection.weight.detach().clone() if wide else None
-    frozen = {name: value.clone() for name, value in recipe.teacher.state_dict().items()}
+    teachers = recipe.hidden_states.teacher.model.state_dict()
+    frozen = {name: value.clone() for name, value in teachers.items()}
     history = run_fit(recipe, train, tmp_path)
     terms = {"loss", "cross_entropy", "soft_label_loss", "hidden_state_loss"}
     assert all(terms <= set(record) for record in history)
@@ -98,26 +99,29 @@ def test_all_losses_count_and_the_projection_is_trained(train, tmp_path, teacher
     assert last["loss"] == pytest.approx(
         weights.beta_ce * last["cross_entropy"]
         + weights.beta_logits * last["soft_label_loss"]
-        + weights.beta_hidden * last["hidden_state_loss"],
+        + recipe.hidden_states.weight * last["hidden_state_loss"],
         rel=1e-5,
     )
     assert last["hidden_state_loss"] < history[0]["hidden_state_loss"]
     if wide:
         assert not torch.equal(recipe.model.hidden_projection.weight, before)
-    assert all(torch.equal(value, frozen[name]) for name, value in recipe.teacher.state_dict().items())
+    assert all(torch.equal(value, frozen[name]) for name, value in teachers.items())
 
 
 def test_on_pairs_the_teacher_gets_the_token_types_and_the_student_what_it_takes(train):
-    recipe = recipe_of(tiny_bert())
-    batch = train.collate([0, 1], 0) | {"rows": torch.tensor([0, 1])}
-    types = batch["attention_mask"] * torch.tensor([0, 1]).repeat(100)[: batch["input_ids"].shape[1]]
-    without, with_types = (recipe.loss(recipe.model, seen, 0) for seen in (batch, batch | {"token_type_ids": types}))
+    types = [[0] * (len(row) // 2) + [1] * (len(row) - len(row) // 2) for row in train.inputs["input_ids"]]
+    pairs = Encoded(train.inputs | {"token_type_ids": types}, train.labels)
+    losses = []
+    for rows in (train, pairs):
+        recipe = recipe_of(tiny_bert(), rows)
+        losses.append(recipe.loss(recipe.model, rows.collate([0, 1], 0) | {"rows": torch.tensor([0, 1])}, 0))
+    without, with_types = losses
     assert with_types["cross_entropy"] == without["cross_entropy"], "a DistilBERT has no token types"
-    assert with_types["soft_label_loss"] != without["soft_label_loss"]
+    assert with_types["hidden_state_loss"] != without["hidden_state_loss"]
 
 
 def test_trained_values_are_the_packed_ones(train, tmp_path):
-    recipe = recipe_of(wide_teacher(), double_quant=True)
+    recipe = recipe_of(wide_teacher(), train, double_quant=True)
     run_fit(recipe, train, tmp_path)
     values = recipe.finish()
     packed = pack(recipe.model, Storage(double_quant=True).format(), torch.float32)
@@ -132,7 +136,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("kill_at", [2, 4])
 def test_killed_and_resumed_equals_undisturbed(train, tmp_path, kill_at):
     def run(work_dir, kill_at=None, **changes):
-        recipe = recipe_of(wide_teacher(), **changes)
+        recipe = recipe_of(wide_teacher(), train, **changes)
         after_step = recipe.after_step
 
         def killing(step):

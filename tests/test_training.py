@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from conftest import VOCABULARY, load_script, tiny_distilbert
+from conftest import VOCABULARY, load_script, tiny_bert, tiny_distilbert
 
 from compression.checkpoint import load_tensors
+from compression.classifier.budget import macs_budget
 from compression.classifier.data import Encoded
+from compression.classifier.hidden_states import HiddenStates, LiveTeacher
 from compression.runtime import UserError
 from compression.training import Recipe, Training, clean_up, fit
 
@@ -30,8 +32,8 @@ class CrossEntropy(Recipe):
         return {"loss": F.cross_entropy(logits, batch["labels"])}
 
 
-def gradual_recipe(model, **changes):
-    logits = torch.randn(42, 2, generator=torch.Generator().manual_seed(0))
+def run(train, work_dir, kill_at=None, **changes):
+    """Both phases of stage 8; returns the smaller model, the recipe of each phase, and the history."""
     fields = dict(
         num_epochs=7,
         pruning_start_epoch=1,
@@ -43,45 +45,62 @@ def gradual_recipe(model, **changes):
         finetuning_learning_rate=1e-3,
         patience=1,
     )
-    stage = load_script("8_pruning_with_finetuning")
-    return stage.make_recipe(model, logits, stage.GradualPruningWithFinetuningConfig.make(**(fields | changes)))
+    stage, model = load_script("8_pruning_with_finetuning"), tiny_distilbert()
+    config = stage.GradualPruningWithFinetuningConfig.make(**(fields | changes))
+    logits = torch.randn(42, 2, generator=torch.Generator().manual_seed(0))
 
+    def fitted(model, recipe, folder):
+        after_step = recipe.after_step
 
-def run(train, work_dir, kill_at=None, **changes):
-    model = tiny_distilbert()
-    recipe = gradual_recipe(model, **changes)
-    after_step = recipe.after_step
+        def killing(step):
+            after_step(step)
+            if step == kill_at:
+                raise Killed
 
-    def killing(step):
-        after_step(step)
-        if step == kill_at:
-            raise Killed
+        def evaluate(_):
+            return {"accuracy": 0.5, "selection_accuracy": 0.5 + sum(p.sum().item() for p in model.parameters()) % 0.1}
 
-    recipe.after_step = killing
+        recipe.after_step = killing
+        return fit(model, recipe, train, evaluate, folder, 0)
 
-    def evaluate(_):
-        return {"accuracy": 0.5, "selection_accuracy": 0.5 + sum(p.sum().item() for p in model.parameters()) % 0.1}
-
-    history = fit(model, recipe, train, evaluate, work_dir, 0)
-    return model, recipe, history
+    budget = None if config.target is None else macs_budget(config.target[1], model, tiny_bert(), 8)
+    states = HiddenStates(model, LiveTeacher(tiny_bert(), train, 0) if config.beta_hidden else None, config.beta_hidden)
+    pruning = stage.make_recipe(model, logits, config, stage.make_target(model, config, budget), states)
+    history = fitted(model, pruning, work_dir)
+    sparsity = pruning.sparsity()
+    small, states = pruning.finish()
+    finetuning = stage.make_finetuning(small, logits, config, sparsity, states)
+    return small, (pruning, finetuning), history + fitted(small, finetuning, work_dir / "finetuning")
 
 
 # Six steps an epoch, an event every third step, a state saved every second one: the kills fall before the first state,
 # within a window of gradients, right after an event, at the end of the Pruning phase and in Finetuning.
 @pytest.mark.parametrize("kill_at", [0, 3, 10, 13, 29, 37])
 def test_killed_and_resumed_equals_undisturbed(train, tmp_path, kill_at):
-    expected_model, expected_recipe, expected_history = run(train, tmp_path / "undisturbed")
+    check_resumed(train, tmp_path, kill_at)
+
+
+@pytest.mark.parametrize("kill_at", [13, 29, 37])
+def test_killed_and_resumed_with_parts_taken_out_equals_undisturbed(train, tmp_path, kill_at):
+    settings = dict(target=("mac", 0.1), beta_hidden=0.5, min_part_share=0.1)
+    pruning = check_resumed(train, tmp_path, kill_at, **settings)
+    assert pruning.removed
+
+
+def check_resumed(train, tmp_path, kill_at, **settings):
+    expected_model, recipes, expected_history = run(train, tmp_path / "undisturbed", **settings)
+    expected_pruning, expected_finetuning = recipes
     with pytest.raises(Killed):
-        run(train, tmp_path / "killed", kill_at=kill_at)
-    model, recipe, history = run(train, tmp_path / "killed", resume=True)
+        run(train, tmp_path / "killed", kill_at=kill_at, **settings)
+    model, (pruning, finetuning), history = run(train, tmp_path / "killed", resume=True, **settings)
     assert history == expected_history
     for (name, value), expected in zip(model.state_dict().items(), expected_model.state_dict().values(), strict=True):
         assert torch.equal(value, expected), name
-    for kind, masks in recipe.kept().items():
-        for mask, expected in zip(masks, expected_recipe.kept()[kind], strict=True):
-            assert torch.equal(mask, expected)
-    assert recipe.best.weights and recipe.best.weights.keys() == expected_recipe.best.weights.keys()
-    assert all(torch.equal(value, expected_recipe.best.weights[name]) for name, value in recipe.best.weights.items())
+    assert pruning.events == expected_pruning.events and pruning.sparsity() == expected_pruning.sparsity()
+    best, expected = finetuning.best.weights, expected_finetuning.best.weights
+    assert best and best.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in best.items())
+    return pruning
 
 
 def test_same_seed_same_result_other_seed_other_result(train, tmp_path):

@@ -36,6 +36,8 @@ class FineTuning(Recipe):
         metric: chooses the best epoch, on the sentences held out of training.
     """
 
+    best: BestEpoch
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -67,16 +69,3 @@ class FineTuning(Recipe):
     def after_epoch(self, epoch: int, metrics: dict[str, float]) -> dict[str, Any]:
         self.best.update(metrics[self.criterion])
         return {}
-
-    @property
-    def stop(self) -> bool:
-        return self.best.stopping.stop
-
-    def state(self) -> dict[str, Any]:
-        return self.best.state()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.best.tensors()
-
-    def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.best.load(state, tensors)

@@ -1,10 +1,11 @@
-"""Distillation-aware gradual structured pruning (KGSP) with separate targets for heads and neurons (MSP).
+"""Distillation-aware gradual structured pruning (KGSP), in two recipes that follow one schedule.
 
-While a student trains on its teacher's soft labels, the least important structures are masked at regular events, more
-of them at each event, following a cubic schedule. Importance is measured on the same distillation loss.
+`GradualPruning`: while a student trains on its teacher's soft labels, the least important structures are masked at
+regular events, more of them at each event, following a cubic schedule. Importance is measured on the same distillation
+loss. A part of which no structure is to stay is taken out of the model, for good. `Finetuning`: the physically smaller
+model is trained on, and its best epoch kept.
 """
 
-import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
@@ -13,30 +14,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compression.allocation import Pool, keep, reachable_sparsity
 from compression.batching import model_inputs
+from compression.classifier.hidden_states import HiddenStates
 from compression.classifier.masks import add_masks, remove_masks
 from compression.classifier.structure_scores import Importance, StructureScores
+from compression.classifier.targets import Target
 from compression.distillation import distillation_loss
 from compression.runtime import UserError, log
 from compression.schedule import EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
-from compression.structures import ENCODER_KINDS, HEADS, NEURONS, layers_of
-from compression.surgery import shrink
+from compression.structures import HEADS, NEURONS, layers_of
+from compression.surgery import remove_part, shrink
 from compression.training import BestEpoch, Recipe, Training
 
 MIN_EVENTS = 10
-
-
-@dataclass(frozen=True)
-class Targets:
-    """How much is removed, and what stays in every layer."""
-
-    enable_multi_granularity: bool
-    head_final_sparsity: float
-    ffn_final_sparsity: float
-    target_sparsity: float
-    min_heads: int
-    neuron_multiple: int
 
 
 @dataclass(frozen=True)
@@ -59,8 +49,15 @@ class DistillationSchedule:
     alpha_end: float
 
 
-class GradualPruning(Recipe):
-    """The recipe of stage 8: phases Warmup, Pruning and Finetuning, with masks that become surgery at the end."""
+class ScheduledDistillation(Recipe):
+    """What the phases Warmup, Pruning and Finetuning share: the loss, and which phase and values a step has.
+
+    Args:
+        model: the student, trained in place; it must be on its device.
+        teacher_logits: [rows, classes].
+        hidden_states: what the student's hidden states learn from the teacher's.
+        epochs: the first and the last that this recipe trains.
+    """
 
     def __init__(
         self,
@@ -69,31 +66,12 @@ class GradualPruning(Recipe):
         training: Training,
         schedule: PruningSchedule,
         distillation: DistillationSchedule,
-        importance: Importance,
-        targets: Targets,
-        early_stopping: EarlyStopping,
-        criterion: str = "selection_accuracy",
+        hidden_states: HiddenStates,
+        epochs: tuple[int, int],
     ):
-        super().__init__(training, len(teacher_logits))
-        self.model, self.schedule, self.distillation, self.targets = model, schedule, distillation, targets
-        self.teacher_logits = teacher_logits.to(model.device)
-        self.masked = add_masks(model)
-        self.layers = layers_of(model)
-        self.scores = StructureScores(self.layers, self.masked, importance)
-        self.events = self._events()
-        self.best, self.criterion = BestEpoch(model, early_stopping), criterion
-        self._check_reachable()
-
-    # The schedule: which phase, event, temperature and rate a step has.
-
-    def _events(self) -> list[int]:
-        start = (self.schedule.pruning_start_epoch - 1) * self.steps_per_epoch
-        end = self.schedule.pruning_end_epoch * self.steps_per_epoch
-        frequency = max(1, min(self.schedule.pruning_frequency, (end - start) // MIN_EVENTS))
-        if frequency < self.schedule.pruning_frequency:
-            log.info("Pruning events every %d steps: the phase has only %d steps", frequency, end - start)
-        # Counted back from the end of the phase, whose last step is always an event.
-        return sorted(range(end - 1, start + frequency - 2, -frequency))
+        super().__init__(training, len(teacher_logits), *epochs)
+        self.model, self.schedule, self.distillation = model, schedule, distillation
+        self.teacher_logits, self.hidden_states = teacher_logits.to(model.device), hidden_states
 
     def phase(self, epoch: int) -> str:
         """Warmup, Pruning or Finetuning."""
@@ -118,24 +96,109 @@ class GradualPruning(Recipe):
         warmup = int(self.training.warmup_ratio * finetuning)
         return self.training.learning_rate * min(1.0, (step + 1) / max(warmup, 1))
 
-    def _sparsity(self, step: int, final: float) -> float:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        student = model(**model_inputs(model, batch), output_hidden_states=self.hidden_states.wanted)
+        teacher = self.teacher_logits[batch["rows"]]
+        terms = distillation_loss(student.logits, teacher, batch["labels"], self.temperature(step), self.alpha(step))
+        return self.hidden_states.added(terms, student, batch)
+
+    def after_epoch(self, epoch: int, metrics: dict[str, float]) -> dict[str, Any]:
+        last = epoch * self.steps_per_epoch - 1
+        return {
+            "phase": self.phase(epoch),
+            "learning_rate": self.learning_rate(last),
+            "temperature": self.temperature(last),
+            "alpha": self.alpha(last),
+        }
+
+
+class Finetuning(ScheduledDistillation):
+    """The last phase: the smaller model is trained on; the epoch that is best by a metric is kept in `best`.
+
+    Args:
+        criterion: the metric.
+        sparsity: what the history says of each epoch, besides.
+    """
+
+    best: BestEpoch
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher_logits: Tensor,
+        training: Training,
+        schedule: PruningSchedule,
+        distillation: DistillationSchedule,
+        hidden_states: HiddenStates,
+        early_stopping: EarlyStopping,
+        criterion: str,
+        sparsity: dict[str, float],
+    ):
+        epochs = schedule.pruning_end_epoch + 1, training.num_epochs
+        super().__init__(model, teacher_logits, training, schedule, distillation, hidden_states, epochs)
+        self.best, self.criterion, self.sparsity = BestEpoch(model, early_stopping), criterion, sparsity
+
+    def after_epoch(self, epoch: int, metrics: dict[str, float]) -> dict[str, Any]:
+        self.best.update(metrics[self.criterion])
+        return super().after_epoch(epoch, metrics) | self.sparsity
+
+    def finish(self) -> None:
+        """Go back to the best epoch, and leave nothing but the model."""
+        self.best.restore()
+        self.hidden_states.finish()
+
+
+class GradualPruning(ScheduledDistillation):
+    """The phases Warmup and Pruning, with masks that become surgery at the end.
+
+    Args:
+        target: what the last pruning event has to reach.
+    """
+
+    removes_weights = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher_logits: Tensor,
+        training: Training,
+        schedule: PruningSchedule,
+        distillation: DistillationSchedule,
+        hidden_states: HiddenStates,
+        importance: Importance,
+        target: Target,
+    ):
+        epochs = 1, schedule.pruning_end_epoch
+        super().__init__(model, teacher_logits, training, schedule, distillation, hidden_states, epochs)
+        self.target = target
+        self.layers = layers_of(model)
+        self.masked = add_masks(model)
+        self.removed: list[tuple[str, int]] = []
+        self.scores = StructureScores(self.layers, self.masked, importance)
+        self.events = self._events()
+
+    def _events(self) -> list[int]:
         start = (self.schedule.pruning_start_epoch - 1) * self.steps_per_epoch
-        return cubic_sparsity((step + 1 - start) / (self.events[-1] + 1 - start), final)
+        end = self.schedule.pruning_end_epoch * self.steps_per_epoch
+        frequency = max(1, min(self.schedule.pruning_frequency, (end - start) // MIN_EVENTS))
+        if frequency < self.schedule.pruning_frequency:
+            log.info("Pruning events every %d steps: the phase has only %d steps", frequency, end - start)
+        # Counted back from the end of the phase, whose last step is always an event.
+        return sorted(range(end - 1, start + frequency - 2, -frequency))
+
+    def _way(self, step: int) -> float:
+        """Share of the way to the target that is gone after an event."""
+        start = (self.schedule.pruning_start_epoch - 1) * self.steps_per_epoch
+        return cubic_sparsity((step + 1 - start) / (self.events[-1] + 1 - start), 1.0)
 
     # The loop's hooks.
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        logits = model(**model_inputs(model, batch)).logits
-        teacher = self.teacher_logits[batch["rows"]]
-        return distillation_loss(logits, teacher, batch["labels"], self.temperature(step), self.alpha(step))
 
     def after_backward(self, step: int) -> None:
         place = bisect_left(self.events, step)
         if place < len(self.events) and self.events[place] - step < self.scores.settings.pruning_window_steps:
             self.scores.accumulate(step)
-        for layers in self.masked.values():
-            for layer in layers:
-                layer.freeze_pruned()
+        for layer in self.scores.masked_layers:
+            layer.freeze_pruned()
 
     def after_step(self, step: int) -> None:
         place = bisect_left(self.events, step)
@@ -143,94 +206,73 @@ class GradualPruning(Recipe):
             self._prune(step)
 
     def after_epoch(self, epoch: int, metrics: dict[str, float]) -> dict[str, Any]:
-        last = epoch * self.steps_per_epoch - 1
-        if self.phase(epoch) == "Finetuning":
-            self.best.update(metrics[self.criterion])
-        return {
-            "phase": self.phase(epoch),
-            **self.sparsity(),
-            "learning_rate": self.learning_rate(last),
-            "temperature": self.temperature(last),
-            "alpha": self.alpha(last),
-        }
-
-    @property
-    def stop(self) -> bool:
-        return self.best.stopping.stop
+        return super().after_epoch(epoch, metrics) | self.sparsity()
 
     # Pruning.
 
-    def _groups(self) -> list[tuple[tuple[str, ...], str]]:
-        """Kinds that are ranked together, and the field that holds their final sparsity."""
-        if self.targets.enable_multi_granularity:
-            return [((HEADS,), "head_final_sparsity"), ((NEURONS,), "ffn_final_sparsity")]
-        return [(ENCODER_KINDS, "target_sparsity")]
-
-    def _pools(self, kinds: tuple[str, ...], scores: dict[str, list[Tensor]]) -> list[Pool]:
-        limits = {HEADS: (self.targets.min_heads, 1), NEURONS: (1, self.targets.neuron_multiple)}
-        return [
-            Pool(score, parts.structure_parameters(kind), *limits[kind])
-            for kind in kinds
-            for parts, score in zip(self.layers, scores[kind], strict=True)
-        ]
-
-    def _check_reachable(self) -> None:
-        for kinds, field in self._groups():
-            zeros = {kind: [torch.zeros(parts.count(kind)) for parts in self.layers] for kind in kinds}
-            most = reachable_sparsity(self._pools(kinds, zeros))
-            if getattr(self.targets, field) > most:
-                raise UserError(
-                    f"--{field} {getattr(self.targets, field)}: with --min_heads {self.targets.min_heads} and "
-                    f"--neuron_multiple {self.targets.neuron_multiple} at most {math.floor(most * 1000) / 1000} can go"
-                )
-
     def _prune(self, step: int) -> None:
-        for kinds, field in self._groups():
-            pools = self._pools(kinds, self.scores.densities(kinds))
-            kept = iter(keep(pools, self._sparsity(step, getattr(self.targets, field))))
-            for kind in kinds:
-                for layer in self.masked[kind]:
-                    layer.keep(next(kept))
+        scores: dict[str, dict[int, Tensor]] = {}
+        for kinds in self.target.rankings:
+            scores |= self.scores.densities(kinds)
+        chosen = self.target.choose(self.layers, scores, self._way(step))
+        for kind, layers in chosen.items():
+            for index, stays in layers.items():
+                if stays.any():
+                    self.masked[kind][index].keep(stays)
+                else:
+                    self._take_out(kind, index)
+
+    def _take_out(self, kind: str, index: int) -> None:
+        """Take a layer's attention or FFN out of the model, in which the state passes by it from now on."""
+        self.scores.forget(kind, index)
+        del self.masked[kind][index]
+        remove_part(self.model, kind, index)
+        self.removed.append((kind, index))
+        self.hidden_states.match_layers()
 
     def kept(self) -> dict[str, list[Tensor]]:
         """For each kind and layer a bool tensor [structures], True where the structure is in use."""
-        return {kind: [layer.kept for layer in layers] for kind, layers in self.masked.items()}
+        gone = torch.zeros(0, dtype=torch.bool)
+        return {
+            kind: [layers[index].kept if index in layers else gone for index in range(len(self.layers))]
+            for kind, layers in self.masked.items()
+        }
 
     def sparsity(self) -> dict[str, float]:
-        """Share of heads, of neurons, and of the parameters of both that is masked."""
-        removed, total, shares = 0, 0, {}
-        for kind, masks in self.kept().items():
-            gone = [int((~mask).sum()) for mask in masks]
-            shares[kind] = sum(gone) / sum(len(mask) for mask in masks)
+        """Share of heads, of neurons, and of the parameters of both that is masked or taken out; what is reached."""
+        kept, removed, total, shares = self.kept(), 0, 0, {}
+        for kind, masks in kept.items():
+            counts = [parts.count(kind) for parts in self.layers]
+            fewer = [count - int(mask.sum()) for count, mask in zip(counts, masks, strict=True)]
+            shares[kind] = sum(fewer) / sum(counts)
             sizes = [parts.structure_parameters(kind) for parts in self.layers]
-            removed += sum(count * size for count, size in zip(gone, sizes, strict=True))
-            total += sum(len(mask) * size for mask, size in zip(masks, sizes, strict=True))
-        return {"head_sparsity": shares[HEADS], "neuron_sparsity": shares[NEURONS], "total_sparsity": removed / total}
+            removed += sum(count * size for count, size in zip(fewer, sizes, strict=True))
+            total += sum(count * size for count, size in zip(counts, sizes, strict=True))
+        gone = {"head_sparsity": shares[HEADS], "neuron_sparsity": shares[NEURONS], "total_sparsity": removed / total}
+        return gone | self.target.reached(kept)
 
-    def finish(self) -> PreTrainedModel:
-        """Take the masks off the model and return the physically smaller one."""
-        kept = self.kept()
+    def finish(self) -> tuple[PreTrainedModel, HiddenStates]:
+        """Take the masks off the model; the physically smaller one, and what its hidden states learn."""
+        kept, projection = self.kept(), self.hidden_states.finish()
         remove_masks(self.model)
-        return shrink(self.model, kept)
+        small = shrink(self.model, kept)
+        return small, self.hidden_states.moved_to(small, projection)
 
     # Resume.
 
     def state(self) -> dict[str, Any]:
-        return self.best.state()
+        return {"removed": self.removed}
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.best.tensors() | self._in_place()
-
-    def _in_place(self) -> dict[str, Tensor]:
-        """Masks and window, whose tensors are written to when a state is loaded."""
         named = self.scores.tensors()
         for kind, layers in self.masked.items():
-            named |= {f"mask.{kind}.{index}": layer.mask for index, layer in enumerate(layers)}
+            named |= {f"mask.{kind}.{index}": layer.mask for index, layer in layers.items()}
         return named
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.best.load(state, tensors)
-        for name, tensor in self._in_place().items():
+        for kind, index in state["removed"]:
+            self._take_out(kind, index)
+        for name, tensor in self.tensors().items():
             if name not in tensors:
                 raise UserError(
                     f"--resume: the saved state lacks {name}, it is of an older version; leave the flag out"

@@ -71,13 +71,16 @@ def gradient_of(linear: nn.Linear) -> Tensor:
     return linear.weight.grad
 
 
-def add_masks(model: nn.Module) -> dict[str, list[MaskedLinear]]:
-    """Replace the output projections by masked ones, all structures in use; returns them by kind, layer by layer."""
-    masked: dict[str, list[MaskedLinear]] = {kind: [] for kind in ENCODER_KINDS}
-    for kind, _, parent, name, count in output_projections(model):
-        layer = MaskedLinear(getattr(parent, name), count)
-        setattr(parent, name, layer)
-        masked[kind].append(layer)
+Masks = dict[str, dict[int, MaskedLinear]]
+"""By kind and layer the masked output projection; parts that are gone are not there."""
+
+
+def add_masks(model: nn.Module) -> Masks:
+    """Replace the output projections by masked ones, all structures in use."""
+    masked: Masks = {kind: {} for kind in ENCODER_KINDS}
+    for kind, index, parent, name, count in output_projections(model):
+        masked[kind][index] = MaskedLinear(getattr(parent, name), count)
+        setattr(parent, name, masked[kind][index])
     return masked
 
 

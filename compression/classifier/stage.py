@@ -22,6 +22,7 @@ from compression.checkpoint import (
     save_checkpoint,
 )
 from compression.classifier.data import DatasetSettings, Encoded, encode, load_data
+from compression.classifier.hidden_states import HiddenStates, LiveTeacher
 from compression.classifier.metrics import predict, score
 from compression.classifier.parts import Split, TaskData
 from compression.classifier.tasks import Task, check_labels
@@ -30,7 +31,7 @@ from compression.config import Between, Flat, Settings, group
 from compression.hub import Publishing
 from compression.integrity import digest_of
 from compression.outputs import STATES_END, Output, fresh_path, owned
-from compression.runtime import log, pick_device, processes, seed_everything, shown
+from compression.runtime import UserError, log, pick_device, processes, seed_everything, shown
 from compression.structures import ENCODERS
 from compression.training import Recipe, Training, clean_up, fit
 
@@ -207,17 +208,60 @@ class Stage:
         encoded = encode(tokenizer, self.training_rows, self.config.data.max_length)
         return teacher_logits(model, self.teacher, encoded, tokenizer.pad_token_id, self.config.models_dir, self.task)
 
-    def train(self, model: PreTrainedModel, task: TokenizedTask, recipe: Recipe) -> list[dict[str, Any]]:
-        """Train in place; returns the history."""
-        pad_token_id = task.tokenizer.pad_token_id
-        return fit(model, recipe, task.train, task.evaluate, self.work_dir, pad_token_id, self.config.as_dict())
+    def hidden_states(self, model: PreTrainedModel, task: TokenizedTask, weight: float) -> HiddenStates:
+        """What the student's hidden states learn; the teacher runs on every batch only where they have a weight.
 
-    def save(self, model: PreTrainedModel, task: TokenizedTask, history: list[dict[str, Any]], **metrics: Any) -> None:
-        """Write the checkpoint with its metrics, drop the states to resume from, upload it where that is asked for."""
+        Raises:
+            UserError: the teacher splits text otherwise than the student, so that their hidden states are of other
+                tokens.
+        """
+        if not weight:
+            return HiddenStates(model)
+        assert self.teacher is not None, "without a teacher there is nothing to learn from"
+        teacher, tokenizer = load_classifier(self.teacher, pick_device())
+        encoded = encode(tokenizer, self.training_rows, self.config.data.max_length)
+        if not encoded.lengths.equal(task.train.lengths):
+            raise UserError(
+                f"--teacher_path {self.teacher}: splits text otherwise than the student; use --beta_hidden 0"
+            )
+        return HiddenStates(model, LiveTeacher(teacher, encoded, tokenizer.pad_token_id), weight)
+
+    def train(
+        self, model: PreTrainedModel, task: TokenizedTask, recipe: Recipe, phase: str = ""
+    ) -> list[dict[str, Any]]:
+        """Train in place; returns the history.
+
+        Args:
+            phase: a name of its own where the run trains a second time; its states to resume from stand apart.
+        """
+        return fit(
+            model,
+            recipe,
+            task.train,
+            task.evaluate,
+            self.work_dir / phase,
+            task.tokenizer.pad_token_id,
+            self.config.as_dict(),
+            logs_dir=Path(self.config.models_dir) / "logs",
+        )
+
+    def save(
+        self,
+        model: PreTrainedModel,
+        task: TokenizedTask,
+        history: list[dict[str, Any]],
+        files: dict[str, Any] | None = None,
+        **metrics: Any,
+    ) -> None:
+        """Write the checkpoint with its metrics, drop the states to resume from, upload it where that is asked for.
+
+        Args:
+            files: JSON files beside it, by name.
+        """
         metrics = task.evaluate(model) | metrics
         stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, self.data.describe())
         output = fresh_path(self.config.models_dir, self.prefix) if self.prefix else self.output.path
-        files = {"training_history.json": history}
+        files = {"training_history.json": history} | (files or {})
         save_checkpoint(output, model, task.tokenizer, stage, files, new=self.prefix is not None)
         clean_up(self.work_dir)
         title, value, sentences = self.task.title, metrics[self.task.primary], len(task.validation)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from compression import importance
-from compression.classifier.masks import MaskedLinear, gradient_of
+from compression.classifier.masks import MaskedLinear, Masks, gradient_of
 from compression.config import choice_of
-from compression.structures import ENCODER_KINDS, HEADS, LayerParts, Rows
+from compression.structures import ENCODER_KINDS, LayerParts, Rows
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,30 @@ class StructureScores:
     layer by layer.
     """
 
-    def __init__(self, layers: list[LayerParts], masked: dict[str, list[MaskedLinear]], settings: Importance):
+    def __init__(self, layers: list[LayerParts], masked: Masks, settings: Importance):
         self.layers, self.masked, self.settings = layers, masked, settings
         self.mode = MODES[settings.importance_mode]
-        self.places = [(kind, index) for kind in ENCODER_KINDS for index in range(len(layers))]
+        self.places = [(kind, index) for kind in ENCODER_KINDS for index in masked[kind]]
         self.counts = [masked[kind][index].count for kind, index in self.places]
-        device = masked[HEADS][0].weight.device
+        device = self.masked_layers[0].weight.device
         steps = settings.pruning_window_steps if self.mode.measure else 0
         self.inner, self.outer = (torch.zeros(steps, sum(self.counts), device=device) for _ in range(2))
         self.newest = -1
         # Steps since each structure was last out of use.
         self.in_use = torch.full((sum(self.counts),), steps, device=device)
+
+    @property
+    def masked_layers(self) -> list[MaskedLinear]:
+        """The masked layer of each place."""
+        return [self.masked[kind][index] for kind, index in self.places]
+
+    def forget(self, kind: str, index: int) -> None:
+        """Leave out a part that was taken out of the model, and what its structures have in the window."""
+        place = self.places.index((kind, index))
+        stay = torch.arange(len(self.places)).ne(place).repeat_interleave(torch.tensor(self.counts))
+        stay = stay.to(self.in_use.device)
+        self.inner, self.outer, self.in_use = self.inner[:, stay], self.outer[:, stay], self.in_use[stay]
+        del self.places[place], self.counts[place]
 
     @torch.no_grad()
     def accumulate(self, step: int) -> None:
@@ -112,7 +125,7 @@ class StructureScores:
         finite = (inner.sum() + outer.sum()).isfinite()
         self.newest = row = step % len(self.inner)
         self.inner[row], self.outer[row] = torch.where(finite, inner, 0.0), torch.where(finite, outer, 0.0)
-        kept = torch.cat([self.masked[kind][index].kept for kind, index in self.places])
+        kept = torch.cat([layer.kept for layer in self.masked_layers])
         self.in_use.add_(1).mul_(kept)
 
     def _matrices(self, kind: str, index: int) -> tuple[tuple[Rows, ...], nn.Linear, int]:
@@ -122,15 +135,18 @@ class StructureScores:
         return rows, outer, outer.count
 
     @torch.no_grad()
-    def densities(self, kinds: tuple[str, ...]) -> dict[str, list[Tensor]]:
-        """Score per parameter of the structures of these kinds, on one scale over all of them."""
-        parameters = [parts.structure_parameters(kind) for kind in kinds for parts in self.layers]
+    def densities(self, kinds: tuple[str, ...]) -> dict[str, dict[int, Tensor]]:
+        """Score per parameter of the structures of these kinds by layer, on one scale over all of them."""
+        places = [place for place in self.places if place[0] in kinds]
+        parameters = [self.layers[index].structure_parameters(kind) for kind, index in places]
         terms = []
         for weight, measured in zip(self.mode.weights(self.settings), (self._norms, self._gradients), strict=True):
             if weight:
                 terms.append([weight * score for score in importance.on_one_scale(measured(kinds), parameters)])
-        scores = iter([sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)])
-        return {kind: [next(scores) for _ in self.layers] for kind in kinds}
+        scores: dict[str, dict[int, Tensor]] = {kind: {} for kind in kinds}
+        for (kind, index), parts in zip(places, zip(*terms, strict=True), strict=True):
+            scores[kind][index] = sum(parts[1:], parts[0])
+        return scores
 
     def _norms(self, kinds: tuple[str, ...]) -> list[Tensor]:
         """Root of the mean squared weight: the L2 norm, free of the structure's size."""

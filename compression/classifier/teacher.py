@@ -9,10 +9,9 @@ from compression.checkpoint import identify, load_tensors, save_tensors
 from compression.classifier.data import Encoded
 from compression.classifier.metrics import predict
 from compression.classifier.tasks import Task
-from compression.files import new_folder
-from compression.integrity import digest_of, is_sound, seal
-from compression.outputs import KEPT_LOGITS
-from compression.runtime import log, processes
+from compression.integrity import digest_of
+from compression.outputs import KEPT_LOGITS, kept_folder
+from compression.runtime import log
 
 LOGITS = "logits.safetensors"
 
@@ -28,13 +27,10 @@ def teacher_logits(
             stages and resumed runs read them. Where they are damaged they are computed again.
     """
     key = digest_of(f"{identify(folder)['sha256']} {encoded.digest()}", 16)
-    stored = Path(cache) / f"{KEPT_LOGITS}{key}"
-    # The first process computes, the others wait and read.
-    with processes().main_process_first():
-        if not (is_sound(stored) and (stored / LOGITS).is_file()):
-            log.info("Computing the teacher's logits on %d sentences, once", len(encoded))
-            logits = {"logits": predict(model, encoded, pad_token_id, task=task)}
-            with new_folder(stored) as temporary:
-                save_tensors(temporary / LOGITS, logits)
-                seal(temporary, {"stage": "teacher_logits"})
-    return load_tensors(stored / LOGITS)["logits"]
+
+    def compute(kept: Path) -> None:
+        log.info("Computing the teacher's logits on %d sentences, once", len(encoded))
+        save_tensors(kept / LOGITS, {"logits": predict(model, encoded, pad_token_id, task=task)})
+
+    kept = kept_folder(Path(cache) / f"{KEPT_LOGITS}{key}", "teacher_logits", compute)
+    return load_tensors(kept / LOGITS)["logits"]
