@@ -22,13 +22,14 @@ from compression.classifier.masks import add_masks, remove_masks
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
 from compression.classifier.structure_scores import Importance, StructureScores
 from compression.export.onnx import OnnxClassifier, logit_difference, write_onnx
+from compression.fake_quantization import add_fake_quantization
 from compression.flops import count_macs, encoder_macs_formula
 from compression.formats import TABLE_FORMATS, EightBit, FourBit
 from compression.hooks import hooked
 from compression.quantization import Format, check_exact, embedding_tables, encoder_linears, pack
 from compression.runtime import UserError
-from compression.structures import ENCODER_KINDS, HEADS, NEURONS, family_of, layers_of, positions_of
-from compression.surgery import shrink, shrink_layer
+from compression.structures import ENCODER_KINDS, HEADS, NEURONS, family_of, layers_of, output_projections, positions_of
+from compression.surgery import remove_part, shrink, shrink_encoder_layer, shrink_layer
 from compression.training import Training
 
 SIZES = dict(vocab_size=30, max_position_embeddings=64, num_labels=3, initializer_range=0.2)
@@ -91,6 +92,11 @@ def small(name):
     return shrink(tiny_encoder(name), KEPT)
 
 
+@pytest.fixture
+def lacking(name):
+    return shrink(tiny_encoder(name, num_hidden_layers=4), LACKING["the third is gone"])
+
+
 def masked_logits(model, kept):
     for kind, layers in add_masks(model).items():
         for index, layer in layers.items():
@@ -125,6 +131,10 @@ def test_pruned_again(small):
     }
     smaller = shrink(small, again)
     torch.testing.assert_close(logits(smaller), masked_logits(small, again), atol=1e-5, rtol=0)
+
+
+def everything(model):
+    return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in ENCODER_KINDS}
 
 
 NONE = torch.zeros(48, dtype=torch.bool)
@@ -174,17 +184,56 @@ def passed_by(layer, index, kept):
             yield (getattr(layer, "ffn", None) or layer.mlp).register_forward_hook(nothing)
 
 
-@pytest.mark.parametrize("gone", LACKING)
-def test_parts_of_which_nothing_stays_are_taken_out(name, gone):
-    model, kept = tiny_encoder(name, num_hidden_layers=4), LACKING[gone]
-    dense, expected = logits(model), without(model, kept)
-    assert (expected - dense).abs().max() > 1e-3
-    small = shrink(model, kept)
-    torch.testing.assert_close(logits(small), expected, atol=1e-5, rtol=0)
-    left = [(parts.heads, parts.neurons) for parts in layers_of(small)]
-    first = [(0, 0)] * (name in FIRST_STAYS and gone == "the first is gone")
-    assert left == [*first, (3, 0), (0, 8), (1, 24)]
-    assert small.config.num_hidden_layers == len(left)
+def test_parts_are_taken_out(name):
+    model = tiny_encoder(name, num_hidden_layers=4)
+    dense = logits(model)
+    for gone, kept in LACKING.items():
+        expected = without(model, kept)
+        assert (expected - dense).abs().max() > 1e-3
+        small = shrink(model, kept)
+        torch.testing.assert_close(logits(small), expected, atol=1e-5, rtol=0)
+        left = [(parts.heads, parts.neurons) for parts in layers_of(small)]
+        first = [(0, 0)] * (name in FIRST_STAYS and gone == "the first is gone")
+        assert left == [*first, (3, 0), (0, 8), (1, 24)]
+        assert len(small(**batch_of(small), output_hidden_states=True).hidden_states) == len(left) + 1
+
+
+def test_pruned_again_without_parts(name, lacking):
+    again = {
+        HEADS: [torch.tensor([1, 0, 1]).bool(), torch.zeros(0).bool(), torch.tensor([False])],
+        NEURONS: [torch.zeros(0).bool(), NONE[:8], torch.arange(24) < 8],
+    }
+    expected = without(lacking, again)
+    smaller = shrink(lacking, again)
+    torch.testing.assert_close(logits(smaller), expected, atol=1e-5, rtol=0)
+    assert [(parts.heads, parts.neurons) for parts in layers_of(smaller)] == [(2, 0), (0, 8)]
+
+
+def test_parts_are_taken_out_in_training(name):
+    model, gone = tiny_encoder(name, num_hidden_layers=4), [(HEADS, 1), (NEURONS, 0), (HEADS, 2), (NEURONS, 2)]
+    model.train().gradient_checkpointing_enable()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for kind, index in gone:
+        remove_part(model, kind, index)
+        with_gradients(model)
+        optimizer.step()
+    found = {(kind, index) for kind, index, *_ in output_projections(model)}
+    assert found == {(kind, index) for kind in ENCODER_KINDS for index in range(4)} - {*gone}
+    states = model.eval()(**batch_of(model), output_hidden_states=True).hidden_states
+    assert len(states) == 5 and torch.equal(states[3], states[2]) and not torch.equal(states[2], states[1])
+    small = shrink(model, everything(model))
+    assert len(layers_of(small)) == 3
+    torch.testing.assert_close(logits(small), logits(model), atol=1e-5, rtol=0)
+
+
+def test_a_layer_is_cut_in_place(name):
+    model = tiny_encoder(name)
+    kept = everything(model) | {HEADS: [KEPT[HEADS][0], KEPT[HEADS][1], KEPT[HEADS][0]]}
+    expected = masked_logits(model, kept)
+    shrink_encoder_layer(model, 1, {HEADS: kept[HEADS][1]})
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
+    shrink_encoder_layer(model, 1, {NEURONS: NONE})
+    assert (layers_of(model)[1].heads, layers_of(model)[1].neurons) == (2, 0)
 
 
 ELSEWHERE = """
@@ -207,7 +256,9 @@ def elsewhere(tmp_path_factory):
     root, folders = tmp_path_factory.mktemp("elsewhere"), []
     for name in FAMILIES:
         small = shrink(tiny_encoder(name), KEPT)
-        for kind, model in (("pruned", small), ("packed", pack(small, Format(), torch.float32))):
+        lacking = [shrink(tiny_encoder(name, num_hidden_layers=4), kept) for kept in LACKING.values()]
+        models = {"pruned": small, "without parts": lacking[0], "without the first layer": lacking[1]}
+        for kind, model in (models | {"packed": pack(small, Format(), torch.float32)}).items():
             folders.append(save_checkpoint(root / f"{kind} {name}", model, letters_tokenizer(), {"stage": "pruned"}))
             save_file(batch_of(model) | {"logits": logits(model)}, folders[-1] / "expected.safetensors")
     empty = tmp_path_factory.mktemp("empty")
@@ -217,6 +268,10 @@ def elsewhere(tmp_path_factory):
 
 def test_loads_outside(name, elsewhere):
     assert elsewhere[f"pruned {name}"] < 1e-6
+
+
+def test_loads_outside_without_parts(name, elsewhere):
+    assert max(elsewhere[f"without {what} {name}"] for what in ("parts", "the first layer")) < 1e-6
 
 
 def test_4_bits_load_outside(name, elsewhere):
@@ -263,10 +318,19 @@ def test_trained_in_4_bits(name, small):
     torch.testing.assert_close(logits(packed), trained, atol=1e-5, rtol=0)
 
 
-def test_macs_are_those_of_the_formula(name, small):
+def test_4_bits_without_parts(lacking, tmp_path):
+    packed = pack(lacking, Format(), torch.float32)
+    folder = save_checkpoint(tmp_path / "packed", packed, letters_tokenizer(), {"stage": "pruned_quantized"})
+    assert torch.equal(logits(load_classifier(folder)[0]), logits(packed))
+    layers = add_fake_quantization(lacking, Format())
+    assert len(layers) == len(encoder_linears(packed)) == sum(len(parts.linears()) for parts in layers_of(packed))
+    torch.testing.assert_close(logits(lacking), logits(packed), atol=1e-5, rtol=0)
+
+
+def test_macs_are_those_of_the_formula(name, small, lacking):
     dense = tiny_encoder(name)
     for length in (1, 7, 16):
-        for model in (dense, small):
+        for model in (dense, small, lacking):
             convolution = 3 * 32 * 32 * length if "convolution" in name else 0
             formula = encoder_macs_formula(layers_of(model), length) + convolution
             assert count_macs(model, length).encoder == formula
@@ -339,6 +403,12 @@ def two_layers(name):
 @pytest.mark.parametrize("name", EXPORTED)
 def test_exported(name, tmp_path):
     assert exported(pack(two_layers(name), Format(), torch.float32), tmp_path, "nf4") < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "modernbert"])
+def test_exported_without_parts(name, tmp_path):
+    kept = {HEADS: [KEPT[HEADS][1], NONE[:4]], NEURONS: [NONE, KEPT[NEURONS][1]]}
+    assert exported(shrink(tiny_encoder(name, num_hidden_layers=2), kept), tmp_path, "fp32") < 1e-5
 
 
 @pytest.mark.parametrize("name", ["deberta-v2", "modernbert"])

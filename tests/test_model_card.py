@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import KEPT, load_script, save_decoder, tiny_bert, tiny_decoder
+from conftest import KEPT, MODELS, load_script, save_decoder, tiny_bert, tiny_decoder
 from huggingface_hub import ModelCard, ModelCardData
 from scripts import ROOT, run_elsewhere, run_script
 from test_lora import pruned, with_adapter
@@ -32,6 +32,7 @@ from compression.model_card import DATASETS, citation, kind_of
 from compression.outputs import Output
 from compression.quantization import Storage, pack
 from compression.runtime import UserError
+from compression.structures import HEADS, NEURONS
 from compression.surgery import shrink
 
 SETTINGS = {"seed": 7, "learning_rate": 5e-5}
@@ -148,6 +149,16 @@ def test_sizes_are_those_of_the_files_and_layers_say_what_is_left(classifier):
     assert f"| parameters | {small:,} | {dense:,} |" in text
     assert f"| bytes of weights | {stored[0]:,} | {stored[1]:,} |" in text
     assert "| 0 | 4 of 4 | 24 of 48 |" in text and "| 2 | 1 of 4 | 48 of 48 |" in text
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_what_was_taken_out_is_said(make, tokenizer, tmp_path):
+    dense, nothing = save_checkpoint(tmp_path / "dense", make(), tokenizer, stage_of("student")), torch.zeros(48).bool()
+    kept = {HEADS: [nothing[:4], KEPT[HEADS][1], nothing[:4]], NEURONS: [KEPT[NEURONS][0], nothing, nothing]}
+    stage = stage_of("pruned", dense)
+    text = text_of(save_checkpoint(tmp_path / "small", shrink(make(), kept), tokenizer, stage))
+    assert "| layers | 2 | 3 |" in text
+    assert "| 0 | 0 of 4 | 24 of 48 |" in text and "| 1 | 2 of 4 | 0 of 48 |" in text
 
 
 def test_a_language_models_card(tmp_path):

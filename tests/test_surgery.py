@@ -76,6 +76,13 @@ def test_unsupported_architecture_names_the_supported_ones(batch):
         add_masks(GPT2ForSequenceClassification(config))
 
 
+def test_some_layers_attention_has_to_stay(tiny_model):
+    for count in (4, 0):  # taken out now, or before
+        kept = KEPT | {HEADS: [torch.zeros(count).bool()] * 3}
+        with pytest.raises(UserError, match="nothing is left of any layer's attention: choose a lower pruning ratio"):
+            shrink(tiny_model, kept)
+
+
 def test_checkpoint_loads_elsewhere_with_the_same_logits(tiny_model, batch, tokenizer, tmp_path):
     small = shrink(tiny_model, KEPT)
     folder = save_checkpoint(tmp_path / "small", small, tokenizer, {"stage": "pruned"})
