@@ -288,13 +288,18 @@ def positions_of(config: Any) -> int:
 
 
 def depths_of(model: nn.Module) -> dict[str, int]:
-    """For each parameter how many layers lie behind it: 0 for the head, 1 for the last layer, L + 1 for embeddings."""
+    """For each parameter how many layers lie behind it: 0 for the head, 1 for the last layer, L + 1 for embeddings.
+
+    A pooler or norm behind the layers belongs to the head, relative positions that all layers share to the embeddings.
+    """
     layers: Any = attrgetter(family_of(model).layers)(model)
     places = {parameter: len(layers) - place for place, layer in enumerate(layers) for parameter in layer.parameters()}
     base: Any = model.base_model
-    head = {*model.parameters()} - {*base.parameters()}
+    children = list(base.children())
+    stack = next(place for place, child in enumerate(children) if layers in child.modules())
+    upstream = {parameter for child in children[: stack + 1] for parameter in child.parameters()}
     return {
-        name: places.get(parameter, 0 if parameter in head else len(layers) + 1)
+        name: places.get(parameter, len(layers) + 1 if parameter in upstream else 0)
         for name, parameter in model.named_parameters()
     }
 

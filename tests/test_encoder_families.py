@@ -4,6 +4,7 @@ A family is here by its model type, one of its layouts by its model type and wha
 """
 
 import copy
+import re
 from operator import attrgetter
 
 import pytest
@@ -28,7 +29,16 @@ from compression.formats import TABLE_FORMATS, EightBit, FourBit
 from compression.hooks import hooked
 from compression.quantization import Format, check_exact, embedding_tables, encoder_linears, pack
 from compression.runtime import UserError
-from compression.structures import ENCODER_KINDS, HEADS, NEURONS, family_of, layers_of, output_projections, positions_of
+from compression.structures import (
+    ENCODER_KINDS,
+    HEADS,
+    NEURONS,
+    depths_of,
+    family_of,
+    layers_of,
+    output_projections,
+    positions_of,
+)
 from compression.surgery import remove_part, shrink, shrink_encoder_layer, shrink_layer
 from compression.training import Training
 
@@ -443,3 +453,31 @@ def test_token_types_go_to_models_that_tell_them_apart(name, types):
 def test_what_stands_between_embeddings_and_layers_is_counted_with_the_head():
     model = tiny_encoder("electra")
     assert count_macs(model, 5).classifier == 5 * 16 * 32 + 32 * 32 + 3 * 32
+
+
+# What stands in no layer and belongs to neither the embeddings nor, by its name, the head.
+BETWEEN = {
+    "bert": {"bert.pooler.dense": 0},
+    "deberta-v2": {"deberta.encoder.rel_embeddings": 4, "deberta.encoder.LayerNorm": 4, "pooler.dense": 0},
+    "deberta-v2, own position projections": {"deberta.embeddings.embed_proj": 4, "deberta.encoder.LayerNorm": 4},
+    "deberta-v2, convolution": {"deberta.encoder.conv.conv": 4, "deberta.encoder.conv.LayerNorm": 4},
+    "distilbert": {"pre_classifier": 0},
+    "electra": {"electra.embeddings_project": 4, "classifier.dense": 0},
+    "modernbert": {"model.final_norm": 0, "head.dense": 0},
+    "roberta": {"classifier.dense": 0},
+}
+
+
+def test_depths_count_the_layers_behind_a_parameter(name):
+    for model in (tiny_encoder(name), shrink(tiny_encoder(name), KEPT)):
+        depths = depths_of(model)
+        assert depths.keys() == dict(model.named_parameters()).keys()
+        for parameter, depth in depths.items():
+            if found := re.search(r"\.layers?\.(\d+)\.", parameter):
+                assert depth == 3 - int(found[1]), parameter
+            elif ".embeddings." in parameter:
+                assert depth == 4, parameter
+            elif parameter.startswith("classifier."):
+                assert depth == 0, parameter
+        for module, depth in BETWEEN.get(name, {}).items():
+            assert depths[f"{module}.weight"] == depth, module
