@@ -31,9 +31,9 @@ class TeacherConfig(Config):
     overwrite: Annotated[bool, NO_EFFECT] = False
     """Replace an earlier result that was made with other settings or inputs."""
     layer_decay: Annotated[float, Between(0.1, 1)] = 0.9
-    """Learning rate of each layer as a share of the next one's; 1: all layers learn alike."""
+    """Learning rate of each layer as a share of the next one's; 1, as with --fast: all layers learn alike."""
     r_drop: Annotated[float, AtLeast(0)] = 1.0
-    """Weight of R-Drop: two passes with other dropout shall agree; 0: one pass, in half the time."""
+    """Weight of R-Drop: two passes with other dropout shall agree; 0, as with --fast: one pass, in half the time."""
     patience: Annotated[int, AtLeast(1)] = 2
     """Epochs without a better accuracy (or the task's own metric) on held-out training sentences, after which training
     stops; the best epoch is kept."""
@@ -41,7 +41,9 @@ class TeacherConfig(Config):
     training: Flat[Training] = group(Training, num_epochs=3, batch_size=32, learning_rate=5e-5)
     publishing: Flat[Publishing] = group(Publishing)
 
-    presets: ClassVar = {"fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto")}
+    presets: ClassVar = {
+        "fast": dict(num_epochs=2, batch_size=64, max_length=64, amp="auto", layer_decay=1.0, r_drop=0.0)
+    }
 
 
 def main(config: TeacherConfig) -> None:
