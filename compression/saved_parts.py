@@ -1,4 +1,4 @@
-"""What a long run keeps on its way: finished parts, and states to resume from."""
+"""What a long run keeps on its way: finished parts, and how a saved state is read."""
 
 from collections.abc import Callable
 from glob import escape

@@ -20,17 +20,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.batching import TrainingData, length_grouped_order
-from compression.checkpoint import load_tensors, save_tensors
 from compression.config import NO_EFFECT, AtLeast, Between, Settings
-from compression.files import new_folder, remove_folder
-from compression.integrity import STATE_FILE, seal
+from compression.files import remove_folder
+from compression.health import Health
 from compression.runtime import UserError, log, processes, seed_step
-from compression.saved_parts import read_state
+from compression.saved_states import SavedStates
 from compression.schedule import EarlyStopping, warmup_then_linear_decay
-from compression.sharding import load_parts, save_parts, whole
-
-PARTS = "parts"
-"""The folder in a state where each process has written its part."""
+from compression.sharding import whole
 
 
 @dataclass
@@ -306,7 +302,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 class _Run:
-    """The moving parts of one training run, and how they are saved and restored."""
+    """The moving parts of one training run, and what of them is saved and restored."""
 
     def __init__(
         self,
@@ -320,7 +316,7 @@ class _Run:
     ):
         self.accelerator, self.wrapped, self.model, self.optimizer = accelerator, wrapped, model, optimizer
         self.recipe, self.training, self.work_dir = recipe, recipe.training, Path(work_dir)
-        self.in_parts = in_parts
+        self.states = SavedStates(work_dir, model, optimizer, in_parts)
         self.epoch = recipe.first_epoch
         self.step = (self.epoch - 1) * recipe.steps_per_epoch
         self.history: list[dict[str, Any]] = []
@@ -405,121 +401,33 @@ class _Run:
         return means
 
     def save(self) -> None:
-        """Save the state to resume from; the one before is removed once the new one is complete."""
+        """Save the state to resume from."""
         self.health.check()
-        sums = {name: self.accelerator.reduce(value, "mean").item() for name, value in self.sums.items()}
-        if not self.accelerator.is_main_process:
-            self._write_trained(None)
-        else:
-            target = self.work_dir / f"step_{self.step:08d}_epoch_{self.epoch:04d}"
-            older = self._saved()
-            with new_folder(target) as folder:
-                self._write_trained(folder)
-                save_tensors(folder / "recipe.safetensors", self.recipe.tensors())
-                scaler = self.accelerator.scaler
-                state = {
-                    "step": self.step,
-                    "epoch": self.epoch,
-                    "history": self.history,
-                    "sums": sums,
-                    "recipe": self.recipe.state(),
-                    "scaler": scaler.state_dict() if scaler else None,
-                }
-                seal(folder, state, STATE_FILE)
-            for folder in older:
-                if folder != target:
-                    remove_folder(folder)
-        self.accelerator.wait_for_everyone()
+        scaler = self.accelerator.scaler
+        record = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "history": self.history,
+            "sums": {name: self.accelerator.reduce(value, "mean").item() for name, value in self.sums.items()},
+            "recipe": self.recipe.state(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        self.states.save(self.step, self.epoch, record, self.recipe.tensors())
 
     def restore(self) -> None:
         """Go back to the last saved state if the run is to be resumed and there is one, else start clean."""
-        saved = self._saved()
-        if not self.training.resume or not saved:
+        found = self.states.restore() if self.training.resume else None
+        if found is None:
             if self.training.resume:
                 log.info("Nothing to resume for these settings and inputs: starting from the beginning")
-            if self.accelerator.is_main_process:
-                clean_up(self.work_dir)
+            clean_up(self.work_dir)
             self.accelerator.wait_for_everyone()
             return
-        folder = saved[-1]
-        state = read_state(folder, self.work_dir)
-        self._read_trained(folder)
-        self.recipe.load(state["recipe"], load_tensors(folder / "recipe.safetensors"))
-        if state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        record, tensors = found
+        self.recipe.load(record["recipe"], tensors)
+        if record["scaler"]:
+            self.accelerator.scaler.load_state_dict(record["scaler"])
         device = self.accelerator.device
-        self.sums = {k: torch.tensor(v, dtype=torch.double, device=device) for k, v in state["sums"].items()}
-        self.step, self.epoch, self.history = state["step"], state["epoch"], state["history"]
+        self.sums = {k: torch.tensor(v, dtype=torch.double, device=device) for k, v in record["sums"].items()}
+        self.step, self.epoch, self.history = record["step"], record["epoch"], record["history"]
         log.info("Resumed at epoch %d, step %d", self.epoch, self.step)
-
-    def _write_trained(self, folder: Path | None) -> None:
-        """Write weights and optimizer; the processes without a folder have their part in it, if there are parts."""
-        if self.in_parts:
-            save_parts(folder and folder / PARTS, self.model, self.optimizer)
-        elif folder is not None:
-            save_tensors(folder / "model.safetensors", _trained(self.model))
-            save_tensors(folder / "optimizer.safetensors", _flat(self.optimizer.state_dict()["state"]))
-
-    def _read_trained(self, folder: Path) -> None:
-        if self.in_parts:
-            load_parts(folder / PARTS, self.model, self.optimizer)
-            return
-        self.model.load_state_dict(load_tensors(folder / "model.safetensors"), strict=False)
-        moments = _nested(load_tensors(folder / "optimizer.safetensors"))
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-    def _saved(self) -> list[Path]:
-        return sorted(self.work_dir.glob("step_*"))
-
-
-class Health:
-    """Whether what training computes is finite; on a GPU it is looked at now and then, for a look waits for the GPU.
-
-    Raises:
-        UserError: from `watch` or `check`, once something was not finite: what, and at which step it began.
-    """
-
-    STEPS_UNSEEN = 50
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.first: dict[str, Tensor] = {}
-
-    def watch(self, what: str, value: Tensor, step: int) -> None:
-        """Take note of a value of a step."""
-        never, now = (torch.tensor(at, dtype=torch.double, device=self.device) for at in (float("inf"), step))
-        here = torch.where(value.isfinite(), never, now)
-        self.first[what] = torch.minimum(self.first.get(what, never), here)
-        if self.device.type == "cpu" or step % self.STEPS_UNSEEN == 0:
-            self.check()
-
-    def check(self) -> None:
-        """Raise where anything was not finite so far."""
-        steps = {what: step.item() for what, step in self.first.items()}
-        step = min(steps.values(), default=float("inf"))
-        if step < float("inf"):
-            what = next(name for name, first in steps.items() if first == step)
-            raise UserError(
-                f"training broke down at step {int(step) + 1}: {what} is not finite; nothing was saved; use a lower "
-                "--learning_rate, other weights of the losses, or --amp no"
-            )
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model without what is frozen, and without what belongs to it (the scales of 4-bit weights)."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    frozen = tuple(name for name, parameter in parameters if not parameter.requires_grad)
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(frozen)}
-
-
-def _flat(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
-
-
-def _nested(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return state
