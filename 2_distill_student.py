@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from compression.batching import model_inputs
+from compression.classifier.augment import Augmentation
 from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.classifier.student import StudentStart
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, run_script
@@ -48,6 +49,7 @@ class DistillationConfig(Config):
     """Weight of the hidden-state loss: each layer learns, token by token, what a layer of the teacher
     gives."""
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
+    augmentation: Flat[Augmentation] = group(Augmentation)
     training: Flat[Training] = group(Training, num_epochs=3, batch_size=32, learning_rate=5e-5)
     publishing: Flat[Publishing] = group(Publishing)
 
@@ -74,7 +76,7 @@ def main(config: DistillationConfig) -> None:
     teacher = config.teacher_path or config.models_dir / "teacher_model"
     require_classifier(teacher, "--teacher_path", "python 1_finetune_teacher.py")
     start = config.start.folder(teacher, config.models_dir)
-    stage = Stage(name, config, parent=start, output=folder, teacher=teacher, overwrite=config.overwrite)
+    stage = Stage(name, config, start, folder, teacher, config.overwrite, config.augmentation)
     if stage.is_done():
         return
 

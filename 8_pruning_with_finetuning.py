@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from compression.checkpoint import identify, load_classifier
+from compression.classifier.augment import Augmentation
 from compression.classifier.budget import Budget, Quantity, latency_budget, macs_budget, parameters_budget
 from compression.classifier.gradual_pruning import DistillationSchedule, Finetuning, GradualPruning, PruningSchedule
 from compression.classifier.hidden_states import HiddenStates
@@ -107,6 +108,7 @@ class GradualPruningWithFinetuningConfig(Config):
     """Number of which the neurons that stay in every layer are a multiple."""
 
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
+    augmentation: Flat[Augmentation] = group(Augmentation)
     training: Flat[Training] = group(Training, num_epochs=15, batch_size=32, learning_rate=5e-5)
     publishing: Flat[Publishing] = group(Publishing)
 
@@ -218,7 +220,7 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
     if config.start == "teacher":
         student = teacher
     require_classifier(student, "--student_path", "python 2_distill_student.py")
-    stage = Stage("pruned", config, parent=student, output="pruning_with_finetuning_*", teacher=teacher)
+    stage = Stage("pruned", config, student, "pruning_with_finetuning_*", teacher, augmentation=config.augmentation)
     if stage.is_done():
         return
 

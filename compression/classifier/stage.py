@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +22,7 @@ from compression.checkpoint import (
     require_type,
     save_checkpoint,
 )
+from compression.classifier.augment import Augmentation, more_rows
 from compression.classifier.data import DatasetSettings, Encoded, encode, load_data
 from compression.classifier.hidden_states import HiddenStates, LiveTeacher
 from compression.classifier.metrics import predict, score
@@ -31,7 +33,7 @@ from compression.config import Between, Flat, Settings, group
 from compression.hub import Publishing
 from compression.integrity import digest_of
 from compression.outputs import STATES_END, Output, fresh_path, owned
-from compression.runtime import UserError, log, pick_device, processes, seed_everything, shown
+from compression.runtime import UserError, from_main_process, log, pick_device, processes, seed_everything, shown
 from compression.structures import ENCODERS
 from compression.training import Recipe, Training, clean_up, fit
 
@@ -103,6 +105,7 @@ class Stage:
             time, with the time in the star's place.
         teacher: the checkpoint that it learns from, if any.
         overwrite: whether a result of other settings or inputs may be replaced.
+        augmentation: how the training rows are added to; needs a teacher.
 
     Raises:
         UserError: an input that is not there or of the wrong kind, a teacher of other labels, or an output that must
@@ -117,9 +120,10 @@ class Stage:
         output: str,
         teacher: Path | None = None,
         overwrite: bool = False,
+        augmentation: Augmentation | None = None,
     ):
         self.name, self.config, self.parent, self.teacher = name, config, Path(parent), teacher
-        self.overwrite = overwrite
+        self.overwrite, self.augmentation = overwrite, augmentation or Augmentation()
         self.inputs: dict[str, Any] = {"parent": identify(parent)}
         if teacher is not None:
             check_labels(teacher, "--teacher_path", self.task)
@@ -139,6 +143,11 @@ class Stage:
 
     @cached_property
     def training_rows(self) -> Split:
+        """What is trained on: `own_rows`, then their changed copies."""
+        return self._taught[0] if self.augmentation.augment else self.own_rows
+
+    @cached_property
+    def own_rows(self) -> Split:
         """The share of the training data that is used."""
         share = self.config.data.train_fraction
         rows = self.data.train.sample(share, self.config.training.seed)
@@ -202,11 +211,32 @@ class Stage:
 
     def teacher_logits(self) -> Tensor:
         """The teacher's logits [rows, classes] on the training sentences of this stage, computed once and kept."""
-        if self.teacher is None:
+        return self._taught[1]
+
+    @cached_property
+    def _taught(self) -> tuple[Split, Tensor]:
+        """The training rows and the teacher's logits on them; changed copies have its label."""
+        folder, data = self.teacher, self.config.data
+        if folder is None:
             raise ValueError(f"the stage {self.name} has no teacher")
-        model, tokenizer = load_classifier(self.teacher, pick_device())
-        encoded = encode(tokenizer, self.training_rows, self.config.data.max_length)
-        return teacher_logits(model, self.teacher, encoded, tokenizer.pad_token_id, self.config.models_dir, self.task)
+        model, tokenizer = load_classifier(folder, pick_device())
+
+        def logits_on(rows: Split) -> Tensor:
+            encoded = encode(tokenizer, rows, data.max_length)
+            return teacher_logits(model, folder, encoded, tokenizer.pad_token_id, self.config.models_dir, self.task)
+
+        rows, logits = self.own_rows, logits_on(self.own_rows)
+        if not self.augmentation.augment:
+            return rows, logits
+        # One process draws for all: rounding must not give them different texts.
+        seed = self.config.training.seed
+        copies = from_main_process(lambda: more_rows(self.data, rows, self.augmentation, model, tokenizer, seed))
+        if not copies:
+            count = self.augmentation.augment
+            raise UserError(f"--augment {count}: no training text can be changed so; use --augment 0")
+        added = logits_on(Split(copies, [0] * len(copies)))  # what their labels are is seen from it
+        labels = rows.labels + added.argmax(-1).tolist()
+        return Split([*rows.sentences, *copies], labels), torch.cat([logits, added])
 
     def hidden_states(self, model: PreTrainedModel, task: TokenizedTask, weight: float) -> HiddenStates:
         """What the student's hidden states learn; the teacher runs on every batch only where they have a weight.
@@ -259,7 +289,9 @@ class Stage:
             files: JSON files beside it, by name.
         """
         metrics = task.evaluate(model) | metrics
-        stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, self.data.describe())
+        added = len(self.training_rows) - len(self.own_rows)
+        data = self.data.describe() | ({"added": added} if added else {})
+        stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, data)
         output = fresh_path(self.config.models_dir, self.prefix) if self.prefix else self.output.path
         files = {"training_history.json": history} | (files or {})
         save_checkpoint(output, model, task.tokenizer, stage, files, new=self.prefix is not None)
