@@ -4,7 +4,7 @@
 #   bash run_pipeline.sh [--fast] [--fresh] [--overwrite] [--models_dir DIR] [--dataset NAME|FILE|FOLDER] [--data_dir DIR]
 #                        [--text_column NAME] [--text_pair_column NAME] [--label_column NAME] [--validation_fraction X]
 #                        [--teacher MODEL] [--student MODEL | --student_layers 3] [--preset conservative|aggressive]
-#                        [flags of every training stage, such as --seed 1]
+#                        [--augment N] [flags of every training stage, such as --seed 1]
 #
 # The flags of all stages are checked before the first one works. A stage is skipped if its output exists and was made
 # with the same settings from the same inputs, and a stage that was killed continues where it was. --overwrite replaces
@@ -12,7 +12,7 @@
 # models they are made from); --fresh runs all stages again, with --overwrite.
 set -euo pipefail
 
-train=() data=() models=() fast=() teacher=() student=() layers=() preset=()
+train=() data=() models=() fast=() teacher=() student=() layers=() preset=() augment=()
 skip=(--skip_existing) resume=(--resume) overwrite=()
 models_dir=
 while [ $# -gt 0 ]; do
@@ -28,6 +28,7 @@ while [ $# -gt 0 ]; do
         --teacher) teacher=("$1" "${2:?$1 needs a model}"); shift ;;
         --student) student=("$1" "${2:?$1 needs a model}"); shift ;;
         --student_layers) layers=("$1" "${2:?$1 needs layers}"); shift ;;
+        --augment | --augment_*) augment+=("$1" "${2:?$1 needs a value}"); shift ;;
         --preset) preset=("$1" "${2:?$1 needs a name}"); shift ;;
         *) train+=("$1") ;;
     esac
@@ -38,14 +39,15 @@ source "$(dirname -- "$0")/setup_env.sh"
 models_dir="${models_dir:-$repository/models}"
 everywhere=("${data[@]}" "${models[@]}")
 common=("${fast[@]}" "${train[@]}" "${everywhere[@]}" "${skip[@]}" "${resume[@]}")
+distil=("${student[@]}" "${layers[@]}" "${augment[@]}" "${common[@]}" "${overwrite[@]}")
 
 # Call $1 with each stage and its flags, in order.
 every_stage() {
     "$1" download_model.py "${teacher[@]}" "${student[@]}" "${everywhere[@]}"
     "$1" 1_finetune_teacher.py "${teacher[@]}" "${common[@]}" "${overwrite[@]}"
-    "$1" 2_distill_student.py "${student[@]}" "${layers[@]}" "${common[@]}" "${overwrite[@]}"
-    "$1" 2_distill_student.py --variant soft_labels "${student[@]}" "${layers[@]}" "${common[@]}" "${overwrite[@]}"
-    "$1" 8_pruning_with_finetuning.py "${preset[@]}" "${common[@]}"
+    "$1" 2_distill_student.py "${distil[@]}"
+    "$1" 2_distill_student.py --variant soft_labels "${distil[@]}"
+    "$1" 8_pruning_with_finetuning.py "${preset[@]}" "${augment[@]}" "${common[@]}"
     "$1" 9_quantize_pruned_model.py --pruned_model_path "$models_dir/student_model" \
         --output_dir "$models_dir/student_quantized_model" "${models[@]}" "${skip[@]}" --overwrite
     "$1" 9_quantize_pruned_model.py "${models[@]}" "${skip[@]}" --overwrite

@@ -144,6 +144,12 @@ def test_the_teachers_layers_go_to_the_stages_that_make_students(commands):
     assert [line.split("_")[0] for line in lines if "--student_layers 3" in line] == ["2", "2"]
 
 
+def test_more_text_goes_to_the_stages_that_learn_from_a_teacher(commands):
+    lines = stages(commands("--augment", "2", "--augment_drop=0")[1])
+    having = [line.split("_")[0] for line in lines if "--augment 2 --augment_drop 0" in line]
+    assert having == ["2", "2", "8"] == [line.split("_")[0] for line in lines if "--augment" in line]
+
+
 def test_a_failing_stage_ends_the_pipeline(commands, tmp_path):
     (tmp_path / "fails").write_text("2_distill")
     result, lines = commands("--fast")
