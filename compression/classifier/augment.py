@@ -52,7 +52,7 @@ class Augmentation(Settings):
     augment_span: Annotated[float, Between(0, 1)] = 0.2
     """Share of the copies that are cut to a span of words, of any length."""
     augment_join: Annotated[float, Between(0, 1)] = 0.1
-    """Share of the copies that another copy is appended to; not of pairs."""
+    """Share of the copies that the text of another row is appended to; not of pairs."""
 
     def check(self) -> None:
         if self.augment and not any(self.shares):
@@ -179,15 +179,15 @@ class _Changing:
     ):
         pieces = [PIECE.findall(text) for text in texts]
         words = Counter(piece.strip() for row in pieces for piece in row)
-        spellings = [word for word, _ in words.most_common()]
-        place_of = {word: place for place, word in enumerate(spellings)}
-        self.settings, self.generator = settings, torch.Generator().manual_seed(seed)
+        self.spellings = [word for word, _ in words.most_common()]
+        place_of = {word: place for place, word in enumerate(self.spellings)}
+        self.texts, self.settings = texts, settings
+        self.generator = torch.Generator().manual_seed(seed)
         self.counts = torch.tensor([len(row) for row in pieces])
         self.starts = self.counts.cumsum(0) - self.counts
         self.words = torch.tensor([place_of[piece.strip()] for row in pieces for piece in row])
         self.apart = torch.tensor([piece[0].isspace() for row in pieces for piece in row])
-        self.neighbors = nearest_words(spellings, tokenizer, embed, settings.augment_neighbors)
-        self.spellings = [*spellings, *(f" {word}" for word in spellings)]
+        self.neighbors = nearest_words(self.spellings, tokenizer, embed, settings.augment_neighbors)
 
     def draw(self, texts: Tensor, join: bool) -> list[str]:
         """A changed copy of each of these texts [texts]; some may be empty or as they were."""
@@ -205,14 +205,15 @@ class _Changing:
         words = self.words[place]
         choice = self._below(torch.full_like(words, self.neighbors.shape[1]))
         words = torch.where(self._chance(settings.augment_replace, len(row)), self.neighbors[words, choice], words)
-        spelled = [self.spellings[word] for word in (words + self.apart[place] * (len(self.spellings) // 2)).tolist()]
+        spaced = zip(self.apart[place].tolist(), words.tolist(), strict=True)
+        spelled = [f" {self.spellings[word]}" if apart else self.spellings[word] for apart, word in spaced]
         ends = row.bincount(minlength=len(texts)).cumsum(0).tolist()
         changed = ["".join(spelled[begin:end]).strip() for begin, end in zip([0, *ends], ends, strict=False)]
         if not join:
             return changed
         joined = self._chance(settings.augment_join, len(texts)).tolist()
-        others = self._below(torch.full_like(texts, len(texts))).tolist()
-        tails = (f" {changed[other]}" if also else "" for also, other in zip(joined, others, strict=True))
+        others = self._below(torch.full_like(texts, len(self.texts))).tolist()
+        tails = (f" {self.texts[other]}" if also else "" for also, other in zip(joined, others, strict=True))
         return [text + tail for text, tail in zip(changed, tails, strict=True)]
 
     def _chance(self, share: float, count: int) -> Tensor:
