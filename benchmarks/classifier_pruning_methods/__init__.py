@@ -1,0 +1,1 @@
+"""Parts of benchmarks/classifier_pruning_methods.py."""
