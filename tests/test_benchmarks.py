@@ -23,6 +23,17 @@ CALIBRATION = "--num_samples 2 --repair_samples 4 --held_out_samples 1"
 REPAIRED, DEFAULT, WHOLE = "GQA-aware, Taylor, repaired", "H-GSP, default", "whole layers, by removal perplexity"
 # Benchmark -> its flags, values of a flag that have spaces in them, and what must hold of its JSON file.
 CASES = {
+    # The methods that need nothing but the project's own packages.
+    "classifier_pruning_methods": (
+        "--teacher_path {world}/models/teacher_model --data_dir {world} --ratios 0.5 --num_epochs 1 --scored_rows 20 "
+        "--throughput_repeats 1 --methods small_scratch small_layers uniform_magnitude kwon",
+        [],
+        lambda found: (
+            [row["method"] for row in found["rows"]] == ["small_scratch", "small_layers", "uniform_magnitude", "kwon"]
+            and all(0.45 < row["share"] <= 0.5 and len(row["hits"]) == 60 for row in found["rows"])
+            and len(found["throughput"]) == 5
+        ),
+    ),
     "distillation_memory": (
         "--windows 2 --length 96 --layers 1",
         ["--ways", "blocks"],
@@ -146,7 +157,11 @@ def world(tmp_path_factory, tokenizer):
         save_decoder(world / name, model, tokenizer=bytes_tokenizer())
     pruned = shrink(tiny_distilbert(), KEPT)
     metrics = {"logit_difference": 0.0}
-    for name, model in (("teacher_model", tiny_bert()), ("student_model", tiny_distilbert()), ("pruned", pruned)):
+    for name, model in (
+        ("teacher_model", tiny_bert(max_position_embeddings=128)),
+        ("student_model", tiny_distilbert()),
+        ("pruned", pruned),
+    ):
         stage = describe_stage(name.removesuffix("_model"), {}, {}, metrics, {"name": "x"})
         save_checkpoint(world / "models" / name, model, tokenizer, stage)
     packed = pack(pruned, Format(), torch.float32)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from compression.batching import batches, model_inputs
 from compression.classifier.data import Encoded
 from compression.flops import encoder_macs_formula
+from compression.runtime import UserError
 from compression.structures import ENCODER_KINDS, HEADS, NEURONS, LayerParts, layers_of
 from compression.surgery import shrink
 
@@ -65,12 +66,22 @@ def sizes_within(parts: LayerParts, macs: float) -> dict[str, int]:
 
     Args:
         parts: the dense layer.
+
+    Raises:
+        UserError: not even one of each.
     """
     head, neuron = (structure_macs(parts, kind) for kind in (HEADS, NEURONS))
+    check_enough(macs, head + neuron, 1)
     share = macs / (parts.heads * head + parts.neurons * neuron)
-    # At least one of each; a head less where the nearest number would leave no neuron.
+    # At least one; one less where the nearest number would leave no neuron.
     heads = max(1, min(round(share * parts.heads), int((macs - neuron) // head)))
-    return {HEADS: heads, NEURONS: max(1, min(parts.neurons, int((macs - heads * head) // neuron)))}
+    return {HEADS: heads, NEURONS: min(parts.neurons, int((macs - heads * head) // neuron))}
+
+
+def check_enough(macs: float, least: int, layers: int) -> None:
+    """Raise UserError where MACs are too few for one head and one neuron in each of some layers."""
+    if macs < least:
+        raise UserError(f"{macs:,.0f} MACs are too few for a head and a neuron in {layers} layer(s), {least:,}")
 
 
 def keep_largest(model: PreTrainedModel, scores: dict[str, list[Tensor]], sizes: dict[str, int]) -> PreTrainedModel:

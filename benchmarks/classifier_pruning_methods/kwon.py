@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from classifier_pruning_methods.ground import Ground, structure_macs, top
+from classifier_pruning_methods.ground import Ground, check_enough, structure_macs, top
 from compression.hooks import hooked
 from compression.structures import ENCODER_KINDS, HEADS, NEURONS, family_of, layers_of
 from compression.surgery import shrink
@@ -84,10 +84,14 @@ def search(model: PreTrainedModel, gradients: dict[str, list[Tensor]], macs: int
 
     Returns:
         by kind and layer bool [structures].
+
+    Raises:
+        UserError: not even one of each in every layer.
     """
     fisher = {kind: torch.stack([layer.square().mean(0) for layer in layers]) for kind, layers in gradients.items()}
     first = layers_of(model)[0]
     head, neuron = (structure_macs(first, kind) for kind in (HEADS, NEURONS))
+    check_enough(macs, len(fisher[HEADS]) * (head + neuron), len(fisher[HEADS]))
     # The best of each layer stay: they come before all others.
     ranked = {kind: scores + top_of_each(scores) * scores.sum() for kind, scores in fisher.items()}
     kept_loss = {kind: fisher[kind].flatten()[order(ranked[kind])].cumsum(0) for kind in ENCODER_KINDS}

@@ -1,9 +1,10 @@
 """Pruning by other libraries, as their own examples drive them; each cuts a BERT down in place.
 
 Torch-Pruning 1.6.1 (examples/transformers/prune_hf_bert.py and its scripts for vision transformers): importance of
-coupled channels by weight times gradient (Taylor), heads as a whole and neurons, ranked over all layers. Where a layer
-would lose all its heads it leaves that layer alone, so a budget out of reach that way is met with layers ranked apart.
-It takes one ratio for heads and neurons; here the least one, to a thousandth, that reaches the budget.
+coupled channels by weight times gradient (Taylor), heads as a whole and neurons, ranked over all layers. It takes a
+ratio for each; here the same, the least one to a thousandth that reaches the budget. A layer that would lose all its
+heads is left whole by it, so heads have at most the ratio at which each layer keeps some. Where the budget is out of
+reach so, layers are ranked apart.
 
 ModelOpt 0.39.0 (`mtp.prune(mode="gradnas")`, its way for BERT, which later versions do not have): the squared gradient
 of masks on heads and neurons, one limit on the loss of every layer's part, found within the budget of FLOPs. Two things
@@ -12,8 +13,10 @@ output projection, as attention takes no mask of heads any more (the products ar
 is one without arguments that a classifier does not use, for else it cannot be traced and no FFN is pruned.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from io import StringIO
 from typing import Any
 from unittest.mock import patch
@@ -25,26 +28,49 @@ from transformers.models.bert.modeling_bert import BertLayer
 
 from classifier_pruning_methods.ground import SEQUENCE_LENGTH, Ground, as_pruned, macs_of
 from compression.runtime import UserError, first_line
+from compression.structures import layers_of
 
-# ModelOpt's choices of a width, those of its default and smaller ones: 5 % of the MACs are out of reach of its default.
-WIDTHS = {"features_ratio": (0.01, 0.02, 0.03, *(0.05 * step for step in range(1, 21))), "feature_divisor": 8}
+# ModelOpt's choices of a width. Its default has steps of a twentieth and none under 96 neurons, too many for 5 %.
+WIDTHS = {"features_ratio": tuple(0.02 * step for step in range(1, 51)), "feature_divisor": 8}
+# Parts of one in which Torch-Pruning's ratios are tried.
+STEPS = 1000
 
 
 def torch_pruning(ground: Ground, macs: int) -> PreTrainedModel:
     """Torch-Pruning at the least of its own ratios that reaches the budget."""
-    gradients = taylor_gradients(ground)
-    for everywhere in (True, False):
-        low, high, small = 0, 1000, None
-        while high - low > 1:
-            middle = (low + high) // 2
-            tried = cut_by_torch_pruning(ground.load(), gradients, middle / 1000, everywhere)
-            if macs_of(tried) <= macs:
-                high, small = middle, tried
-            else:
-                low = middle
+    gradients, heads = taylor_gradients(ground), sum(parts.heads for parts in layers_of(ground.teacher))
+
+    def cut(step: int, most_heads: int = STEPS, everywhere: bool = True) -> PreTrainedModel:
+        ratios = step / STEPS, min(step, most_heads) / STEPS
+        return cut_by_torch_pruning(ground.load(), gradients, *ratios, everywhere)
+
+    def whole_layer(model: PreTrainedModel, step: int) -> bool:
+        return sum(parts.heads for parts in layers_of(model)) > math.ceil(heads * (1 - step / STEPS))
+
+    def fits(model: PreTrainedModel, _: int) -> bool:
+        return macs_of(model) <= macs
+
+    too_many, _ = least(cut, whole_layer)
+    for way in (partial(cut, most_heads=too_many - 1), partial(cut, everywhere=False)):
+        _, small = least(way, fits)
         if small is not None:
             return as_pruned(small)
     raise UserError("Torch-Pruning reaches so few MACs at no ratio")
+
+
+def least(
+    cut: Callable[[int], PreTrainedModel], holds: Callable[[PreTrainedModel, int], bool]
+) -> tuple[int, PreTrainedModel | None]:
+    """The least step from which on something holds, by bisection, and the model there; None where it never does."""
+    low, high, found = 0, STEPS, None
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = cut(middle)
+        if holds(tried, middle):
+            high, found = middle, tried
+        else:
+            low = middle
+    return high, found
 
 
 def taylor_gradients(ground: Ground) -> dict[str, Tensor]:
@@ -56,7 +82,7 @@ def taylor_gradients(ground: Ground) -> dict[str, Tensor]:
 
 
 def cut_by_torch_pruning(
-    model: PreTrainedModel, gradients: dict[str, Tensor], ratio: float, everywhere: bool
+    model: PreTrainedModel, gradients: dict[str, Tensor], ratio: float, head_ratio: float, everywhere: bool
 ) -> PreTrainedModel:
     """One call of Torch-Pruning.
 
@@ -83,8 +109,8 @@ def cut_by_torch_pruning(
         num_heads={part: count for each in attentions for part in (each.query, each.key, each.value)},
         prune_num_heads=True,
         prune_head_dims=False,
-        # As many heads stay as there are layers, at least.
-        head_pruning_ratio=min(ratio, (count - 1 - 1e-6) / count),
+        # Of a layer that is ranked apart one head stays.
+        head_pruning_ratio=min(head_ratio, (count - 1 - 1e-6) / count),
         output_transform=lambda output: output.logits.sum(),
     )
     for group in pruner.step(interactive=True):
