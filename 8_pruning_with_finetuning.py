@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from compression.checkpoint import identify, load_classifier
 from compression.classifier.augment import Augmentation
 from compression.classifier.budget import Budget, Quantity, latency_budget, macs_budget, parameters_budget
+from compression.classifier.embeddings import EmbeddingSettings
 from compression.classifier.gradual_pruning import DistillationSchedule, Finetuning, GradualPruning, PruningSchedule
 from compression.classifier.hidden_states import HiddenStates
 from compression.classifier.latency import latency_table
@@ -107,6 +108,7 @@ class GradualPruningWithFinetuningConfig(Config):
     neuron_multiple: Annotated[int, AtLeast(1)] = 8
     """Number of which the neurons that stay in every layer are a multiple."""
 
+    embeddings: Flat[EmbeddingSettings] = group(EmbeddingSettings)
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
     augmentation: Flat[Augmentation] = group(Augmentation)
     training: Flat[Training] = group(Training, num_epochs=15, batch_size=32, learning_rate=5e-5)
@@ -225,7 +227,7 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
         return
 
     with stage.running():
-        model, task = stage.load_model()
+        model, task = stage.load_model(embeddings=config.embeddings)
         metric = stage.task.primary
         before = task.evaluate(model)[metric]
         budget = None if config.target is None else make_budget(stage, model, *config.target)

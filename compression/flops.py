@@ -38,7 +38,7 @@ class MacCount:
     """QK^T and AV (DeBERTa: and the products with relative positions)."""
     classifier: int
     """Linear layers outside the encoder: pooler, classification head, and where embeddings are of another width than
-    the encoder (ELECTRA, DeBERTa) what projects them."""
+    the encoder (ELECTRA, DeBERTa, a factorized table) what projects them."""
 
     @property
     def encoder(self) -> int:
@@ -179,7 +179,8 @@ def count_thop(model: PreTrainedModel, sequence_length: int) -> dict[str, Any]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of a model: total, embeddings (tables and their LayerNorm), encoder (all layers), head (the rest).
+    """Parameters of a model: total, embeddings (tables, what projects them, their norm), encoder (all layers), head
+    (the rest).
 
     Counted are the weights that the model computes with, however many bits each is stored in.
     """

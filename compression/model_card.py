@@ -484,7 +484,9 @@ def sizes_section(checkpoint: Checkpoint) -> str:
     return "\n\n".join(sections)
 
 
-SIZES = ("parameters", "bytes of weights", "layers")
+# Of sizes that a config says: what the card calls them -> the config's name.
+CONFIGURED = {"layers": "num_hidden_layers", "tokens": "vocab_size", "rank of the embeddings": "embedding_rank"}
+SIZES = ("parameters", "bytes of weights", *CONFIGURED)
 
 
 def sizes_in(folder: Path, config: Record) -> dict[str, int]:
@@ -493,8 +495,8 @@ def sizes_in(folder: Path, config: Record) -> dict[str, int]:
     found = {"bytes of weights": sum(path.stat().st_size for path in files)} if files else {}
     if "quantization_config" not in config and (count := parameters_in(folder)):
         found["parameters"] = count
-    layers = config.get("num_hidden_layers", config.get("n_layers"))
-    return found | ({"layers": layers} if isinstance(layers, int) else {})
+    config = {"num_hidden_layers": config.get("n_layers")} | config  # DistilBERT's name
+    return found | {name: config[key] for name, key in CONFIGURED.items() if isinstance(config.get(key), int)}
 
 
 def parameters_in(folder: Path) -> int:

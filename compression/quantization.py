@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from compression.config import Settings
 from compression.flops import part_of
 from compression.formats import TABLE_FORMATS, EightBit, FourBit, TableFormat, dequantized_weight
-from compression.modeling import fix_4bit_layers
+from compression.modeling import FactorizedEmbedding, fix_4bit_layers
 from compression.runtime import pick_dtype
 from compression.structures import ENCODER_KINDS, layers_of
 from compression.surgery import shrink
@@ -22,7 +22,7 @@ QuantType = Literal["nf4", "fp4"]
 Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 DEFAULT_EMBEDDING_BITS = 4
-EMBEDDINGS = re.compile(r"\b(word|position|tok)_embeddings$")
+EMBEDDINGS = re.compile(r"\b(word|position|tok)_embeddings(\.table)?$")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,15 @@ def encoder_linears(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def embedding_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
-    """The word and position tables by name; DeBERTa's relative positions are multiplied with, not looked up."""
-    return {name: module for name, module in model.named_modules() if EMBEDDINGS.search(name)}
+    """The word and position tables by name; DeBERTa's relative positions are multiplied with, not looked up.
+
+    Of a factorized table it is the narrow factor; the other one is a Linear layer outside the encoder.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if EMBEDDINGS.search(name) and not isinstance(module, FactorizedEmbedding)
+    }
 
 
 def pack(model: PreTrainedModel, storage: Format, compute_dtype: torch.dtype) -> PreTrainedModel:

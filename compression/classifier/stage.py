@@ -24,6 +24,7 @@ from compression.checkpoint import (
 )
 from compression.classifier.augment import Augmentation, more_rows
 from compression.classifier.data import DatasetSettings, Encoded, encode, load_data
+from compression.classifier.embeddings import EmbeddingSettings
 from compression.classifier.hidden_states import HiddenStates, LiveTeacher
 from compression.classifier.metrics import predict, score
 from compression.classifier.parts import Split, TaskData
@@ -186,14 +187,17 @@ class Stage:
         with owned(*paths):
             yield
 
-    def load_model(self, new_head: bool = False) -> tuple[PreTrainedModel, TokenizedTask]:
+    def load_model(
+        self, new_head: bool = False, embeddings: EmbeddingSettings | None = None
+    ) -> tuple[PreTrainedModel, TokenizedTask]:
         """The parent checkpoint on this process's device, and the data tokenized for it.
 
         Args:
             new_head: the parent is a bare encoder that gets a new classification head.
+            embeddings: how its table of word embeddings is made smaller.
 
         Raises:
-            UserError: the parent has a head, of other labels than the task's.
+            UserError: the parent has a head, of other labels than the task's, or its embeddings cannot be made so.
         """
         labels = self.task.labels
         if not new_head:
@@ -203,6 +207,8 @@ class Stage:
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: place for place, label in enumerate(labels)}
         log.info("Data: %s (%s), %d training sentences", self.data.name, self.data.source, len(self.training_rows))
+        if embeddings is not None:
+            tokenizer = embeddings.apply(model, tokenizer, self.data.train.sentences)
         splits = (self.training_rows, self.data.selection, self.data.validation)
         encoded = [encode(tokenizer, part, self.config.data.max_length) for part in splits]
         for part in encoded:

@@ -18,9 +18,16 @@ from transformers import (
 )
 
 from compression.modeling import pruned_decoder, pruned_encoder
-from compression.modeling.pruned_encoder import PackedEmbedding, fix_4bit_layers
+from compression.modeling.pruned_encoder import FactorizedEmbedding, PackedEmbedding, fix_4bit_layers
 
-__all__ = ["CLASSES", "PackedEmbedding", "add_modeling_code", "fix_4bit_layers", "pruned_classes"]
+__all__ = [
+    "CLASSES",
+    "FactorizedEmbedding",
+    "PackedEmbedding",
+    "add_modeling_code",
+    "fix_4bit_layers",
+    "pruned_classes",
+]
 
 # Configuration -> the model's classes, by the Auto class that finds them.
 CLASSES: dict[type[PretrainedConfig], dict[type[Any], type[PreTrainedModel]]] = {

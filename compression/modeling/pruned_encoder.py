@@ -174,12 +174,38 @@ class PackedEmbedding(nn.Module):
         return (self.numbers[codes.int()].unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
 
 
+class FactorizedEmbedding(nn.Module):
+    """An embedding table as the product of a narrower one, [rows, rank], and a projection to its width."""
+
+    def __init__(self, num_embeddings, embedding_dim, rank, padding_idx=None):
+        super().__init__()
+        self.table = nn.Embedding(num_embeddings, rank, padding_idx)
+        self.projection = nn.Linear(rank, embedding_dim, bias=False)
+
+    @property
+    def num_embeddings(self):
+        return self.table.num_embeddings
+
+    @property
+    def embedding_dim(self):
+        return self.projection.out_features
+
+    def forward(self, input):
+        return self.projection(self.table(input))
+
+
+def factorize_embeddings(model, rank):
+    """Give a model a table of word embeddings in two factors, for the weights of a checkpoint."""
+    table = model.get_input_embeddings()
+    factors = FactorizedEmbedding(table.num_embeddings, table.embedding_dim, rank, table.padding_idx)
+    model.set_input_embeddings(factors)
+
+
 def pack_embeddings(embeddings, bits):
     """Give a model's embeddings empty packed tables, for the weights of a checkpoint."""
-    for name in ("word_embeddings", "position_embeddings", "tok_embeddings"):
-        table = getattr(embeddings, name, None)
-        if table is not None:
-            setattr(embeddings, name, PackedEmbedding(table.num_embeddings, table.embedding_dim, bits))
+    for name, table in list(embeddings.named_modules()):
+        if isinstance(table, nn.Embedding) and name != "token_type_embeddings":
+            embeddings.set_submodule(name, PackedEmbedding(table.num_embeddings, table.embedding_dim, bits))
 
 
 def fix_4bit_layers(model, *_):
@@ -269,17 +295,21 @@ class Pruned:
             set_heads(layer, layout, heads, config.head_size).config = config
             for part in getattr(sizes, "skip", ()):
                 remove(layer, layout, part)
+        if config.embedding_rank is not None:
+            factorize_embeddings(base, config.embedding_rank)
         if config.embedding_bits < 32:
             pack_embeddings(base.embeddings, config.embedding_bits)
         base.register_forward_pre_hook(fix_4bit_layers)
         self.post_init()
 
 
-# A config of a pruned model has `per_layer_config`, `head_size` (width of one attention head) and `embedding_bits`.
+# A config of a pruned model has `per_layer_config`, `head_size` (width of one attention head), `embedding_bits` and
+# `embedding_rank` (of the table of word embeddings; None: it is whole).
 class PrunedBertConfig(BertConfig):
     model_type = "pruned_bert"
     head_size: int = 64
     embedding_bits: int = 32
+    embedding_rank: int | None = None
 
 
 class PrunedBertModel(Pruned, BertModel):
@@ -294,6 +324,7 @@ class PrunedCamembertConfig(CamembertConfig):
     model_type = "pruned_camembert"
     head_size: int = 64
     embedding_bits: int = 32
+    embedding_rank: int | None = None
 
 
 class PrunedCamembertModel(Pruned, CamembertModel):
@@ -308,6 +339,7 @@ class PrunedDebertaV2Config(DebertaV2Config):
     model_type = "pruned_deberta-v2"
     head_size: int = 64
     embedding_bits: int = 32
+    embedding_rank: int | None = None
 
 
 class PrunedDebertaV2Model(Pruned, DebertaV2Model):
@@ -323,6 +355,7 @@ class PrunedDistilBertConfig(DistilBertConfig):
     attribute_map = DistilBertConfig.attribute_map | {"intermediate_size": "hidden_dim"}
     head_size: int = 64
     embedding_bits: int = 32
+    embedding_rank: int | None = None
 
     def to_dict(self):
         """The config with the sizes also under their general names.
@@ -346,6 +379,7 @@ class PrunedElectraConfig(ElectraConfig):
     model_type = "pruned_electra"
     head_size: int = 64
     embedding_bits: int = 32
+    embedding_rank: int | None = None
 
 
 class PrunedElectraModel(Pruned, ElectraModel):
@@ -360,6 +394,7 @@ class PrunedModernBertConfig(ModernBertConfig):
     model_type = "pruned_modernbert"
     head_size: int = 64
     embedding_bits: int = 32
+    embedding_rank: int | None = None
 
 
 class PrunedModernBertModel(Pruned, ModernBertModel):
@@ -374,6 +409,7 @@ class PrunedRobertaConfig(RobertaConfig):
     model_type = "pruned_roberta"
     head_size: int = 64
     embedding_bits: int = 32
+    embedding_rank: int | None = None
 
 
 class PrunedRobertaModel(Pruned, RobertaModel):
@@ -388,6 +424,7 @@ class PrunedXLMRobertaConfig(XLMRobertaConfig):
     model_type = "pruned_xlm-roberta"
     head_size: int = 64
     embedding_bits: int = 32
+    embedding_rank: int | None = None
 
 
 class PrunedXLMRobertaModel(Pruned, XLMRobertaModel):
