@@ -40,6 +40,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from compression.checkpoint import find_newest, load_classifier, load_config, require_type
 from compression.classifier.data import Encoded
+from compression.classifier.hidden_states import HiddenStates
 from compression.classifier.stage import DataSettings, Stage
 from compression.config import AtLeast, Between, Config, Flat, FolderName, group, run_script
 from compression.files import read_json, remove_folder, write_json, write_text
@@ -187,7 +188,8 @@ class Bench:
     def distil(self, model: PreTrainedModel, key: str) -> None:
         """Train by stage 2's recipe, in place."""
         settings, logits = self.settings, self.stage.teacher_logits().to(self.device)
-        recipe = STAGE_2["Distillation"](settings.training, logits, settings.temperature, settings.alpha)
+        losses = settings.temperature, settings.alpha, HiddenStates(model)
+        recipe = STAGE_2["Distillation"](settings.training, logits, *losses)
         states = self.config.work / f".{key}_states"
         fit(model, recipe, self.task.train, self.task.evaluate, states, self.ground.pad_token_id)
         clean_up(states)
@@ -196,11 +198,10 @@ class Bench:
         """What stage 8 makes of the teacher, in a process of its own."""
         config, models = self.config, self.config.work / f".{key}_models"
         flags = config.stage_flags | {
-            "start": "teacher",
+            "preset": "half",  # what the presets of deep compression share; the target is another
             "teacher_path": config.teacher_path.resolve(),
             "models_dir": models,
             "seed": self.seed,
-            "pruning_start_epoch": 1,
             "pruning_end_epoch": math.ceil(PRUNED_BY * config.num_epochs),
             "patience": config.num_epochs,
         }

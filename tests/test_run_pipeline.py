@@ -150,6 +150,15 @@ def test_more_text_goes_to_the_stages_that_learn_from_a_teacher(commands):
     assert having == ["2", "2", "8"] == [line.split("_")[0] for line in lines if "--augment" in line]
 
 
+def test_how_much_goes_is_said_to_the_stage_that_prunes(commands):
+    words = ["--preset", "tenth", "--target", "latency", "0.3", "--start", "teacher", "--trim_vocabulary"]
+    lines = stages(commands(*words, "--embedding_rank=64", "--seed", "7")[1])
+    (pruning,) = [
+        line for line in lines if any(word in line for word in ("--target", "--trim", "--embedding", "tenth"))
+    ]
+    assert pruning.startswith("8_") and " ".join([*words, "--embedding_rank", "64"]) in pruning
+
+
 def test_a_failing_stage_ends_the_pipeline(commands, tmp_path):
     (tmp_path / "fails").write_text("2_distill")
     result, lines = commands("--fast")
