@@ -2,9 +2,9 @@
 
     python benchmarks/pruning_overhead.py [--student_path models/student_model]
 
-Times training steps with gradual pruning on, with it off, and with the naive way that visits every structure in a
-Python loop, interleaved in one process, on the student and on a random model of DistilBERT-base size (72 heads,
-18,432 neurons). Writes results/pruning_overhead.json.
+Times training steps with gradual pruning on (to separate sparsities, and to budgets of MACs), with it off, and with the
+naive way that visits every structure in a Python loop, interleaved in one process, on the student and on a random model
+of DistilBERT-base size (72 heads, 18,432 neurons). Writes results/pruning_overhead.json.
 """
 
 import runpy
@@ -21,7 +21,9 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from compression.checkpoint import load_classifier, require
+from compression.classifier.budget import macs_budget
 from compression.classifier.gradual_pruning import GradualPruning
+from compression.classifier.hidden_states import HiddenStates
 from compression.config import Config, run_script
 from compression.distillation import distillation_loss
 from compression.files import write_json
@@ -38,6 +40,8 @@ class OverheadConfig(Config):
     """The student to time besides the random model."""
     models: tuple[str, ...] = ("student", "distilbert_base_size")
     """Which of the two."""
+    budgets: tuple[float, ...] = (0.5, 0.1)
+    """Shares of its own MACs that a budget leaves each model."""
     batch_size: int = 32
     """Sentences per step."""
     sequence_length: int = 16
@@ -51,16 +55,23 @@ class OverheadConfig(Config):
 
 
 class Trainer:
-    """A plain training loop's step on one model, with or without pruning."""
+    """A plain training loop's step on one model; `pruning` are the settings of stage 8 where it prunes."""
 
-    def __init__(self, model, config: OverheadConfig, prune: bool):
+    def __init__(self, model, config: OverheadConfig, pruning: dict | None = None):
         self.model = model.train()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         rows = 40 * config.batch_size
         self.teacher_logits = torch.randn(rows, 2).to(model.device)
-        settings = STAGE["GradualPruningWithFinetuningConfig"].make(batch_size=config.batch_size, pruning_start_epoch=1)
-        self.recipe = STAGE["make_recipe"](model, self.teacher_logits, settings) if prune else None
+        self.recipe = None if pruning is None else self._recipe(config, pruning)
         self.step = 0
+
+    def _recipe(self, config: OverheadConfig, pruning: dict) -> GradualPruning:
+        model, shared = self.model, dict(batch_size=config.batch_size, pruning_start_epoch=1)
+        settings = STAGE["GradualPruningWithFinetuningConfig"].make(**shared | pruning)
+        share = settings.target and settings.target[1]
+        budget = macs_budget(share, model, model, config.sequence_length) if share else None
+        target = STAGE["make_target"](model, settings, budget)
+        return STAGE["make_recipe"](model, self.teacher_logits, settings, target, HiddenStates(model))
 
     def take(self, batch) -> None:
         """One optimizer step."""
@@ -102,7 +113,10 @@ def seconds(call, device: torch.device) -> float:
 
 def compare(name: str, make_model, config: OverheadConfig, device: torch.device) -> dict:
     """Median seconds of a step with pruning off and on, and of the naive scores alone; ratios per round."""
-    plain, pruning = Trainer(make_model(), config, False), Trainer(make_model(), config, True)
+    budgets = {f"mac {share}": dict(target=("mac", share)) for share in config.budgets}
+    ways = {"off": None, "on": {}} | budgets
+    trainers = {way: Trainer(make_model(), config, settings) for way, settings in ways.items()}
+    plain, pruning = trainers["off"], trainers["on"]
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, config.sequence_length)
     batch = {
@@ -112,13 +126,13 @@ def compare(name: str, make_model, config: OverheadConfig, device: torch.device)
         "rows": torch.arange(config.batch_size),
     }
     batch = {key: tensor.to(device) for key, tensor in batch.items()}
-    for trainer in (plain, pruning) * 3:
+    for trainer in (*trainers.values(),) * 3:
         trainer.take(batch)
-    off, on = [], []
+    times: dict[str, list[float]] = {way: [] for way in trainers}
     for turn in range(config.rounds):
-        order = [(plain, off), (pruning, on)]
-        for trainer, times in order if turn % 2 else reversed(order):
-            times.append(seconds(lambda trainer=trainer: trainer.take(batch), device))
+        for way in list(trainers) if turn % 2 else reversed(trainers):
+            times[way].append(seconds(lambda way=way: trainers[way].take(batch), device))
+    off, on = times["off"], times["on"]
     pruning.recipe.loss(pruning.model, batch, 0)["loss"].backward()
     with torch.no_grad():
         naive = median(seconds(lambda: naive_scores(pruning.recipe), device) for _ in range(3))
@@ -128,15 +142,17 @@ def compare(name: str, make_model, config: OverheadConfig, device: torch.device)
         "step_on_ms": 1e3 * median(on),
         "on_over_off": median(on) / median(off),
         "mean_on_over_off": sum(on) / sum(off),
+        "budget_over_off": {way: sum(times[way]) / sum(off) for way in budgets},
         "naive_scores_ms": 1e3 * naive,
         "naive_over_off": 1 + naive / median(off),
     }
     log.info(
-        "%s: on/off %.3f (median), %.3f (mean); naive loop/off %.2f",
+        "%s: on/off %.3f (median), %.3f (mean); naive loop/off %.2f; budgets/off (mean) %s",
         name,
         result["on_over_off"],
         result["mean_on_over_off"],
         result["naive_over_off"],
+        result["budget_over_off"],
     )
     return result
 
