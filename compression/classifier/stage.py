@@ -208,7 +208,8 @@ class Stage:
         model.config.label2id = {label: place for place, label in enumerate(labels)}
         log.info("Data: %s (%s), %d training sentences", self.data.name, self.data.source, len(self.training_rows))
         if embeddings is not None:
-            tokenizer = embeddings.apply(model, tokenizer, self.data.train.sentences)
+            texts = [*self.data.train.sentences, *self.training_rows.sentences]  # changed copies, too
+            tokenizer = embeddings.apply(model, tokenizer, texts)
         splits = (self.training_rows, self.data.selection, self.data.validation)
         encoded = [encode(tokenizer, part, self.config.data.max_length) for part in splits]
         for part in encoded:
