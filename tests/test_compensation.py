@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import DECODERS, repair, tiny_decoder
 
-from compression.llm.repair import RIDGE, _solve
+from compression.least_squares import RIDGE, refit
 from compression.structures import CHANNELS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 
@@ -28,7 +28,7 @@ def everything(model):
 @torch.no_grad()
 def test_what_others_can_do_is_taken_over(model, windows, monkeypatch):
     """Channels and groups that are copies of others can go with no other trace than the ridge's."""
-    monkeypatch.setattr("compression.llm.repair.RIDGE", RIDGE / 100)
+    monkeypatch.setattr("compression.least_squares.RIDGE", RIDGE / 100)
     kept = everything(model)
     for index in (1, 3):
         parts = layers_of(model)[index]
@@ -94,7 +94,7 @@ def test_a_gram_matrix_that_is_off_by_rounding_is_solved_all_the_same():
     inputs, weight = torch.randn(64, 40, generator=draw), torch.randn(2100, 40, generator=draw)
     gram, kept = inputs.T @ inputs, torch.arange(40) < 25
     gram[0, 0] -= 200
-    solved = _solve(weight, gram, kept)
+    solved = refit(weight, gram, kept)
     damped = gram[kept][:, kept].double()
     damped.diagonal().add_(RIDGE * damped.diagonal().mean())
     assert torch.linalg.eigvalsh(damped)[0] < 0

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from compression.least_squares import BLOCK
 from compression.llm.head import LOGIT_ROWS, TRAINED_ROWS
-from compression.llm.repair import BLOCK
 
 BF16, FP32, FP64 = 2, 4, 8
 NF4 = 0.5 + 1 / 64

@@ -12,19 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import solve_triangular as triangular
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
-from compression.importance import RIDGE, damp
+from compression.least_squares import refit
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import broken_weight, suspect
 from compression.runtime import UserError, sum_over_processes
 from compression.structures import DECODER_KINDS, GROUPS, layers_of, spread
-
-# Rows of a large matrix that are worked on at a time.
-BLOCK = 1024
 
 
 class StopForward(Exception):
@@ -77,7 +73,7 @@ def repair_layer(model: PreTrainedModel, index: int, kept: dict[str, Tensor], st
             inputs = ((state, options[index]) for _, state, options in stream)
             gram = _gram(layer, outer, inputs, attention=kind == GROUPS)
             sum_over_processes(gram)
-            solved = _solve(outer.weight, gram, columns)
+            solved = refit(outer.weight, gram, columns)
             if not solved.isfinite().all():
                 singular = gram.isfinite().all() and broken_weight(model) is None
                 cure = "raise --repair_samples or take --compensation none" if singular else suspect(model)
@@ -107,54 +103,3 @@ def _gram(
             with suppress(StopForward):
                 layer(state, **options)
     return gram
-
-
-def _solve(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
-    """The projection [out, in] with these columns only that comes nearest to the whole one.
-
-    The ridge is on the change of the columns that stay: where the text says little, they keep their weights. Where
-    there is no solution, it is not finite. Of the matrices in float64 there is one of the size of what stays, one of
-    what stays by what goes, and blocks of outputs.
-    """
-    solved = torch.zeros_like(weight)
-    if columns.any():
-        stay, go = columns.nonzero(), (~columns).nonzero()[:, 0]
-        solve, lost = _solver(gram, columns), gram[stay, go].double()  # in one step: no rows are copied whole
-        for rows, old in zip(solved.split(BLOCK), weight.split(BLOCK), strict=True):
-            change = solve(lost @ old[:, ~columns].double().T)
-            rows[:, columns] = (old[:, columns].double() + change.T).to(weight.dtype)
-    return solved
-
-
-def _solver(gram: Tensor, columns: Tensor) -> Callable[[Tensor], Tensor]:
-    """Solves for right-hand sides [columns that stay, count] with the damped Gram matrix of these columns."""
-    factor = _cholesky(_damped(gram, columns))
-    if factor is not None:
-        return lambda sides: triangular(factor.mT, triangular(factor, sides, upper=False), upper=True)
-    # In 16 bits the Gram matrix can be off by more than the ridge, and have a direction that counts below zero.
-    factors, pivots, singular = _lu(_damped(gram, columns))
-    return lambda sides: torch.linalg.lu_solve(factors, pivots, sides).masked_fill(singular != 0, torch.nan)
-
-
-def _damped(gram: Tensor, columns: Tensor) -> Tensor:
-    """The damped Gram matrix of these columns, in float64; made in blocks of rows, for it is the largest there is."""
-    places = columns.nonzero()[:, 0]
-    kept = torch.empty(len(places), len(places), dtype=torch.double, device=gram.device)
-    for rows, part in zip(places.split(BLOCK), kept.split(BLOCK), strict=True):
-        part.copy_(gram[rows][:, places])
-    return damp(kept, RIDGE)
-
-
-def _cholesky(matrix: Tensor) -> Tensor | None:
-    """The lower factor of a symmetric matrix, in its place; None where there is none."""
-    factor, failed = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, failed))
-    return None if failed or not factor.diagonal().isfinite().all() else factor
-
-
-def _lu(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The factors of a symmetric matrix in its place, their pivots, and which pivot is zero, if any."""
-    factors, device = matrix.mT, matrix.device
-    pivots, singular = (torch.empty(size, dtype=torch.int32, device=device) for size in (len(matrix), ()))
-    torch.linalg.lu_factor_ex(factors, out=(factors, pivots, singular))
-    return factors, pivots, singular

@@ -1,0 +1,67 @@
+"""Output projections that make up for the columns that go, by least squares. Tensors in, tensors out."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.linalg import solve_triangular as triangular
+
+from compression.importance import RIDGE, damp
+
+# Rows of a large matrix that are worked on at a time.
+BLOCK = 1024
+
+
+def refit(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
+    """The projection [out, in] with these columns only that comes nearest to the whole one.
+
+    Minimises |X_S W_S' - X W|^2 + ridge * |W_S' - W_S|^2, S the columns that stay and R the others, which
+    W_S' = W_S + W_R C_RS (C_SS + ridge)^-1 does with C = X^T X. The ridge is on the change: where the text says little,
+    the columns keep their weights. Where there is no solution, it is not finite. Of the matrices in float64 there is
+    one of the size of what stays, one of what stays by what goes, and blocks of outputs.
+
+    Args:
+        weight: [out, in]. gram: X^T X [in, in], or its mean over tokens. columns: [in], bool, True for those that stay.
+    """
+    solved = torch.zeros_like(weight)
+    if columns.any():
+        stay, go = columns.nonzero(), (~columns).nonzero()[:, 0]
+        solve, lost = _solver(gram, columns), gram[stay, go].double()  # in one step: no rows are copied whole
+        for rows, old in zip(solved.split(BLOCK), weight.split(BLOCK), strict=True):
+            change = solve(lost @ old[:, ~columns].double().T)
+            rows[:, columns] = (old[:, columns].double() + change.T).to(weight.dtype)
+    return solved
+
+
+def _solver(gram: Tensor, columns: Tensor) -> Callable[[Tensor], Tensor]:
+    """Solves for right-hand sides [columns that stay, count] with the damped Gram matrix of these columns."""
+    factor = _cholesky(_damped(gram, columns))
+    if factor is not None:
+        return lambda sides: triangular(factor.mT, triangular(factor, sides, upper=False), upper=True)
+    # In 16 bits the Gram matrix can be off by more than the ridge, and have a direction that counts below zero.
+    factors, pivots, singular = _lu(_damped(gram, columns))
+    return lambda sides: torch.linalg.lu_solve(factors, pivots, sides).masked_fill(singular != 0, torch.nan)
+
+
+def _damped(gram: Tensor, columns: Tensor) -> Tensor:
+    """The damped Gram matrix of these columns, in float64; made in blocks of rows, for it is the largest there is."""
+    places = columns.nonzero()[:, 0]
+    kept = torch.empty(len(places), len(places), dtype=torch.double, device=gram.device)
+    for rows, part in zip(places.split(BLOCK), kept.split(BLOCK), strict=True):
+        part.copy_(gram[rows][:, places])
+    return damp(kept, RIDGE)
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower factor of a symmetric matrix, in its place; None where there is none."""
+    factor, failed = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    return None if failed or not factor.diagonal().isfinite().all() else factor
+
+
+def _lu(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The factors of a symmetric matrix in its place, their pivots, and which pivot is zero, if any."""
+    factors, device = matrix.mT, matrix.device
+    pivots, singular = (torch.empty(size, dtype=torch.int32, device=device) for size in (len(matrix), ()))
+    torch.linalg.lu_factor_ex(factors, out=(factors, pivots, singular))
+    return factors, pivots, singular
