@@ -21,7 +21,7 @@ from compression.classifier.gradual_pruning import DistillationSchedule, Finetun
 from compression.classifier.hidden_states import HiddenStates
 from compression.classifier.latency import latency_table
 from compression.classifier.stage import DataSettings, Stage, TokenizedTask, require_classifier
-from compression.classifier.structure_scores import MODES, Importance, ModeName
+from compression.classifier.structure_scores import MODES, Importance, ModeName, RepairName
 from compression.classifier.targets import Floors, OneBudget, SeparateTargets, Target
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.hub import Publishing
@@ -87,6 +87,11 @@ class GradualPruningWithFinetuningConfig(Config):
     pruning_window_steps: Annotated[int, AtLeast(1)] = 50
     """Steps up to a pruning event whose gradients count at it: a sliding window, which may reach behind the event
     before."""
+
+    # What stays makes up for what goes.
+    repair: RepairName = "none"
+    """The output projections of what stays are fitted, by least squares, to what was there before structures were
+    masked: events, at every pruning event, and what is gone does not come back; end, at the last event alone."""
 
     # How much goes: one budget for heads, neurons, whole parts and layers; or (MSP) heads and neurons apart.
     target: tuple[Quantity, float] | None = None

@@ -387,7 +387,7 @@ VALUES = {
 def test_scores_are_sums_over_what_goes(name):
     for mode, value in VALUES.items():
         model = tiny_encoder(name, num_hidden_layers=2).double()
-        scores = StructureScores(layers_of(model), add_masks(model), Importance(mode, 1.0, 1.0, 1))
+        scores = StructureScores(layers_of(model), add_masks(model), Importance(mode, 1.0, 1.0, 1, "none"))
         with_gradients(model)
         scores.accumulate(0)
         values = [value(weight) for weight in model.parameters()]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compression.batching import model_inputs
+from compression.classifier.curvature import CURVATURE_STEPS, Curvature
 from compression.classifier.hidden_states import HiddenStates
 from compression.classifier.masks import add_masks, remove_masks
 from compression.classifier.structure_scores import Importance, StructureScores
@@ -193,16 +194,37 @@ class GradualPruning(ScheduledDistillation):
 
     # The loop's hooks.
 
-    def after_backward(self, step: int) -> None:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        curvature = self._curvature(step)
+        if curvature is None:
+            return super().loss(model, batch, step)
+        with curvature.watching(batch["attention_mask"]):
+            terms = super().loss(model, batch, step)
+        curvature.weigh(terms["loss"], len(batch["rows"]))
+        return terms
+
+    def _next_event(self, step: int) -> int | None:
+        """The step of the first event from a step on, if there is one."""
         place = bisect_left(self.events, step)
-        if place < len(self.events) and self.events[place] - step < self.scores.settings.pruning_window_steps:
+        return self.events[place] if place < len(self.events) else None
+
+    def _curvature(self, step: int) -> Curvature | None:
+        """What takes in the curvature of a step, if the next event needs it."""
+        event = self._next_event(step)
+        near = event is not None and event - step < CURVATURE_STEPS
+        return self.scores.curvature_at(event == self.events[-1]) if near else None
+
+    def after_backward(self, step: int) -> None:
+        event = self._next_event(step)
+        if event is not None and event - step < self.scores.settings.pruning_window_steps:
             self.scores.accumulate(step)
+        if curvature := self._curvature(step):
+            curvature.take_in()
         for layer in self.scores.masked_layers:
             layer.freeze_pruned()
 
     def after_step(self, step: int) -> None:
-        place = bisect_left(self.events, step)
-        if place < len(self.events) and self.events[place] == step:
+        if step == self._next_event(step):
             self._prune(step)
 
     def after_epoch(self, epoch: int, metrics: dict[str, float]) -> dict[str, Any]:
@@ -215,12 +237,21 @@ class GradualPruning(ScheduledDistillation):
         for kinds in self.target.rankings:
             scores |= self.scores.densities(kinds)
         chosen = self.target.choose(self.layers, scores, self._way(step))
-        for kind, layers in chosen.items():
-            for index, stays in layers.items():
-                if stays.any():
-                    self.masked[kind][index].keep(stays)
-                else:
-                    self._take_out(kind, index)
+        stays = {(kind, index): stay for kind, layers in chosen.items() for index, stay in layers.items()}
+        for place in [place for place, stay in stays.items() if not stay.any()]:
+            self._take_out(*place)
+            del stays[place]
+        self._mask(stays, last=step == self.events[-1])
+
+    def _mask(self, stays: dict[tuple[str, int], Tensor], last: bool) -> None:
+        """Mask all structures but these, at the last event or one before it."""
+        curvature = self.scores.curvature_at(last)
+        if curvature and self.scores.repairs_at(last):
+            curvature.repair(stays)
+        for (kind, index), stay in stays.items():
+            self.masked[kind][index].keep(stay)
+        if curvature:
+            curvature.fade()
 
     def _take_out(self, kind: str, index: int) -> None:
         """Take a layer's attention or FFN out of the model, in which the state passes by it from now on."""

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from itertools import compress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from compression import importance
+from compression.classifier.curvature import Curvature
 from compression.classifier.masks import MaskedLinear, Masks, gradient_of
 from compression.config import choice_of
 from compression.structures import ENCODER_KINDS, LayerParts, Rows
@@ -26,12 +27,15 @@ class Mode:
             output projection and the number of structures, the shares of rows and of columns [structures]. None: no
             gradients are needed.
         completed: a pruned structure's share of rows cannot be measured and is estimated from those in use.
+        second_order: the score is what a removal costs by the `Curvature` of the steps before an event, and nothing
+            else; what is out of use costs nothing and does not come back.
     """
 
     help: str
     weights: Callable[["Importance"], tuple[float, float]]
     measure: Callable[[tuple[Rows, ...], nn.Linear, int], tuple[Tensor, Tensor]] | None
     completed: bool = True
+    second_order: bool = False
 
 
 def _weight_times_gradient(rows: tuple[Rows, ...], outer: nn.Linear, count: int) -> tuple[Tensor, Tensor]:
@@ -63,21 +67,33 @@ MODES = {
         _squared_mask_gradient,
         completed=False,
     ),
+    "obs": Mode(
+        "loss that its removal adds, to second order, when all cheaper ones of its layer and kind are gone and those "
+        "that stay are fitted anew (ZipLM, Kurtic et al. 2023, arXiv:2302.04089)",
+        lambda _: (0.0, 1.0),
+        None,
+        second_order=True,
+    ),
 }
 if TYPE_CHECKING:
     ModeName = str
 else:
     ModeName = choice_of(MODES, "Score of a structure")
+RepairName = Literal["none", "events", "end"]
 
 
 @dataclass(frozen=True)
 class Importance:
-    """How structures are scored: a mode of `MODES`, its weights, and the steps whose gradients count."""
+    """How structures are scored: a mode of `MODES`, its weights, and the steps whose gradients count.
+
+    And the events at which those that stay make up for those that go.
+    """
 
     importance_mode: ModeName
     lambda_mag: float
     lambda_grad: float
     pruning_window_steps: int
+    repair: RepairName
 
 
 class StructureScores:
@@ -99,6 +115,8 @@ class StructureScores:
         self.newest = -1
         # Steps since each structure was last out of use.
         self.in_use = torch.full((sum(self.counts),), steps, device=device)
+        watched = self.mode.second_order or settings.repair != "none"
+        self.curvature = Curvature(masked, self.mode.second_order) if watched else None
 
     @property
     def masked_layers(self) -> list[MaskedLinear]:
@@ -112,6 +130,8 @@ class StructureScores:
         stay = stay.to(self.in_use.device)
         self.inner, self.outer, self.in_use = self.inner[:, stay], self.outer[:, stay], self.in_use[stay]
         del self.places[place], self.counts[place]
+        if self.curvature:
+            self.curvature.forget((kind, index))
 
     @torch.no_grad()
     def accumulate(self, step: int) -> None:
@@ -134,19 +154,39 @@ class StructureScores:
         rows, _ = self.layers[index].split(kind)
         return rows, outer, outer.count
 
+    def repairs_at(self, last: bool) -> bool:
+        """Whether what a pruning event masks, perhaps the last one, is made up for."""
+        return self.settings.repair == "events" or (self.settings.repair == "end" and last)
+
+    def curvature_at(self, last: bool) -> Curvature | None:
+        """The curvature where a pruning event, perhaps the last one, needs it."""
+        return self.curvature if self.mode.second_order or self.repairs_at(last) else None
+
     @torch.no_grad()
     def densities(self, kinds: tuple[str, ...]) -> dict[str, dict[int, Tensor]]:
         """Score per parameter of the structures of these kinds by layer, on one scale over all of them."""
         places = [place for place in self.places if place[0] in kinds]
+        found = self._removal_costs(places) if self.mode.second_order else self._first_order(kinds, places)
+        scores: dict[str, dict[int, Tensor]] = {kind: {} for kind in kinds}
+        for (kind, index), score in zip(places, found, strict=True):
+            # What was made up for at an event is gone for good.
+            scores[kind][index] = score * self.masked[kind][index].kept if self.settings.repair == "events" else score
+        return scores
+
+    def _removal_costs(self, places: list[tuple[str, int]]) -> list[Tensor]:
+        """Loss per parameter along each part's path: the sum of the least is what the removal of these costs."""
+        assert self.curvature is not None
+        costs = zip(places, self.curvature.removal_costs(places), strict=True)
+        return [cost / self.layers[index].structure_parameters(kind) for (kind, index), cost in costs]
+
+    def _first_order(self, kinds: tuple[str, ...], places: list[tuple[str, int]]) -> list[Tensor]:
+        """Norm and gradient score per parameter, each relative to its mean, by the mode's weights."""
         parameters = [self.layers[index].structure_parameters(kind) for kind, index in places]
         terms = []
         for weight, measured in zip(self.mode.weights(self.settings), (self._norms, self._gradients), strict=True):
             if weight:
                 terms.append([weight * score for score in importance.on_one_scale(measured(kinds), parameters)])
-        scores: dict[str, dict[int, Tensor]] = {kind: {} for kind in kinds}
-        for (kind, index), parts in zip(places, zip(*terms, strict=True), strict=True):
-            scores[kind][index] = sum(parts[1:], parts[0])
-        return scores
+        return [sum(parts[1:], parts[0]) for parts in zip(*terms, strict=True)]
 
     def _norms(self, kinds: tuple[str, ...]) -> list[Tensor]:
         """Root of the mean squared weight: the L2 norm, free of the structure's size."""
@@ -177,5 +217,6 @@ class StructureScores:
         return reduce(torch.add, rows.roll(-self.newest - 1, 0))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The window, to resume from."""
-        return {"window.inner": self.inner, "window.outer": self.outer, "window.in_use": self.in_use}
+        """Window and curvature, to resume from."""
+        window = {"window.inner": self.inner, "window.outer": self.outer, "window.in_use": self.in_use}
+        return window | (self.curvature.tensors() if self.curvature else {})
