@@ -105,3 +105,55 @@ def test_of_two_alike_structures_one_is_free_and_the_other_is_not(tokens):
     costs = importance.removal_costs(weight, inputs.T @ inputs / 200, gradients.T @ gradients / 200, 12, ridge=1e-6)
     free, other = sorted((costs[3].item(), costs[7].item()))
     assert free < 1e-3 * costs.median() and other > 10 * free
+
+
+def greedy(weight, inputs, gradients):
+    """Columns in the order in which they go, and the loss that each adds, every candidate solved for alone."""
+    loss = torch.linalg.cholesky(gradients).T
+    inverse, gone, order, costs = torch.linalg.inv(inputs), [], [], []
+
+    def joint(columns):
+        return (
+            0.5
+            * (torch.linalg.solve(inverse[columns][:, columns], (loss @ weight[:, columns]).T))
+            .mul((loss @ weight[:, columns]).T)
+            .sum()
+            .item()
+        )
+
+    total = 0.0
+    while len(gone) < weight.shape[1]:
+        found = {column: joint([*gone, column]) for column in range(weight.shape[1]) if column not in gone}
+        best = min(found, key=found.__getitem__)
+        gone.append(best)
+        order.append(best)
+        costs.append(found[best] - total)
+        total = found[best]
+    return order, costs
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 7, 100])
+def test_the_path_is_the_same_however_rarely_the_matrices_change(monkeypatch, at_once):
+    monkeypatch.setattr(importance, "AT_ONCE", at_once)
+    torch.manual_seed(1)
+    x, g, weight = (torch.randn(*shape).double() for shape in ((100, 30), (50, 6), (6, 30)))
+    x = x @ torch.randn(30, 30).double()
+    inputs, gradients = x.T @ x / 100, g.T @ g / 50
+    found = importance.removal_costs(weight, inputs, gradients, 30, ridge=1e-9)
+    order, costs = greedy(weight, inputs, gradients)
+    # A step that costs less than the one before it counts as much.
+    expected = torch.tensor(costs).cummax(0).values
+    torch.testing.assert_close(found[order], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [4, 8])
+def test_columns_that_go_together_share_what_they_cost(monkeypatch, tokens, together):
+    monkeypatch.setattr(importance, "AT_ONCE", 8)
+    weight, inputs, gradients = tokens
+    curvature = inputs.T @ inputs / 200, gradients.T @ gradients / 200
+    costs = importance.removal_costs(weight, *curvature, 12, ridge=1e-7, together=together)
+    order = costs.argsort(stable=True)
+    assert len(costs.unique()) == 12 // together + (12 % together > 0)
+    gone = order[:together].tolist()
+    joint = second_order_loss(weight, fitted_without(weight, inputs, gone), inputs, gradients)
+    assert costs[gone].sum().item() == pytest.approx(joint, rel=1e-2)

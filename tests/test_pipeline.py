@@ -161,9 +161,10 @@ def test_sigkill_and_resume_give_the_undisturbed_result(common, models, tmp_path
     assert left == {killed.name}, "states to resume from were left"
 
 
-def test_two_processes_agree_with_one(common, models, tmp_path):
+@pytest.mark.parametrize("scores", [[], ["--importance_mode", "obs", "--repair", "events"]], ids=["default", "obs"])
+def test_two_processes_agree_with_one(common, models, tmp_path, scores):
     inputs = ["--student_path", models / "student_model", "--teacher_path", models / "teacher_model"]
-    flags = [PRUNE, *common[:5], *inputs, "--train_fraction", 1, "--num_epochs", 3]
+    flags = [PRUNE, *common[:5], *inputs, "--train_fraction", 1, "--num_epochs", 3, *scores]
     run_script(*flags, "--models_dir", tmp_path / "one")
     result = run_distributed(*flags, "--models_dir", tmp_path / "two")
     assert "on 2 process(es)" in result.stdout and result.stdout.count("epoch 3") == 1

@@ -87,6 +87,13 @@ def test_killed_and_resumed_with_parts_taken_out_equals_undisturbed(train, tmp_p
     assert pruning.removed
 
 
+@pytest.mark.parametrize("kill_at", [3, 13, 29])
+def test_killed_and_resumed_with_second_order_scores_and_repair_equals_undisturbed(train, tmp_path, kill_at):
+    settings = dict(importance_mode="obs", repair="events", target=("mac", 0.1), min_part_share=0.1)
+    pruning = check_resumed(train, tmp_path, kill_at, **settings)
+    assert pruning.removed
+
+
 def check_resumed(train, tmp_path, kill_at, **settings):
     expected_model, recipes, expected_history = run(train, tmp_path / "undisturbed", **settings)
     expected_pruning, expected_finetuning = recipes

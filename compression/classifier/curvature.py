@@ -5,11 +5,13 @@ to fit them (`least_squares.refit`).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression import importance
@@ -27,17 +29,17 @@ needs more tokens than a few steps have."""
 TOGETHER = 8
 """Neurons that go together on the cheapest path."""
 
-
 Place = tuple[str, int]
 """A layer's attention or FFN: the kind of its structures, and the layer."""
 
 
 class Curvature:
-    """Sums over tokens of x x^T and g g^T, for each masked output projection.
+    """Sums over tokens of x, x x^T and g g^T, for each masked output projection.
 
     x is what goes in, g the derivative of a row's own loss by what comes out; tokens that fill up a row do not count.
     x holds what all structures give, also those out of use, for the mask is on the projection's columns: those columns
-    are left out where costs are computed, and known where they have just gone.
+    are left out where costs are computed, and known where they have just gone. The projection's bias makes up for the
+    mean of what goes; what varies around it costs.
 
     Args:
         masked: the projections.
@@ -46,10 +48,11 @@ class Curvature:
 
     def __init__(self, masked: Masks, gradients: bool):
         self.masked = {(kind, index): layer for kind, layers in masked.items() for index, layer in layers.items()}
-        self.inputs = {place: _square(layer, layer.in_features) for place, layer in self.masked.items()}
-        outputs = self.masked if gradients else {}
-        self.gradients = {place: _square(layer, layer.out_features) for place, layer in outputs.items()}
-        self.tokens = torch.zeros((), device=next(iter(self.inputs.values())).device)
+        weights = {place: layer.weight.detach() for place, layer in self.masked.items()}
+        self.inputs = {place: _square(weight[0]) for place, weight in weights.items()}
+        self.sums = {place: torch.zeros_like(weight[0]) for place, weight in weights.items()}
+        self.gradients = {place: _square(weight[:, 0]) for place, weight in weights.items() if gradients}
+        self.tokens = torch.zeros((), device=next(iter(self.sums.values())).device)
         self._scale = 1.0
         self._seen: dict[Place, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
@@ -98,12 +101,11 @@ class Curvature:
         if not torch.stack([gradient_of(layer).sum() for layer in self.masked.values()]).isfinite().all():
             return
         for place, matrix in self.inputs.items():
-            matrix += _moments([x for x, _ in seen[place]], matrix)
+            matrix += _over_tokens((x.T @ x for x, _ in seen[place]), matrix)
+            self.sums[place] += _over_tokens((x.sum(0) for x, _ in seen[place]), self.sums[place])
         for place, matrix in self.gradients.items():
-            matrix += _moments([g for _, g in seen[place]], matrix)
-        tokens = torch.zeros_like(self.tokens) + sum(len(x) for x, _ in seen[next(iter(self.masked))])
-        sum_over_processes(tokens)
-        self.tokens += tokens
+            matrix += _over_tokens((g.T @ g for _, g in seen[place]), matrix)
+        self.tokens += _over_tokens((len(x) for x, _ in seen[next(iter(self.masked))]), self.tokens)
 
     # A pruning event.
 
@@ -120,18 +122,28 @@ class Curvature:
         return costs
 
     def _removal_costs(self, place: Place) -> Tensor:
-        layer = self.masked[place]
-        kept, columns, tokens = layer.kept, layer.mask > 0, self.tokens.clamp_min(1)
-        inputs, gradients = self.inputs[place][columns][:, columns] / tokens, self.gradients[place] / tokens
-        count, costs = int(kept.sum()), torch.zeros(layer.count, device=tokens.device)
-        if count:
-            weight = layer.weight[:, columns]
-            costs[kept] = importance.removal_costs(weight, inputs, gradients, count, together=TOGETHER)
+        layer, (mean, covariance) = self.masked[place], self._inputs(place)
+        kept, columns, gradients = layer.kept, layer.mask > 0, self.gradients[place] / self.tokens.clamp_min(1)
+        weight, costs = layer.weight[:, columns], torch.zeros(layer.count, device=layer.weight.device)
+        costs[kept] = importance.removal_costs(
+            weight, covariance[columns][:, columns], gradients, int(kept.sum()), together=TOGETHER
+        )
+        if layer.bias is not None:  # the part is taken out with its last structure, and so the bias
+            constant = layer.bias + weight @ mean[columns]
+            costs[costs.argmax()] += constant @ gradients @ constant / 2
         return costs
+
+    def _inputs(self, place: Place) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of what goes in; without a bias, which could make up for the mean, 0 and E[x x^T]."""
+        tokens = self.tokens.clamp_min(1)
+        mean, square = self.sums[place] / tokens, self.inputs[place] / tokens
+        if self.masked[place].bias is None:
+            return torch.zeros_like(mean), square
+        return mean, square - mean.outer(mean)
 
     @torch.no_grad()
     def repair(self, stays: dict[Place, Tensor]) -> None:
-        """Those structures that stay take over, by least squares, what those that are masked next give.
+        """The structures that stay, and the bias, take over by least squares what those give that are masked next.
 
         These are gone for good: the columns of all that is out of use become zero.
 
@@ -139,15 +151,22 @@ class Curvature:
             stays: for each place that is left which structures will be in use, bool [structures].
         """
         places = [place for place, stay in stays.items() if not torch.equal(stay, self.masked[place].kept)]
-        solved = [torch.zeros_like(self.masked[place].weight) for place in places]
+        fitted = [F.pad(torch.zeros_like(self.masked[place].weight), (0, 1)) for place in places]
         for number in own_share(range(len(places))):
-            place = places[number]
+            fitted[number] = self._fitted(places[number], stays[places[number]])
+        sum_over_processes(*fitted)
+        for place, matrix in zip(places, fitted, strict=True):
             layer = self.masked[place]
-            columns = spread(stays[place], layer.in_features)
-            solved[number] = refit(layer.weight * layer.mask, self.inputs[place], columns)
-        sum_over_processes(*solved)
-        for place, weight in zip(places, solved, strict=True):
-            self.masked[place].weight.copy_(weight)
+            layer.weight.copy_(matrix[:, :-1])
+            if layer.bias is not None:
+                layer.bias += matrix[:, -1]
+
+    def _fitted(self, place: Place, stay: Tensor) -> Tensor:
+        """The weight of a projection with these structures only, and in a last column what its bias gains."""
+        layer, (mean, covariance) = self.masked[place], self._inputs(place)
+        before = layer.weight * layer.mask
+        after = refit(before, covariance, spread(stay, layer.in_features))
+        return torch.cat([after, ((before - after) @ mean)[:, None]], 1)
 
     def fade(self) -> None:
         """An event is over: what was watched for it counts less at the next."""
@@ -156,25 +175,23 @@ class Curvature:
 
     def forget(self, place: Place) -> None:
         """An attention or FFN was taken out of the model."""
-        for known in (self.masked, self.inputs, self.gradients):
+        for known in (self.masked, self.inputs, self.sums, self.gradients):
             known.pop(place, None)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums, to resume from."""
         named = {"curvature.tokens": self.tokens}
-        for name, matrices in (("inputs", self.inputs), ("gradients", self.gradients)):
+        for name, matrices in (("inputs", self.inputs), ("sums", self.sums), ("gradients", self.gradients)):
             named |= {f"curvature.{name}.{kind}.{index}": matrix for (kind, index), matrix in matrices.items()}
         return named
 
 
-def _square(layer: nn.Linear, size: int) -> Tensor:
-    return torch.zeros(size, size, device=layer.weight.device)
+def _square(like: Tensor) -> Tensor:
+    return torch.zeros_like(like.outer(like))
 
 
-def _moments(rows: list[Tensor], like: Tensor) -> Tensor:
-    """The sum of x x^T over rows x, of all processes: some may have none."""
-    moments = torch.zeros_like(like)
-    for part in rows:
-        moments.addmm_(part.T, part)
-    sum_over_processes(moments)
-    return moments
+def _over_tokens(sums: Iterable[Any], like: Tensor) -> Tensor:
+    """The sum of some sums, of all processes: some may have none."""
+    total = reduce(torch.add, sums, torch.zeros_like(like))
+    sum_over_processes(total)
+    return total
