@@ -159,7 +159,7 @@ class Curvature:
             layer = self.masked[place]
             layer.weight.copy_(matrix[:, :-1])
             if layer.bias is not None:
-                layer.bias += matrix[:, -1]
+                layer.bias.add_(matrix[:, -1])
 
     def _fitted(self, place: Place, stay: Tensor) -> Tensor:
         """The weight of a projection with these structures only, and in a last column what its bias gains."""
