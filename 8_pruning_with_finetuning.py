@@ -17,7 +17,14 @@ from compression.checkpoint import identify, load_classifier
 from compression.classifier.augment import Augmentation
 from compression.classifier.budget import Budget, Quantity, latency_budget, macs_budget, parameters_budget
 from compression.classifier.embeddings import EmbeddingSettings
-from compression.classifier.gradual_pruning import DistillationSchedule, Finetuning, GradualPruning, PruningSchedule
+from compression.classifier.gradual_pruning import (
+    DistillationSchedule,
+    Finetuning,
+    GradualPruning,
+    PruningSchedule,
+    extent,
+    sections,
+)
 from compression.classifier.hidden_states import HiddenStates
 from compression.classifier.latency import latency_table
 from compression.classifier.stage import DataSettings, Stage, TokenizedTask, require_classifier
@@ -27,7 +34,7 @@ from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group,
 from compression.hub import Publishing
 from compression.runtime import MODELS, UserError, log
 from compression.schedule import EarlyStopping
-from compression.structures import layers_of
+from compression.structures import ENCODER_KINDS, layers_of
 from compression.training import Training
 
 # Masked and smaller model compute the same sums in another order; more than this is a mistake in the surgery.
@@ -176,7 +183,8 @@ def make_target(model: Any, config: GradualPruningWithFinetuningConfig, budget: 
     floors, layers = pick(Floors, config), layers_of(model)
     if budget is None:
         return pick(SeparateTargets, config, floors=floors).check(layers)
-    return OneBudget(floors, config.min_part_share, budget).check(layers)
+    widest = {kind: max(parts.count(kind) for parts in layers) for kind in ENCODER_KINDS}
+    return OneBudget(floors, config.min_part_share, widest, budget).check(layers)
 
 
 def make_recipe(
@@ -185,11 +193,14 @@ def make_recipe(
     config: GradualPruningWithFinetuningConfig,
     target: Target,
     hidden_states: HiddenStates,
+    whole: dict[str, int] | None = None,
+    epochs: tuple[int, int] | None = None,
 ) -> GradualPruning:
-    """Phases Warmup and Pruning: the masks go in with the recipe."""
+    """Phases Warmup and Pruning, or some epochs of them: the masks go in with the recipe."""
     schedule, distillation = pick(PruningSchedule, config), pick(DistillationSchedule, config)
     shared = model, teacher_logits, config.training, schedule, distillation, hidden_states
-    return GradualPruning(*shared, pick(Importance, config), target)
+    whole, epochs = whole or extent(layers_of(model)), epochs or (1, config.pruning_end_epoch)
+    return GradualPruning(*shared, pick(Importance, config), target, whole, epochs)
 
 
 def make_finetuning(
@@ -207,17 +218,41 @@ def make_finetuning(
     return Finetuning(*shared, stopping, f"selection_{metric}", sparsity)
 
 
-def check_same(task: TokenizedTask, small: Any, masked_logits: Any) -> float:
-    """The largest difference of logits between smaller and masked model.
+@dataclass(frozen=True)
+class Pruned:
+    """What Warmup and Pruning give: the smaller model, what its hidden states learn, and what is said of it."""
+
+    model: Any
+    hidden_states: HiddenStates
+    history: list[dict[str, Any]]
+    sparsity: dict[str, float]
+    logit_difference: float
+    files: dict[str, Any]
+
+
+def prune(
+    stage: Stage, model: Any, task: TokenizedTask, teacher_logits: Any, config: GradualPruningWithFinetuningConfig
+) -> Pruned:
+    """Train and prune; what is masked becomes smaller layers, which are what is trained on.
 
     Raises:
-        UserError: it is more than rounding.
+        UserError: masked and smaller model differ by more than rounding.
     """
-    difference = (task.predict(small, task.validation) - masked_logits).abs().max().item()
-    if not difference <= LOGIT_TOLERANCE:
-        raise UserError(f"smaller and masked model differ by {difference:.2e} in logits; nothing was saved")
-    log.info("Masked and smaller model agree to %.1e in logits", difference)
-    return difference
+    budget = None if config.target is None else make_budget(stage, model, *config.target)
+    target, whole = make_target(model, config, budget), extent(layers_of(model))
+    hidden_states = stage.hidden_states(model, task, config.beta_hidden)
+    history, sparsity, largest = [], {}, 0.0
+    for number, epochs in enumerate(sections(pick(PruningSchedule, config), target.cuts)):
+        recipe = make_recipe(model, teacher_logits, config, target, hidden_states, whole, epochs)
+        history += stage.train(model, task, recipe, f"section_{number}" if number else "")
+        masked_logits, sparsity = task.predict(model, task.validation), recipe.sparsity()
+        model, hidden_states = recipe.finish()
+        difference = (task.predict(model, task.validation) - masked_logits).abs().max().item()
+        if not difference <= LOGIT_TOLERANCE:
+            raise UserError(f"smaller and masked model differ by {difference:.2e} in logits; nothing was saved")
+        log.info("Masked and smaller model agree to %.1e in logits", difference)
+        largest = max(largest, difference)
+    return Pruned(model, hidden_states, history, sparsity, largest, target.files)
 
 
 def main(config: GradualPruningWithFinetuningConfig) -> None:
@@ -235,25 +270,16 @@ def main(config: GradualPruningWithFinetuningConfig) -> None:
         model, task = stage.load_model(embeddings=config.embeddings)
         metric = stage.task.primary
         before = task.evaluate(model)[metric]
-        budget = None if config.target is None else make_budget(stage, model, *config.target)
-        target, teacher_logits = make_target(model, config, budget), stage.teacher_logits()
-        pruning = make_recipe(
-            model, teacher_logits, config, target, stage.hidden_states(model, task, config.beta_hidden)
-        )
-        history = stage.train(model, task, pruning)
-
-        # From masks to smaller layers, which must compute the same; they are what is trained on.
-        masked_logits = task.predict(model, task.validation)
-        sparsity = pruning.sparsity()
-        small, hidden_states = pruning.finish()
-        difference = check_same(task, small, masked_logits)
-        finetuning = make_finetuning(small, teacher_logits, config, sparsity, hidden_states, metric)
-        history += stage.train(small, task, finetuning, "finetuning")
+        teacher_logits = stage.teacher_logits()
+        pruned = prune(stage, model, task, teacher_logits, config)
+        small = pruned.model
+        finetuning = make_finetuning(small, teacher_logits, config, pruned.sparsity, pruned.hidden_states, metric)
+        history = pruned.history + stage.train(small, task, finetuning, "finetuning")
         finetuning.finish()
 
         log.info("%s before pruning %.4f", stage.task.title, before)
-        metrics = sparsity | {f"{metric}_before": before, "logit_difference": difference}
-        stage.save(small, task, history, target.files, **metrics)
+        metrics = pruned.sparsity | {f"{metric}_before": before, "logit_difference": pruned.logit_difference}
+        stage.save(small, task, history, pruned.files, **metrics)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,12 @@ from conftest import VOCABULARY, load_script, tiny_bert, tiny_distilbert
 from compression.checkpoint import load_tensors
 from compression.classifier.budget import macs_budget
 from compression.classifier.data import Encoded
+from compression.classifier.gradual_pruning import PruningSchedule, extent, sections
 from compression.classifier.hidden_states import HiddenStates, LiveTeacher
+from compression.config import pick
+from compression.flops import encoder_macs_formula
 from compression.runtime import UserError
+from compression.structures import layers_of
 from compression.training import Recipe, Training, clean_up, fit
 
 
@@ -65,12 +69,16 @@ def run(train, work_dir, kill_at=None, **changes):
 
     budget = None if config.target is None else macs_budget(config.target[1], model, tiny_bert(), 8)
     states = HiddenStates(model, LiveTeacher(tiny_bert(), train, 0) if config.beta_hidden else None, config.beta_hidden)
-    pruning = stage.make_recipe(model, logits, config, stage.make_target(model, config, budget), states)
-    history = fitted(model, pruning, work_dir)
-    sparsity = pruning.sparsity()
-    small, states = pruning.finish()
-    finetuning = stage.make_finetuning(small, logits, config, sparsity, states)
-    return small, (pruning, finetuning), history + fitted(small, finetuning, work_dir / "finetuning")
+    target, whole = stage.make_target(model, config, budget), extent(layers_of(model))
+    history, recipes = [], []
+    for first, last in sections(pick(PruningSchedule, config), target.cuts):
+        pruning = stage.make_recipe(model, logits, config, target, states, whole, (first, last))
+        history += fitted(model, pruning, work_dir / ("" if first == 1 else str(first)))
+        sparsity = pruning.sparsity()
+        recipes.append(pruning)
+        model, states = pruning.finish()
+    finetuning = stage.make_finetuning(model, logits, config, sparsity, states)
+    return model, (*recipes, finetuning), history + fitted(model, finetuning, work_dir / "finetuning")
 
 
 # Six steps an epoch, an event every third step, a state saved every second one: the kills fall before the first state,
@@ -83,31 +91,33 @@ def test_killed_and_resumed_equals_undisturbed(train, tmp_path, kill_at):
 @pytest.mark.parametrize("kill_at", [13, 29, 37])
 def test_killed_and_resumed_with_parts_taken_out_equals_undisturbed(train, tmp_path, kill_at):
     settings = dict(target=("mac", 0.1), beta_hidden=0.5, min_part_share=0.1)
-    pruning = check_resumed(train, tmp_path, kill_at, **settings)
-    assert pruning.removed
+    model, recipes = check_resumed(train, tmp_path, kill_at, **settings)
+    assert len(recipes) == 6, "five epochs of Pruning, each with what the one before has left, and Finetuning"
+    assert any(recipe.removed for recipe in recipes[:-1])
+    assert encoder_macs_formula(layers_of(model), 8) <= 0.1 * encoder_macs_formula(layers_of(tiny_bert()), 8)
 
 
 @pytest.mark.parametrize("kill_at", [3, 13, 29])
 def test_killed_and_resumed_with_second_order_scores_and_repair_equals_undisturbed(train, tmp_path, kill_at):
     settings = dict(importance_mode="obs", repair="events", target=("mac", 0.1), min_part_share=0.1)
-    pruning = check_resumed(train, tmp_path, kill_at, **settings)
-    assert pruning.removed
+    model, recipes = check_resumed(train, tmp_path, kill_at, **settings)
+    assert len(recipes) == 6, "five epochs of Pruning, each with what the one before has left, and Finetuning"
+    assert any(recipe.removed for recipe in recipes[:-1])
+    assert encoder_macs_formula(layers_of(model), 8) <= 0.1 * encoder_macs_formula(layers_of(tiny_bert()), 8)
 
 
 def check_resumed(train, tmp_path, kill_at, **settings):
-    expected_model, recipes, expected_history = run(train, tmp_path / "undisturbed", **settings)
-    expected_pruning, expected_finetuning = recipes
+    expected_model, expected_recipes, expected_history = run(train, tmp_path / "undisturbed", **settings)
     with pytest.raises(Killed):
         run(train, tmp_path / "killed", kill_at=kill_at, **settings)
-    model, (pruning, finetuning), history = run(train, tmp_path / "killed", resume=True, **settings)
+    model, recipes, history = run(train, tmp_path / "killed", resume=True, **settings)
     assert history == expected_history
     for (name, value), expected in zip(model.state_dict().items(), expected_model.state_dict().values(), strict=True):
         assert torch.equal(value, expected), name
-    assert pruning.events == expected_pruning.events and pruning.sparsity() == expected_pruning.sparsity()
-    best, expected = finetuning.best.weights, expected_finetuning.best.weights
+    best, expected = recipes[-1].best.weights, expected_recipes[-1].best.weights
     assert best and best.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in best.items())
-    return pruning
+    return model, recipes
 
 
 def test_same_seed_same_result_other_seed_other_result(train, tmp_path):

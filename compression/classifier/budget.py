@@ -16,20 +16,26 @@ from compression.structures import ENCODER_KINDS, HEADS, LayerParts, layers_of
 Quantity = Literal["mac", "parameters", "latency"]
 
 
+Costs = Callable[[LayerParts, str], Tensor]
+"""Of a layer and a kind: what its attention or FFN takes at each number of structures, [structures + 1], 0 without."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the parts of a model may take together.
 
     Attributes:
         quantity, share: what is counted, and the share of `whole` that may stay in the end.
-        costs: by kind and layer what the part takes at each number of structures, [structures + 1], 0 where it is gone.
-        whole: what the teacher takes. base: what the model takes besides its parts.
+        costs: what a part takes.
+        start: what all parts of the model take before it is pruned. base: what it takes besides them.
+        whole: what the teacher takes.
         files: what belongs beside a result, JSON by file name.
     """
 
-    quantity: Quantity
+    quantity: str
     share: float
-    costs: dict[str, dict[int, Tensor]]
+    costs: Costs
+    start: float
     whole: float
     base: float = 0.0
     files: dict[str, Any] = field(default_factory=dict)
@@ -39,43 +45,47 @@ class Budget:
         """What all parts may take together in the end."""
         return self.share * self.whole - self.base
 
-    @property
-    def start(self) -> float:
-        """What all parts take as they are."""
-        return sum(float(cost[-1]) for layers in self.costs.values() for cost in layers.values())
-
     def allowed(self, progress: float) -> float:
         """What they may take after a share of the way."""
         return self.start - progress * max(self.start - self.final, 0)
 
-    def reached(self, kept: dict[str, list[Tensor]]) -> float:
-        """The share of the teacher's that a model takes of which these structures stay: see `GradualPruning.kept`."""
+    def reached(self, layers: list[LayerParts], kept: dict[str, list[Tensor]]) -> float:
+        """The share of the teacher's that a model takes of which these structures stay, bool [structures] per layer."""
         parts = sum(
-            float(cost[int(kept[kind][index].sum())])
-            for kind, layers in self.costs.items()
-            for index, cost in layers.items()
+            float(self.costs(layers[index], kind)[int(stays.sum())])
+            for kind, masks in kept.items()
+            for index, stays in enumerate(masks)
         )
         return (self.base + parts) / self.whole
+
+
+def taken(layers: list[LayerParts], costs: Costs) -> float:
+    """What all parts take as they are."""
+    return sum(float(costs(parts, kind)[-1]) for parts in layers for kind in ENCODER_KINDS)
 
 
 def macs_budget(share: float, model: PreTrainedModel, teacher: PreTrainedModel, sequence_length: int) -> Budget:
     """MACs of the encoder at a sequence length, as a share of the teacher's encoder's."""
 
-    def macs(parts: LayerParts, kind: str) -> float:
-        return encoder_macs_formula([_only(parts, kind)], sequence_length)
+    def costs(parts: LayerParts, kind: str) -> Tensor:
+        return _evenly(encoder_macs_formula([_only(parts, kind)], sequence_length), parts.count(kind))
 
-    return Budget("mac", share, _linear_costs(model, macs), encoder_macs_formula(layers_of(teacher), sequence_length))
+    whole = encoder_macs_formula(layers_of(teacher), sequence_length)
+    return Budget("mac", share, costs, taken(layers_of(model), costs), whole)
 
 
 def parameters_budget(share: float, model: PreTrainedModel, teacher: PreTrainedModel) -> Budget:
     """Parameters of the encoder, as a share of the teacher's encoder's; norms and biases are counted with the parts."""
     layers = layers_of(model)
-    shared = count_parameters(model)["encoder"] - sum(parts.parameters for parts in layers)
-    parts_left = sum(parts.count(kind) > 0 for parts in layers for kind in ENCODER_KINDS)
-    costs = _linear_costs(model, lambda parts, kind: parts.count(kind) * parts.structure_parameters(kind))
-    for cost in (cost for of_kind in costs.values() for cost in of_kind.values()):
-        cost[1:] += shared / parts_left
-    return Budget("parameters", share, costs, count_parameters(teacher)["encoder"])
+    others = count_parameters(model)["encoder"] - sum(parts.parameters for parts in layers)
+    of_each = others / sum(parts.count(kind) > 0 for parts in layers for kind in ENCODER_KINDS)
+
+    def costs(parts: LayerParts, kind: str) -> Tensor:
+        cost = _evenly(parts.count(kind) * parts.structure_parameters(kind), parts.count(kind))
+        cost[1:] += of_each
+        return cost
+
+    return Budget("parameters", share, costs, taken(layers, costs), count_parameters(teacher)["encoder"])
 
 
 def latency_budget(share: float, model: PreTrainedModel, table: LatencyTable) -> Budget:
@@ -89,23 +99,17 @@ def latency_budget(share: float, model: PreTrainedModel, table: LatencyTable) ->
             f"--target latency {share}: allowed is more than {table.rest / table.teacher:.3f}, which embeddings and "
             "head alone take of the teacher's time here"
         )
-    costs = {
-        kind: {i: table.costs(kind, parts.count(kind)) for i, parts in enumerate(layers_of(model)) if parts.count(kind)}
-        for kind in ENCODER_KINDS
-    }
-    return Budget("latency", share, costs, table.teacher, table.rest, {LATENCY_TABLE: table.as_dict()})
+
+    def costs(parts: LayerParts, kind: str) -> Tensor:
+        return table.costs(kind, parts.count(kind))
+
+    files = {LATENCY_TABLE: table.as_dict()}
+    return Budget("latency", share, costs, taken(layers_of(model), costs), table.teacher, table.rest, files)
 
 
-def _linear_costs(model: PreTrainedModel, whole: Callable[[LayerParts, str], float]) -> dict[str, dict[int, Tensor]]:
-    """Costs that grow with the number of structures, from what each part takes whole."""
-    return {
-        kind: {
-            index: torch.linspace(0, whole(parts, kind), parts.count(kind) + 1, dtype=torch.double)
-            for index, parts in enumerate(layers_of(model))
-            if parts.count(kind)
-        }
-        for kind in ENCODER_KINDS
-    }
+def _evenly(whole: float, count: int) -> Tensor:
+    """Costs that grow evenly with the number of structures, from what all of them take."""
+    return torch.linspace(0, whole, count + 1, dtype=torch.double)
 
 
 def _only(parts: LayerParts, kind: str) -> LayerParts:

@@ -2,8 +2,9 @@
 
 `GradualPruning`: while a student trains on its teacher's soft labels, the least important structures are masked at
 regular events, more of them at each event, following a cubic schedule. Importance is measured on the same distillation
-loss. A part of which no structure is to stay is taken out of the model, for good. `Finetuning`: the physically smaller
-model is trained on, and its best epoch kept.
+loss. A part of which no structure is to stay is taken out of the model, for good. What is masked is cut away at the
+end, or after each epoch, and not computed any more. `Finetuning`: the physically smaller model is trained on, and its
+best epoch kept.
 """
 
 from bisect import bisect_left
@@ -23,7 +24,7 @@ from compression.classifier.targets import Target
 from compression.distillation import distillation_loss
 from compression.runtime import UserError, log
 from compression.schedule import EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
-from compression.structures import HEADS, NEURONS, layers_of
+from compression.structures import ENCODER_KINDS, HEADS, NEURONS, LayerParts, layers_of
 from compression.surgery import remove_part, shrink
 from compression.training import BestEpoch, Recipe, Training
 
@@ -113,6 +114,38 @@ class ScheduledDistillation(Recipe):
         }
 
 
+def sections(schedule: PruningSchedule, cuts: bool) -> list[tuple[int, int]]:
+    """First and last epoch of each section of Warmup and Pruning, at whose end what is masked is cut away.
+
+    Args:
+        cuts: after each epoch of Pruning; else there is one section, so that structures can come back.
+    """
+    start, end = schedule.pruning_start_epoch, schedule.pruning_end_epoch
+    if not cuts:
+        return [(1, end)]
+    return [(1, start), *((epoch, epoch) for epoch in range(start + 1, end + 1))]
+
+
+def extent(layers: list[LayerParts], kept: dict[str, list[Tensor]] | None = None) -> dict[str, int]:
+    """How many heads and neurons there are, and the parameters of both.
+
+    Args:
+        kept: those that count, bool [structures] per layer; by default all.
+    """
+    counts = {
+        kind: [
+            parts.count(kind) if kept is None else int(kept[kind][index].sum()) for index, parts in enumerate(layers)
+        ]
+        for kind in ENCODER_KINDS
+    }
+    parameters = sum(
+        count * parts.structure_parameters(kind)
+        for kind, of_kind in counts.items()
+        for count, parts in zip(of_kind, layers, strict=True)
+    )
+    return {kind: sum(of_kind) for kind, of_kind in counts.items()} | {"parameters": parameters}
+
+
 class Finetuning(ScheduledDistillation):
     """The last phase: the smaller model is trained on; the epoch that is best by a metric is kept in `best`.
 
@@ -150,10 +183,12 @@ class Finetuning(ScheduledDistillation):
 
 
 class GradualPruning(ScheduledDistillation):
-    """The phases Warmup and Pruning, with masks that become surgery at the end.
+    """Epochs of the phases Warmup and Pruning, with masks that become surgery at their end.
 
     Args:
         target: what the last pruning event has to reach.
+        whole: what there was before anything was pruned, see `extent`.
+        epochs: the first and the last of those that the model is trained before it is cut, see `sections`.
     """
 
     removes_weights = True
@@ -168,10 +203,11 @@ class GradualPruning(ScheduledDistillation):
         hidden_states: HiddenStates,
         importance: Importance,
         target: Target,
+        whole: dict[str, int],
+        epochs: tuple[int, int],
     ):
-        epochs = 1, schedule.pruning_end_epoch
         super().__init__(model, teacher_logits, training, schedule, distillation, hidden_states, epochs)
-        self.target = target
+        self.target, self.whole = target, whole
         self.layers = layers_of(model)
         self.masked = add_masks(model)
         self.removed: list[tuple[str, int]] = []
@@ -271,16 +307,11 @@ class GradualPruning(ScheduledDistillation):
 
     def sparsity(self) -> dict[str, float]:
         """Share of heads, of neurons, and of the parameters of both that is masked or taken out; what is reached."""
-        kept, removed, total, shares = self.kept(), 0, 0, {}
-        for kind, masks in kept.items():
-            counts = [parts.count(kind) for parts in self.layers]
-            fewer = [count - int(mask.sum()) for count, mask in zip(counts, masks, strict=True)]
-            shares[kind] = sum(fewer) / sum(counts)
-            sizes = [parts.structure_parameters(kind) for parts in self.layers]
-            removed += sum(count * size for count, size in zip(fewer, sizes, strict=True))
-            total += sum(count * size for count, size in zip(counts, sizes, strict=True))
-        gone = {"head_sparsity": shares[HEADS], "neuron_sparsity": shares[NEURONS], "total_sparsity": removed / total}
-        return gone | self.target.reached(kept)
+        kept = self.kept()
+        now = extent(self.layers, kept)
+        gone = {name: (whole - now[name]) / whole for name, whole in self.whole.items()}
+        named = {"head_sparsity": gone[HEADS], "neuron_sparsity": gone[NEURONS], "total_sparsity": gone["parameters"]}
+        return named | self.target.reached(self.layers, kept)
 
     def finish(self) -> tuple[PreTrainedModel, HiddenStates]:
         """Take the masks off the model; the physically smaller one, and what its hidden states learn."""

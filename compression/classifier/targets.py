@@ -31,8 +31,12 @@ class Target(Protocol):
     def choose(self, layers: list[LayerParts], scores: Scores, progress: float) -> Kept:
         """Which structures stay after a share `progress` of the way; where none of a part does, it is taken out."""
 
-    def reached(self, kept: dict[str, list[Tensor]]) -> dict[str, float]:
+    def reached(self, layers: list[LayerParts], kept: dict[str, list[Tensor]]) -> dict[str, float]:
         """What is said, besides how many structures are gone, of a model of which these stay."""
+
+    @property
+    def cuts(self) -> bool:
+        """Whether what is masked may be cut away after each epoch, since how much goes is no share of what is there."""
 
     @property
     def files(self) -> dict[str, Any]:
@@ -85,8 +89,12 @@ class SeparateTargets:
                 )
         return self
 
-    def reached(self, kept: dict[str, list[Tensor]]) -> dict[str, float]:
+    def reached(self, layers: list[LayerParts], kept: dict[str, list[Tensor]]) -> dict[str, float]:
         return {}
+
+    @property
+    def cuts(self) -> bool:
+        return False
 
     @property
     def files(self) -> dict[str, Any]:
@@ -112,11 +120,16 @@ class OneBudget:
     """One budget for heads, neurons and whole parts: the choice that costs least by the scores of what goes.
 
     The loss that a choice adds is taken to be the sum of the scores of all that goes. A part that stays keeps at least
-    `min_part_share` of its structures: parts that are nearly empty cost more time than they are worth.
+    `min_part_share` of the structures that the widest one had: parts that are nearly empty cost more time than they are
+    worth.
+
+    Args:
+        widest: by kind the number of structures of the widest part, before anything was pruned.
     """
 
     floors: Floors
     min_part_share: float
+    widest: dict[str, int]
     budget: Budget
 
     def check(self, layers: list[LayerParts]) -> "OneBudget":
@@ -126,8 +139,8 @@ class OneBudget:
             UserError: the least that has to stay, one attention, takes more than the budget.
         """
         least = min(
-            float(self._widths(HEADS, index, torch.zeros(parts.count(HEADS))).costs[1])
-            for index, parts in enumerate(layers)
+            float(self._widths(HEADS, parts, torch.zeros(parts.count(HEADS))).costs[1])
+            for parts in layers
             if parts.count(HEADS)
         )
         if least > self.budget.final:
@@ -145,7 +158,7 @@ class OneBudget:
     def choose(self, layers: list[LayerParts], scores: Scores, progress: float) -> Kept:
         places = [(kind, index) for kind in ENCODER_KINDS for index in scores[kind]]
         losses = [scores[kind][index] * layers[index].structure_parameters(kind) for kind, index in places]
-        widths = [self._widths(*place, loss) for place, loss in zip(places, losses, strict=True)]
+        widths = [self._widths(kind, layers[at], loss) for (kind, at), loss in zip(places, losses, strict=True)]
         self._keep_one_attention(places, widths)
         chosen = best_widths(widths, self.budget.allowed(progress))
         kept: Kept = {kind: {} for kind in ENCODER_KINDS}
@@ -154,20 +167,24 @@ class OneBudget:
             kept[kind][index] = all_but_least(score, len(score) - int(width.counts[which]))
         return kept
 
-    def reached(self, kept: dict[str, list[Tensor]]) -> dict[str, float]:
-        return {f"{self.budget.quantity}_share": self.budget.reached(kept)}
+    def reached(self, layers: list[LayerParts], kept: dict[str, list[Tensor]]) -> dict[str, float]:
+        return {f"{self.budget.quantity}_share": self.budget.reached(layers, kept)}
+
+    @property
+    def cuts(self) -> bool:
+        return True
 
     @property
     def files(self) -> dict[str, Any]:
         return self.budget.files
 
-    def _widths(self, kind: str, index: int, losses: Tensor) -> Widths:
+    def _widths(self, kind: str, parts: LayerParts, losses: Tensor) -> Widths:
         count, (minimum, multiple) = len(losses), self.floors.of(kind)
-        least = max(minimum, math.ceil(self.min_part_share * count))
+        least = max(minimum, math.ceil(self.min_part_share * self.widest[kind]))
         least = min(-(-least // multiple) * multiple, count)
         counts = torch.tensor(sorted({0, *range(least, count, multiple), count}))
         added = torch.cat([torch.zeros(1), losses.double().cpu().sort().values.cumsum(0)])
-        return Widths(counts, added[count - counts], self.budget.costs[kind][index][counts])
+        return Widths(counts, added[count - counts], self.budget.costs(parts, kind)[counts])
 
     def _keep_one_attention(self, places: list[tuple[str, int]], widths: list[Widths]) -> None:
         """Take from the attention that would be missed most the width 0: without any, tokens never meet."""
