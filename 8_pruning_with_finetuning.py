@@ -156,6 +156,10 @@ class GradualPruningWithFinetuningConfig(Config):
                 f"{self.pruning_end_epoch}; set both"
             )
         Between(1, self.pruning_end_epoch).check("pruning_start_epoch", self.pruning_start_epoch)
+        if self.start == "teacher" and self.student_path is not None:
+            raise UserError(
+                f"--student_path {self.student_path}: --start teacher prunes the teacher; give one of the two"
+            )
         if self.target is not None and not 0 < self.target[1] <= 1:
             quantity, share = self.target
             raise UserError(f"--target {quantity} {share}: allowed is a share of the teacher's, above 0 and at most 1")

@@ -67,9 +67,12 @@ CASES = {
         lambda found: len(found["ways"]) == 2,
     ),
     "importance_modes": (
-        f"{TRAIN} --modes fisher --seeds 1",
+        f"{TRAIN} --modes fisher --repairs none events --mac_shares 0.4 --seeds 1",
         [],
-        lambda found: found["results"]["fisher"]["mean"] == found["results"]["fisher"]["accuracies"][0],
+        lambda found: (
+            list(found["results"]) == ["mac 0.4, fisher", "mac 0.4, fisher, repair events"]
+            and all(row["mean"] == row["accuracies"][0] for row in found["results"].values())
+        ),
     ),
     "integrity_cost": (
         "--data_dir {world} --teacher {world}/bert --student {world}/distilbert --work_dir {out}/work",

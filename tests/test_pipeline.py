@@ -254,12 +254,33 @@ def test_stages_measure_a_tasks_own_metric(starts, tmp_path):
     assert "matthews_correlation_before" in read_stage(find_newest(tmp_path / "models", "pruned"))["metrics"]
 
 
+def test_a_budget_of_time_is_kept_and_its_table_lies_beside_the_model(models, data_dir, tmp_path):
+    flags = ["--fast", "--data_dir", data_dir, "--models_dir", tmp_path, "--teacher_path", models / "teacher_model"]
+    flags += ["--preset", "twentieth", "--target", "latency", "0.99", "--beta_hidden", "1", "--min_part_share", "0.5"]
+    said = run_script(PRUNE, *flags, "--train_fraction", 1, "--num_epochs", 3, "--pruning_end_epoch", 2).stdout
+    pruned = find_newest(tmp_path, "pruned")
+    table = json.loads((pruned / "latency_table.json").read_text())
+    assert table["unit"] == "ms" and sorted(table["parts"]["heads"], key=int) == ["1", "2", "3", "4", "5", "6"]
+    stage = read_stage(pruned)
+    assert stage["parent"] == stage["inputs"]["teacher"]["path"] == str(models / "teacher_model")
+    history = json.loads((pruned / "training_history.json").read_text())
+    assert history[-1]["latency_share"] == stage["metrics"]["latency_share"] <= 0.99
+    assert all(record["hidden_state_loss"] > 0 for record in history)
+    assert said.count("Masked and smaller model agree") == 2, "after each epoch of Pruning"
+    model, _ = load_classifier(pruned, torch.device("cpu"))
+    assert any(parts.heads for parts in layers_of(model))
+    left = {path.name.split("_")[0] for path in tmp_path.iterdir() if path.is_dir()}
+    assert left == {".teacher", ".latency", "pruning"}, "no states to resume from"
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
         (PRUNE, "--head_final_sparsity 1.5", "--head_final_sparsity 1.5: allowed is 0 to 0.99"),
         (PRUNE, "--head_final_sparsity 0.9", "--head_final_sparsity 0.9: with --min_heads 1"),
         (PRUNE, "--num_epochs 1", "--num_epochs 1: allowed is at least --pruning_end_epoch 8; set both"),
+        (PRUNE, "--target mac 1.5", "--target mac 1.5: allowed is a share of the teacher's, above 0 and at most 1"),
+        (PRUNE, "--start teacher --student_path s", "--student_path s: --start teacher prunes the teacher"),
         (PRUNE, "--preset bold", "--preset bold: unknown; allowed: aggressive, conservative, fast"),
         (PRUNE, "--student_path nowhere", "nowhere: no checkpoint there; make it with: python 2_distill_student.py"),
         (DISTIL, "--teacher_path nowhere", "nowhere: no checkpoint there; make it with: python 1_finetune_teacher.py"),
