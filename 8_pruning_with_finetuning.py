@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from compression.checkpoint import identify, load_classifier
+from compression.checkpoint import load_classifier
 from compression.classifier.augment import Augmentation
-from compression.classifier.budget import Budget, Quantity, latency_budget, macs_budget, parameters_budget
+from compression.classifier.budget import Budget, Quantity, make_budget
 from compression.classifier.embeddings import EmbeddingSettings
 from compression.classifier.gradual_pruning import (
     DistillationSchedule,
@@ -26,7 +26,6 @@ from compression.classifier.gradual_pruning import (
     sections,
 )
 from compression.classifier.hidden_states import HiddenStates
-from compression.classifier.latency import latency_table
 from compression.classifier.stage import DataSettings, Stage, TokenizedTask, require_classifier
 from compression.classifier.structure_scores import MODES, Importance, ModeName, RepairName
 from compression.classifier.targets import Floors, OneBudget, SeparateTargets, Target
@@ -169,19 +168,6 @@ class GradualPruningWithFinetuningConfig(Config):
             )
 
 
-def make_budget(stage: Stage, model: Any, quantity: Quantity, share: float) -> Budget:
-    """What the parts of the model may take, as a share of what the teacher's take."""
-    assert stage.teacher is not None
-    teacher, _ = load_classifier(stage.teacher, model.device)
-    length = stage.config.data.max_length
-    if quantity == "mac":
-        return macs_budget(share, model, teacher, length)
-    if quantity == "parameters":
-        return parameters_budget(share, model, teacher)
-    identities = [identify(folder)["sha256"] for folder in (stage.parent, stage.teacher)]
-    return latency_budget(share, model, latency_table(model, teacher, identities, length, stage.config.models_dir))
-
-
 def make_target(model: Any, config: GradualPruningWithFinetuningConfig, budget: Budget | None = None) -> Target:
     """How much goes: by the budget, if there is one."""
     floors, layers = pick(Floors, config), layers_of(model)
@@ -242,7 +228,10 @@ def prune(
     Raises:
         UserError: masked and smaller model differ by more than rounding.
     """
-    budget = None if config.target is None else make_budget(stage, model, *config.target)
+    budget = None
+    if config.target is not None:
+        beside, _ = load_classifier(stage.teacher, model.device)
+        budget = make_budget(*config.target, model, beside, config.data.max_length, config.models_dir)
     target, whole = make_target(model, config, budget), extent(layers_of(model))
     hidden_states = stage.hidden_states(model, task, config.beta_hidden)
     history, sparsity, largest = [], {}, 0.0

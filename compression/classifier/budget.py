@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compression.classifier.latency import LATENCY_TABLE, LatencyTable
+from compression.classifier.latency import LATENCY_TABLE, LatencyTable, latency_table
 from compression.flops import count_parameters, encoder_macs_formula
 from compression.runtime import UserError
 from compression.structures import ENCODER_KINDS, HEADS, LayerParts, layers_of
@@ -57,6 +58,25 @@ class Budget:
             for index, stays in enumerate(masks)
         )
         return (self.base + parts) / self.whole
+
+
+def make_budget(
+    quantity: Quantity, share: float, model: PreTrainedModel, teacher: PreTrainedModel, length: int, cache: Path
+) -> Budget:
+    """What the parts of a model may take, as a share of what its teacher takes.
+
+    Args:
+        length: tokens at which MACs are counted and times measured.
+        cache: the folder that a table of times is kept in.
+
+    Raises:
+        UserError: see `latency_budget`.
+    """
+    if quantity == "mac":
+        return macs_budget(share, model, teacher, length)
+    if quantity == "parameters":
+        return parameters_budget(share, model, teacher)
+    return latency_budget(share, model, latency_table(model, teacher, length, cache))
 
 
 def taken(layers: list[LayerParts], costs: Costs) -> float:

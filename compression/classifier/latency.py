@@ -63,17 +63,16 @@ class LatencyTable:
         return cls(**{name: value for name, value in values.items() if name != "unit"} | {"parts": parts})
 
 
-def latency_table(
-    model: PreTrainedModel, teacher: PreTrainedModel, identities: list[str], sequence_length: int, cache: Path
-) -> LatencyTable:
+def latency_table(model: PreTrainedModel, teacher: PreTrainedModel, sequence_length: int, cache: Path) -> LatencyTable:
     """The table for a model, measured once and kept, so that a run that is resumed or repeated has the same one.
 
     Args:
-        identities: hashes of the weights of model and teacher.
-        cache: the folder that it is kept in, by these hashes and by what it is measured on.
+        cache: the folder that it is kept in, by the shapes of both models and by what it is measured on.
     """
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    key = digest_of([identities, device, torch.get_num_threads(), sequence_length], 16)
+    shapes = [[(name, list(p.shape)) for name, p in each.named_parameters()] for each in (model, teacher)]
+    types = [each.config.model_type for each in (model, teacher)]
+    key = digest_of([types, shapes, device, torch.get_num_threads(), sequence_length], 16)
 
     def measure(kept: Path) -> None:
         table = measure_table(model, teacher, BATCH_SIZE, sequence_length, device)
