@@ -176,6 +176,10 @@ def best_widths(parts: list[Widths], budget: float, cells: int = 10_000) -> list
     Raises:
         ValueError: even the cheapest widths do not fit.
     """
+    # Where all fits as it is, rounding must not take anything.
+    free = [int(part.losses.argmin()) for part in parts]
+    if sum(float(part.costs[index]) for part, index in zip(parts, free, strict=True)) <= budget * (1 + 1e-9):
+        return free
     cells = max(cells, 200 * len(parts))
     least = torch.zeros(cells + 1, dtype=torch.double)
     choices = []

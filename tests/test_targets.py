@@ -56,6 +56,12 @@ def test_no_choice_within_the_budget_loses_less(seed):
     assert tuple(best_widths(parts, budget)) == min(choices)[1]
 
 
+def test_what_fits_the_budget_exactly_stays_as_it_is():
+    costs = torch.tensor([0, 1 / 3, 2 / 3], dtype=torch.double)
+    whole = Widths(torch.tensor([0, 1, 2]), torch.tensor([2.0, 1.0, 0.0]), costs)
+    assert best_widths([whole] * 7, 7 * 2 / 3) == [2] * 7
+
+
 def test_a_budget_below_the_cheapest_widths_is_refused():
     with pytest.raises(ValueError, match="out of reach"):
         best_widths([Widths(torch.tensor([1, 2]), torch.zeros(2), torch.tensor([3.0, 4.0]))] * 2, 5.0)
