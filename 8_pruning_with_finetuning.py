@@ -21,6 +21,7 @@ from compression.classifier.gradual_pruning import (
     DistillationSchedule,
     Finetuning,
     GradualPruning,
+    Lesson,
     PruningSchedule,
     extent,
     sections,
@@ -177,6 +178,12 @@ def make_target(model: Any, config: GradualPruningWithFinetuningConfig, budget: 
     return OneBudget(floors, config.min_part_share, widest, budget).check(layers)
 
 
+def make_lesson(teacher_logits: Any, config: GradualPruningWithFinetuningConfig) -> Lesson:
+    """What all phases learn, and when."""
+    schedules = pick(PruningSchedule, config), pick(DistillationSchedule, config)
+    return Lesson(teacher_logits, config.training, *schedules)
+
+
 def make_recipe(
     model: Any,
     teacher_logits: Any,
@@ -187,10 +194,9 @@ def make_recipe(
     epochs: tuple[int, int] | None = None,
 ) -> GradualPruning:
     """Phases Warmup and Pruning, or some epochs of them: the masks go in with the recipe."""
-    schedule, distillation = pick(PruningSchedule, config), pick(DistillationSchedule, config)
-    shared = model, teacher_logits, config.training, schedule, distillation, hidden_states
+    lesson = make_lesson(teacher_logits, config)
     whole, epochs = whole or extent(layers_of(model)), epochs or (1, config.pruning_end_epoch)
-    return GradualPruning(*shared, pick(Importance, config), target, whole, epochs)
+    return GradualPruning(model, lesson, hidden_states, pick(Importance, config), target, whole, epochs)
 
 
 def make_finetuning(
@@ -202,10 +208,8 @@ def make_finetuning(
     metric: str = "accuracy",
 ) -> Finetuning:
     """Phase Finetuning, of the smaller model: `metric` chooses the best epoch."""
-    schedule, distillation = pick(PruningSchedule, config), pick(DistillationSchedule, config)
-    shared = model, teacher_logits, config.training, schedule, distillation, hidden_states
-    stopping = EarlyStopping(config.patience, config.min_delta)
-    return Finetuning(*shared, stopping, f"selection_{metric}", sparsity)
+    lesson, stopping = make_lesson(teacher_logits, config), EarlyStopping(config.patience, config.min_delta)
+    return Finetuning(model, lesson, hidden_states, stopping, f"selection_{metric}", sparsity)
 
 
 @dataclass(frozen=True)

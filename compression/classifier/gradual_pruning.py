@@ -51,29 +51,30 @@ class DistillationSchedule:
     alpha_end: float
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned in all phases, and when: the teacher's logits [rows, classes], settings and schedules."""
+
+    teacher_logits: Tensor
+    training: Training
+    schedule: PruningSchedule
+    distillation: DistillationSchedule
+
+
 class ScheduledDistillation(Recipe):
     """What the phases Warmup, Pruning and Finetuning share: the loss, and which phase and values a step has.
 
     Args:
         model: the student, trained in place; it must be on its device.
-        teacher_logits: [rows, classes].
+        lesson: what all phases have alike.
         hidden_states: what the student's hidden states learn from the teacher's.
         epochs: the first and the last that this recipe trains.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        teacher_logits: Tensor,
-        training: Training,
-        schedule: PruningSchedule,
-        distillation: DistillationSchedule,
-        hidden_states: HiddenStates,
-        epochs: tuple[int, int],
-    ):
-        super().__init__(training, len(teacher_logits), *epochs)
-        self.model, self.schedule, self.distillation = model, schedule, distillation
-        self.teacher_logits, self.hidden_states = teacher_logits.to(model.device), hidden_states
+    def __init__(self, model: PreTrainedModel, lesson: Lesson, hidden_states: HiddenStates, epochs: tuple[int, int]):
+        super().__init__(lesson.training, len(lesson.teacher_logits), *epochs)
+        self.model, self.schedule, self.distillation = model, lesson.schedule, lesson.distillation
+        self.teacher_logits, self.hidden_states = lesson.teacher_logits.to(model.device), hidden_states
 
     def phase(self, epoch: int) -> str:
         """Warmup, Pruning or Finetuning."""
@@ -132,12 +133,10 @@ def extent(layers: list[LayerParts], kept: dict[str, list[Tensor]] | None = None
     Args:
         kept: those that count, bool [structures] per layer; by default all.
     """
-    counts = {
-        kind: [
-            parts.count(kind) if kept is None else int(kept[kind][index].sum()) for index, parts in enumerate(layers)
-        ]
-        for kind in ENCODER_KINDS
-    }
+    if kept is None:
+        counts = {kind: [parts.count(kind) for parts in layers] for kind in ENCODER_KINDS}
+    else:
+        counts = {kind: [int(stays.sum()) for stays in masks] for kind, masks in kept.items()}
     parameters = sum(
         count * parts.structure_parameters(kind)
         for kind, of_kind in counts.items()
@@ -159,17 +158,14 @@ class Finetuning(ScheduledDistillation):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher_logits: Tensor,
-        training: Training,
-        schedule: PruningSchedule,
-        distillation: DistillationSchedule,
+        lesson: Lesson,
         hidden_states: HiddenStates,
         early_stopping: EarlyStopping,
         criterion: str,
         sparsity: dict[str, float],
     ):
-        epochs = schedule.pruning_end_epoch + 1, training.num_epochs
-        super().__init__(model, teacher_logits, training, schedule, distillation, hidden_states, epochs)
+        epochs = lesson.schedule.pruning_end_epoch + 1, lesson.training.num_epochs
+        super().__init__(model, lesson, hidden_states, epochs)
         self.best, self.criterion, self.sparsity = BestEpoch(model, early_stopping), criterion, sparsity
 
     def after_epoch(self, epoch: int, metrics: dict[str, float]) -> dict[str, Any]:
@@ -196,17 +192,14 @@ class GradualPruning(ScheduledDistillation):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher_logits: Tensor,
-        training: Training,
-        schedule: PruningSchedule,
-        distillation: DistillationSchedule,
+        lesson: Lesson,
         hidden_states: HiddenStates,
         importance: Importance,
         target: Target,
         whole: dict[str, int],
         epochs: tuple[int, int],
     ):
-        super().__init__(model, teacher_logits, training, schedule, distillation, hidden_states, epochs)
+        super().__init__(model, lesson, hidden_states, epochs)
         self.target, self.whole = target, whole
         self.layers = layers_of(model)
         self.masked = add_masks(model)
