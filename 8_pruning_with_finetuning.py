@@ -40,8 +40,8 @@ from compression.training import Training
 # Masked and smaller model compute the same sums in another order; more than this is a mistake in the surgery.
 LOGIT_TOLERANCE = 1e-4
 # What the presets of deep compression share.
-DEEP = dict(start="teacher", pruning_start_epoch=1, pruning_end_epoch=4, num_epochs=12, pruning_frequency=100) | dict(
-    neuron_multiple=32, finetuning_learning_rate=5e-5
+DEEP = dict(start="teacher", pruning_start_epoch=1, pruning_end_epoch=3, num_epochs=8, pruning_frequency=100) | dict(
+    importance_mode="fisher", neuron_multiple=32, finetuning_learning_rate=5e-5
 )
 
 
@@ -105,7 +105,7 @@ class GradualPruningWithFinetuningConfig(Config):
     """One budget instead of the sparsities below: mac or parameters (of the encoder) or latency (of the whole model, by
     a table of times measured on this machine), and the share of the teacher's that may stay: mac 0.1. Attention or FFN
     of a layer go as a whole where that costs least."""
-    min_part_share: Annotated[float, Between(0, 1)] = 0.25
+    min_part_share: Annotated[float, Between(0, 1)] = 0.05
     """Least share of its heads or neurons that a part keeps with --target, if it stays at all."""
     enable_multi_granularity: bool = True
     """MSP: rank heads and neurons apart, each to its own target; off: one ranking by score per parameter."""

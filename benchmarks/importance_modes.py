@@ -46,7 +46,9 @@ class ModesConfig(Config):
     train_fraction: float = 0.3
     """Share of the training data."""
     num_epochs: int = 4
-    """Passes over it: two of pruning, the rest finetuning."""
+    """Passes over it."""
+    pruning_epochs: int = 2
+    """The first of them, in which it is pruned; the rest is finetuning."""
     pruning_frequency: int = 20
     """Steps between pruning events."""
     amp: str = "auto"
@@ -78,6 +80,7 @@ def run(config: ModesConfig, mode: str, repair: str, target: str, seed: int, wor
         "seed": seed,
         "train_fraction": config.train_fraction,
         "num_epochs": config.num_epochs,
+        "pruning_end_epoch": config.pruning_epochs,
         "pruning_frequency": config.pruning_frequency,
         "amp": config.amp,
         "models_dir": work.resolve(),
