@@ -40,8 +40,8 @@ from compression.training import Training
 # Masked and smaller model compute the same sums in another order; more than this is a mistake in the surgery.
 LOGIT_TOLERANCE = 1e-4
 # What the presets of deep compression share.
-DEEP = dict(start="teacher", pruning_start_epoch=1, pruning_end_epoch=3, num_epochs=8, pruning_frequency=100) | dict(
-    importance_mode="fisher", neuron_multiple=32, finetuning_learning_rate=5e-5
+DEEP = dict(start="teacher", pruning_start_epoch=1, pruning_end_epoch=1, num_epochs=3, pruning_frequency=100) | dict(
+    importance_mode="fisher", neuron_multiple=32, finetuning_learning_rate=1e-4, augment=2, augment_join=0.3
 )
 
 
