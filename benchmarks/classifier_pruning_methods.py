@@ -5,7 +5,8 @@
 
 The teacher is a fine-tuned BERT. Every method gives a physically smaller model of at most the MACs that are asked for
 (of the encoder, at 128 tokens), nearest to them. `ours` is stage 8, which prunes while it trains; the others are pruned
-or built at once and then distilled as stage 2 does, with as many steps of as many sentences; kwon is not trained.
+or built at once and then distilled as stage 2 does, with as many steps of the same sentences and changed copies;
+kwon is not trained.
 
 Writes results/classifier_pruning_methods.json after each row; run again, the command goes on behind what is there. At
 the end all models are timed interleaved, and a table and a curve are written beside it (.md, .png).
@@ -19,6 +20,7 @@ import importlib.util
 import itertools
 import math
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -39,12 +41,14 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from compression.checkpoint import find_newest, load_classifier, load_config, require_type
+from compression.classifier.augment import Augmentation
 from compression.classifier.data import Encoded
 from compression.classifier.hidden_states import HiddenStates
 from compression.classifier.stage import DataSettings, Stage
 from compression.config import AtLeast, Between, Config, Flat, FolderName, group, run_script
 from compression.files import read_json, remove_folder, write_json, write_text
 from compression.flops import count_macs, count_parameters
+from compression.outputs import KEPT_LOGITS
 from compression.plots import save_figure
 from compression.runtime import MODELS, RESULTS, ROOT, UserError, fingerprint, log, pick_device
 from compression.structures import ENCODER_KINDS, layers_of
@@ -96,7 +100,7 @@ class PruningMethodsConfig(Config):
     """Passes over the training data that each trained method has."""
     batch_size: Annotated[int, AtLeast(1)] = 32
     """Sentences per step."""
-    learning_rate: Annotated[float, Between(0, 1)] = 5e-5
+    learning_rate: Annotated[float, Between(0, 1)] = 1e-4
     """Highest learning rate."""
     amp: Literal["no", "auto", "bf16", "fp16"] = "no"
     """Mixed precision of the training."""
@@ -105,6 +109,7 @@ class PruningMethodsConfig(Config):
     throughput_repeats: Annotated[int, AtLeast(1)] = 10
     """Batches that each model is timed on."""
     data: Flat[DataSettings] = group(DataSettings, max_length=128, train_fraction=1.0)
+    augmentation: Flat[Augmentation] = group(Augmentation, augment=2, augment_join=0.3)
     report: bool = False
     """Measure no further rows: time the models that are there, and write table and curve."""
     results_dir: Path = field(default_factory=lambda: RESULTS)
@@ -138,9 +143,8 @@ class PruningMethodsConfig(Config):
     def stage_flags(self) -> dict[str, Any]:
         """What stages 2 and 8 are told alike."""
         same = ("num_epochs", "batch_size", "learning_rate", "amp")
-        return {name: getattr(self, name) for name in same} | {
-            name: value for name, value in self.data.as_dict().items() if value is not None
-        }
+        shared = self.data.as_dict() | self.augmentation.as_dict()
+        return {name: getattr(self, name) for name in same} | {k: v for k, v in shared.items() if v is not None}
 
 
 class Bench:
@@ -152,7 +156,7 @@ class Bench:
         settings = STAGE_2["DistillationConfig"].make(
             teacher_path=teacher, models_dir=config.work, seed=seed, resume=True, **config.stage_flags
         )
-        stage = Stage("student", settings, parent=teacher, output="student_model", teacher=teacher)
+        stage = Stage("student", settings, teacher, "student_model", teacher, augmentation=config.augmentation)
         self.settings, self.stage = settings, stage
         self.teacher, self.task = stage.load_model()
         self.ground = Ground(
@@ -195,9 +199,13 @@ class Bench:
         clean_up(states)
 
     def by_stage_8(self, ratio: float, key: str) -> PreTrainedModel:
-        """What stage 8 makes of the teacher, in a process of its own."""
+        """What stage 8 makes of the teacher, in a process of its own, which finds the teacher's logits."""
         config, models = self.config, self.config.work / f".{key}_models"
+        self.stage.teacher_logits()
+        for kept in config.work.glob(f"{KEPT_LOGITS}*"):
+            shutil.copytree(kept, models / kept.name, dirs_exist_ok=True)
         flags = config.stage_flags | {
+            "finetuning_learning_rate": config.learning_rate,
             "preset": "half",  # what the presets of deep compression share; the target is another
             "teacher_path": config.teacher_path.resolve(),
             "models_dir": models,
