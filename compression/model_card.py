@@ -101,6 +101,7 @@ DATASETS = {
     **{f"{task} (GLUE)": ("nyu-mll/glue", task.lower().replace("-", "")) for task in GLUE},
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank"),
 }
 """Data set on the hub and its configuration, by the name that records have for the data."""

@@ -2,7 +2,9 @@
 
 import bz2
 import hashlib
+import json
 import zipfile
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -45,7 +47,11 @@ def test_parts_come_from_a_folder(tmp_path):
     [
         ("ptb", "has no ptb/ptb.test.txt"),
         ("wikitext2", "has no wikitext2/wiki.test.raw or wikitext2/wiki.test.tokens"),
-        ("wikitext", "'wikitext': no such file; allowed is a text file or one of wikitext2, ptb, c4"),
+        ("fineweb-edu", "has no fineweb-edu/fineweb-edu.test.txt"),
+        (
+            "wikitext",
+            "'wikitext': no such file; allowed is a text file or one of wikitext2, ptb, c4, fineweb-edu, plots",
+        ),
     ],
 )
 def test_text_that_is_not_there_is_named(tmp_path, name, message):
@@ -60,15 +66,83 @@ def test_a_text_file_is_cut_into_parts_that_do_not_overlap(tmp_path):
     assert "".join(parts) == path.read_text() and [len(part) for part in parts] == [800, 100, 100]
 
 
-def test_without_a_hub_film_plots_stand_in_for_wikitext_alone(tmp_path, monkeypatch):
+@pytest.fixture
+def films(tmp_path, monkeypatch):
+    """Plots and reviews of sixty films in place of the embedded ones."""
     rows = ["category,text,movie_name,has_plot"]
     rows += [f"plot,The plot  of film {number}.,film {number},True" for number in range(60)]
-    rows += ["fresh,A review.,film 1,True"]
+    rows += [
+        f"{word},A {word} review of {number}.,film {number},True"
+        for word in ("fresh", "rotten")
+        for number in range(60)
+    ]
     path = tmp_path / "reviews.csv.bz2"
     path.write_bytes(bz2.compress("\n".join(rows).encode()))
     monkeypatch.setattr(corpus, "ensure_reviews", lambda stands_for: path)
-    parts = {part: load_corpus("wikitext2", part) for part in ("train", "validation", "test")}
-    assert {found.name for found in parts.values()} == {corpus.EMBEDDED}
+
+
+def parts_of(name):
+    return {part: load_corpus(name, part) for part in ("train", "validation", "test")}
+
+
+def test_plots_and_reviews_are_embedded_whatever_the_folder(films, tmp_path):
+    plots, reviews = parts_of("plots"), parts_of("reviews")
+    assert load_corpus("plots", "test", str(tmp_path)) == plots["test"] == load_corpus("wikitext2", "test")
+    lines = [line for found in reviews.values() for line in found.text.split("\n") if line]
+    assert sorted(lines) == sorted(
+        f"A {word} review of {number}." for word in ("fresh", "rotten") for number in range(60)
+    )
+    for part in plots:
+        about = [{line.split()[-1] for line in texts[part].text.split("\n") if line} for texts in (plots, reviews)]
+        assert about[0] == about[1], "all texts about a film are in one part"
+
+
+def test_instructions_are_a_text_of_prompts_with_their_responses(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}."} for number in range(100)]
+    path.write_text(json.dumps(rows))
+    parts = parts_of(str(path))
+    assert parts["train"].text.startswith(
+        "### Instruction:\nSay 0.\n\n### Response:\nIt is 0.\n\n### Instruction:\nSay 1."
+    )
+    assert "".join(found.text for found in parts.values()).count("### Response:") == 100
+    path.write_text("[{}]")
+    with pytest.raises(UserError, match=f"--eval_ppl_datasets {path}: row 1 is"):
+        load_corpus(str(path), "test", flag="--eval_ppl_datasets")
+
+
+def test_large_data_sets_are_read_from_the_hub_row_by_row(monkeypatch):
+    read = []
+
+    def rows(*_, streaming, **__):
+        assert streaming
+        for number in range(10**9):
+            read.append(number)
+            yield {"text": f"row {number}"}
+
+    monkeypatch.setattr(corpus, "hub_answers", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", rows)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: SimpleNamespace(sha="0123456789abcdef"))
+    parts = parts_of("fineweb-edu")
+    assert parts["train"].source == "hub HuggingFaceFW/fineweb-edu 0123456789ab"
+    lines = {part: [line for line in found.text.split("\n") if line] for part, found in parts.items()}
+    assert max(read) < 4000 and all(len(rows) >= 500 for rows in lines.values())
+    assert not set(lines["train"]) & set(lines["test"]) and not set(lines["validation"]) & set(lines["test"])
+
+
+def test_large_data_sets_without_a_hub_end_in_one_line(monkeypatch):
+    message = "text fineweb-edu: {}; give a folder with fineweb-edu/fineweb-edu.train.txt: --data_dir"
+    with pytest.raises(UserError, match=message.format("it is read from the hub, which is not reachable")):
+        load_corpus("fineweb-edu", "train")
+    monkeypatch.setattr(corpus, "hub_answers", lambda: True)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match=message.format("ZeroDivisionError: division by zero")):
+        load_corpus("fineweb-edu", "train")
+
+
+def test_without_a_hub_film_plots_stand_in_for_wikitext_alone(films):
+    parts = parts_of("wikitext2")
+    assert {found.name for found in parts.values()} == {corpus.EMBEDDED["plots"]}
     lines = [line for found in parts.values() for line in found.text.split("\n") if line]
     assert sorted(lines) == sorted(f"The plot of film {number}." for number in range(60))
     assert len(parts["train"].text) > len(parts["test"].text) > 0 < len(parts["validation"].text)

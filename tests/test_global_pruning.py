@@ -467,7 +467,7 @@ def test_uniform_checkpoint_needs_no_code(base, tmp_path):
         (["--run_evaluation", "zeroshot"], "give a folder with zeroshot/piqa/validation.jsonl: --data_dir"),
         (["--run_evaluation", "all", "--data_dir", "docs"], "--data_dir docs: has no zeroshot/piqa/validation.jsonl"),
         (["--run_evaluation", "zeroshot", "--eval_zeroshot_tasks", "no"], "'no': lm-evaluation-harness has none"),
-        (["--dataset", "wiki"], "text 'wiki': no such file; allowed is a text file or one of wikitext2, ptb, c4"),
+        (["--dataset", "wiki"], "--dataset wiki: no such file; allowed are text files, files of instructions"),
         (["--finetune", "--lora_r", "0"], "--lora_r 0: allowed is at least 1"),
         (["--finetune", "--lora_r", "0", "--dry_run"], "--lora_r 0: allowed is at least 1"),
         (["--temperature", "1", "--analysis_samples", "0"], "--analysis_samples 0: allowed is at least 1"),

@@ -34,7 +34,7 @@ class Evaluation(Settings):
     run_evaluation: str = "ppl"
     """What is measured of each model: some of ppl,zeroshot,efficiency, or all, or none."""
     eval_ppl_datasets: str = "wikitext2"
-    """Texts for perplexity, separated by commas: wikitext2, ptb, c4, or text files."""
+    """Texts for perplexity, separated by commas: those of --dataset, without weights."""
     eval_length: int = 1024
     """Tokens per window there."""
     eval_samples: Annotated[int, AtLeast(0)] = 0

@@ -64,25 +64,25 @@ def is_instruction_file(name: str) -> bool:
     return Path(name).suffix in INSTRUCTION_FILES
 
 
-def read_instructions(path: Path) -> list[dict[str, str]]:
+def read_instructions(path: Path, flag: str = "--dataset") -> list[dict[str, str]]:
     """Rows with `instruction`, `input` (may be empty or absent) and `output`.
 
     Args:
         path: a JSON list of objects, or JSON lines with an object each.
+        flag: what named it, for error texts.
 
     Raises:
         UserError: the file is malformed; names the row.
     """
-    rows = _parse(Path(path))
+    rows = _parse(Path(path), flag)
     for number, row in rows:
         known = isinstance(row, dict) and {"input": ""} | row
         if not known or not all(is_text(known.get(name)) for name in ("instruction", "input", "output")):
             raise UserError(
-                f"--dataset {path}: row {number} is {_shown(row)}; "
-                "a row must have instruction, input and output as text"
+                f"{flag} {path}: row {number} is {_shown(row)}; a row must have instruction, input and output as text"
             )
     if not rows:
-        raise UserError(f"--dataset {path}: holds no rows; each must have instruction, input and output")
+        raise UserError(f"{flag} {path}: holds no rows; each must have instruction, input and output")
     return [row for _, row in rows]
 
 
@@ -94,17 +94,26 @@ def _shown(row: Any) -> str:
         return f"a {type(row).__name__} that is nested too deeply"
 
 
-def _parse(path: Path) -> list[tuple[int, Any]]:
+def _parse(path: Path, flag: str) -> list[tuple[int, Any]]:
     """Rows with their numbers, from 1: those of the lines in a file of JSON lines."""
     if path.suffix == ".jsonl":
-        return list(read_json_lines(path, "--dataset"))
+        return list(read_json_lines(path, flag))
     try:
-        rows = parse_json(read_text(path, "--dataset"))
+        rows = parse_json(read_text(path, flag))
     except ValueError as error:
-        raise UserError(f"--dataset {path}: is no valid JSON ({error}); mend the file or name another") from None
+        raise UserError(f"{flag} {path}: is no valid JSON ({error}); mend the file or name another") from None
     if not isinstance(rows, list):
-        raise UserError(f"--dataset {path}: holds a {type(rows).__name__}; allowed is a list of rows")
+        raise UserError(f"{flag} {path}: holds a {type(rows).__name__}; allowed is a list of rows")
     return list(enumerate(rows, start=1))
+
+
+def written_out(row: dict[str, str]) -> str:
+    """A prompt with its response, as one text."""
+    return _prompt(row) + row["output"]
+
+
+def _prompt(row: dict[str, str]) -> str:
+    return (PROMPT_WITH_INPUT if row.get("input") else PROMPT).format_map(row)
 
 
 def of_instructions(
@@ -136,7 +145,7 @@ def of_instructions(
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> tuple[list[int], list[int]]:
-    prompt = tokenizer((PROMPT_WITH_INPUT if row.get("input") else PROMPT).format_map(row))["input_ids"]
+    prompt = tokenizer(_prompt(row))["input_ids"]
     response = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if prompt[-1:] == end:  # some tokenizers end every text

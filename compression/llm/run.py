@@ -40,9 +40,10 @@ from compression.llm.evaluate import (
     measure,
     measure_efficiency,
 )
+from compression.llm.mixture import Mixture, Weighted, parse_mixture
 from compression.llm.recovery import EVALUATIONS, Recovery, recover
 from compression.llm.removal import removal_perplexities
-from compression.llm.text import CalibrationText, Corpus, load_corpus, sample_windows, tokenize
+from compression.llm.text import CalibrationText
 from compression.offload import OffloadName, all_weights, offload_of, pick_offload
 from compression.outputs import STATES_END, Output, owned
 from compression.runtime import (
@@ -67,9 +68,7 @@ from compression.sources import LLM, LLM_FOLDER, describe_source
 from compression.training import Training
 from compression.weights import Shards
 
-FAST = FAST_EVALUATION | dict(
-    num_samples=4, repair_samples=16, held_out_samples=1, analysis_samples=1, finetune_samples=64
-)
+FAST = FAST_EVALUATION | dict(num_samples=4, repair_samples=16, analysis_samples=1, finetune_samples=64)
 
 
 @dataclass
@@ -132,7 +131,8 @@ class Calibration(Settings):
     """Text that structures are scored on, that repairs are fitted to, that choices are made by."""
 
     dataset: str = "wikitext2"
-    """Calibration text: wikitext2, c4, ptb, or a text file."""
+    """Calibration text: wikitext2, ptb, c4, fineweb-edu, plots, reviews, a text file or one of instructions (.json,
+    .jsonl); several with commas, each with its weight behind a colon: wikitext2:2,ptb,mine.txt."""
     num_samples: Annotated[int, AtLeast(1)] = 32
     """Windows of calibration text that scores are computed on."""
     sequence_length: Annotated[int, AtLeast(2)] = 1024
@@ -150,13 +150,28 @@ class Calibration(Settings):
     use_gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
+    def check(self) -> None:
+        count = len(self.texts)
+        for flag in ("num_samples", "repair_samples", "held_out_samples"):
+            if (value := getattr(self, flag)) < count:
+                raise UserError(f"--{flag} {value}: allowed is at least {count}, one for each text of --dataset")
+
+    @property
+    def texts(self) -> list[Weighted]:
+        """The texts of `dataset`.
+
+        Raises:
+            UserError: it is malformed, or names what is no text.
+        """
+        return parse_mixture(self.dataset)
+
 
 @dataclass
 class Finetuning(Settings):
     """Whether and how the pruned model is trained on, with the defaults of post_training.py otherwise."""
 
     finetune: Annotated[bool, NO_EFFECT] = False
-    """Train the pruned model on, as post_training.py does, and measure it again."""
+    """Train the pruned model on, as post_training.py does, and measure it again. Not where --dataset names several."""
     finetune_method: Annotated[Literal["lora", "full"], NO_EFFECT] = "lora"
     """Train adapters beside the frozen weights, or all weights."""
     finetune_samples: Annotated[int, AtLeast(1), NO_EFFECT] = 500
@@ -193,10 +208,16 @@ def recovery_after(config: RunConfig) -> Recovery:
     """
     run, finetuning, evaluation = config.run, config.finetuning, config.evaluation
     measured = [what for what in EVALUATIONS if evaluation.evaluates(what)]
+    dataset, *others = config.calibration.texts
+    if others:
+        raise UserError(
+            f"--finetune: trains on one text, and --dataset {config.calibration.dataset} names {1 + len(others)}; leave "
+            "it out, and train afterwards: python post_training.py --pruned_model results/NAME/models --dataset TEXT"
+        )
     return Recovery(
         finetune_method=finetuning.finetune_method,
         finetune_samples=finetuning.finetune_samples,
-        dataset=config.calibration.dataset,
+        dataset=dataset.name,
         train_on_inputs=False,
         max_length=min(512, config.calibration.sequence_length),
         validation_dataset=None,
@@ -260,7 +281,7 @@ class Run:
         self._load = self._loader(pick_device(run.device_map), pick_dtype(run.dtype, "Weights"))
         self.model, self.tokenizer = self._load()
         decoder_of(self.model)  # refuses an unsupported architecture at once
-        self.corpora, self.text, self.analysis_windows = calibration_text(
+        self.calibration, self.text, self.analysis_windows = calibration_text(
             config.calibration, config.data_dir, run.seed, self.tokenizer, self.model
         )
         self.tests = evaluation_windows(config.evaluation, config.data_dir, self.tokenizer, self.model)
@@ -346,7 +367,7 @@ class Run:
         results = self.saved.json("results", lambda: self._compare(model))
         results |= more(results)
         log.info("Base model: %s (%s)", shown(self.base), describe_source(self.base))
-        data = {"calibration": [corpus.describe() for corpus in self.corpora]}
+        data = {"calibration": [text for mixture in self.calibration for text in mixture.describe()]}
         stage = describe_stage(self.kind, self.config.as_dict(), self.inputs, results, data)
         log_phase("writing")
         check_weights_finite(model, self.config.run.folder)
@@ -421,24 +442,21 @@ def calibration_text(
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
-) -> tuple[list[Corpus], CalibrationText, Tensor]:
-    """The corpora; windows for scores and repair (of the train part) and for choices (of the validation part); windows
-    for the removal analysis (of the validation part)."""
+) -> tuple[list[Mixture], CalibrationText, Tensor]:
+    """The texts, train and validation part; windows for scores and repair (of the train part) and for choices (of the
+    validation part); windows for the removal analysis (of the validation part)."""
     length = calibration.sequence_length
     check_positions(model, "sequence_length", length)
     check_positions(model, "analysis_length", calibration.analysis_length)
-    train, held_out = (load_corpus(calibration.dataset, part, data_dir) for part in ("train", "validation"))
-    ids = tokenize(tokenizer, train)
-    scores = sample_windows(ids, length, calibration.num_samples, seed, train.name)
-    repair = sample_windows(ids, length, calibration.repair_samples, seed + 1)
-    validation = tokenize(tokenizer, held_out)
-    choices = sample_windows(validation, length, calibration.held_out_samples, seed, held_out.name)
-    analysis = sample_windows(
-        validation, calibration.analysis_length, calibration.analysis_samples, seed + 1, held_out.name
-    )
-    log.info("Calibration: %s (%s), %d windows of %d tokens", train.name, train.source, len(scores), length)
+    train, held_out = (Mixture(calibration.texts, part, data_dir, tokenizer) for part in ("train", "validation"))
+    scores = train.sample("scores", length, calibration.num_samples, seed)
+    repair = train.sample("repair", length, calibration.repair_samples, seed + 1)
+    choices = held_out.sample("choices", length, calibration.held_out_samples, seed)
+    analysis = held_out.sample("analysis", calibration.analysis_length, calibration.analysis_samples, seed + 1)
+    log.info("Calibration: %s, %d windows of %d tokens", train, len(scores), length)
     batch_size, checkpointing = calibration.gradient_batch_size, calibration.use_gradient_checkpointing
-    return [train, held_out], CalibrationText(scores, repair, choices, batch_size, checkpointing), analysis
+    text = CalibrationText(scores, repair, choices, batch_size, checkpointing, seed)
+    return [train, held_out], text, analysis
 
 
 def reduction(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, float]:

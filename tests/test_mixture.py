@@ -1,0 +1,202 @@
+"""Several texts in one: how they are named and weighed, and that windows of each are taken by its weight."""
+
+import json
+
+import pytest
+import torch
+from conftest import WORDS, letters, pruning_flags
+from scripts import run_script
+
+from compression.checkpoint import load_language_model
+from compression.files import read_json
+from compression.llm.mixture import Mixture, Weighted, parse_mixture, shares
+from compression.llm.run import Calibration
+from compression.llm.text import Corpus
+from compression.runtime import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return load_language_model(base)[1]
+
+
+def write(folder, name, letter, tokens=4000):
+    """A text file of one letter alone."""
+    (folder / name).write_text(" ".join(letter * tokens))
+    return str(folder / name)
+
+
+def test_texts_have_weights(tmp_path):
+    mine = write(tmp_path, "mine.txt", "a")
+    found = parse_mixture(f"wikitext2:2, ptb ,{mine}:0.5,plots:1e1")
+    assert found == [Weighted("wikitext2", 2), Weighted("ptb", 1), Weighted(mine, 0.5), Weighted("plots", 10)]
+
+
+def test_a_file_is_meant_whatever_is_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes", "notes:2", "a,b.txt", "ptb:3"):
+        write(tmp_path, name, "a")
+    assert parse_mixture("a,b.txt") == [Weighted("a,b.txt")]
+    assert parse_mixture("notes:2") == [Weighted("notes:2")]
+    assert parse_mixture("notes:2:4,notes:3") == [Weighted("notes:2", 4), Weighted("notes", 3)]
+    assert parse_mixture("ptb:3,ptb:4") == [Weighted("ptb:3"), Weighted("ptb", 4)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("", "--dataset '': has an empty name; allowed are texts separated by commas"),
+        ("wikitext2,,ptb", "--dataset 'wikitext2,,ptb': has an empty name"),
+        ("ptb,", "--dataset 'ptb,': has an empty name"),
+        ("ptb:1,wiki", "--dataset wiki: no such file; allowed are .*wikitext2, ptb, c4, fineweb-edu, plots, reviews"),
+        ("wiki:2", "--dataset wiki:2: no such file"),
+        (":2", "--dataset :2: no such file"),
+        ("ptb:0", "--dataset ptb:0: the weight of ptb is '0'; allowed is a number above 0"),
+        ("ptb:-1", "the weight of ptb is '-1'"),
+        ("ptb:nan,plots", "the weight of ptb is 'nan'"),
+        ("ptb:inf", "the weight of ptb is 'inf'"),
+        ("ptb:much", "the weight of ptb is 'much'"),
+        ("ptb:", "the weight of ptb is ''"),
+        ("ptb,plots,ptb:2", "names ptb twice; give it once, with a weight: ptb:2"),
+    ],
+)
+def test_what_is_no_mixture_is_refused(texts, message):
+    with pytest.raises(UserError, match=message):
+        Calibration(dataset=texts)
+
+
+def test_one_file_under_two_names_is_refused(tmp_path):
+    mine = write(tmp_path, "mine.txt", "a")
+    (tmp_path / "other.txt").symlink_to(mine)
+    with pytest.raises(UserError, match="names .*other.txt twice"):
+        parse_mixture(f"{mine},{tmp_path}/other.txt")
+
+
+@pytest.mark.parametrize("flag", ["num_samples", "repair_samples", "held_out_samples"])
+def test_every_text_needs_a_window(flag):
+    Calibration(dataset="ptb,plots,c4", **{flag: 3})
+    with pytest.raises(UserError, match=f"--{flag} 2: allowed is at least 3, one for each text of --dataset"):
+        Calibration(dataset="ptb,plots,c4", **{flag: 2})
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "expected"),
+    [
+        ([1.0], 7, [7]),
+        ([1, 1, 1], 9, [3, 3, 3]),
+        ([2, 1], 6, [4, 2]),
+        ([100, 1], 8, [7, 1]),
+        ([1, 3, 2], 2, [0, 1, 1]),
+        ([1, 1], 0, [0, 0]),
+    ],
+)
+def test_windows_are_shared_by_weight(weights, count, expected):
+    assert shares(weights, count) == expected
+
+
+def test_windows_of_a_mixture_are_those_of_its_texts(tmp_path, tokenizer):
+    texts = [Weighted(write(tmp_path, f"{letter}.txt", letter), weight) for letter, weight in (("a", 1), ("b", 3))]
+    mixture = Mixture(texts, "train", None, tokenizer)
+    windows = mixture.sample("scores", 16, 8, seed=1)
+    a, b = (tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ab")
+    assert windows.shape == (8, 16) and all(len(row.unique()) == 1 for row in windows)
+    assert windows[:, 0].tolist().count(a) == 2 and windows[:, 0].tolist().count(b) == 6
+    assert {a, b} == set(windows[:4, 0].tolist()), "the first half is a mixture too"
+    one, two = mixture.describe()
+    assert (one["name"], one["weight"], one["windows"], one["part"]) == ("a.txt", 1, {"scores": 2}, "train")
+    assert (two["name"], two["weight"], two["windows"]) == ("b.txt", 3, {"scores": 6})
+    assert len({one["sha256"], two["sha256"]}) == 2
+
+
+def test_windows_depend_on_the_seed_alone(tmp_path, tokenizer):
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for seed, path in enumerate(paths):
+        path.write_text(letters(4000, seed))
+    mixture = Mixture([Weighted(str(path)) for path in paths], "train", None, tokenizer)
+    again = Mixture([Weighted(str(path)) for path in paths], "train", None, tokenizer)
+    windows = mixture.sample("scores", 16, 8, seed=1)
+    assert torch.equal(windows, again.sample("scores", 16, 8, seed=1))
+    assert not torch.equal(windows, mixture.sample("scores", 16, 8, seed=2))
+
+
+def test_a_text_that_is_too_short_gives_what_it_has(tmp_path, tokenizer, caplog):
+    texts = [Weighted(write(tmp_path, "a.txt", "a", 50)), Weighted(write(tmp_path, "b.txt", "b"))]
+    mixture = Mixture(texts, "train", None, tokenizer)
+    with caplog.at_level("INFO", logger="compression"):
+        assert len(mixture.sample("scores", 16, 8, seed=1)) == 6
+    assert "a.txt has 2 windows of 16 tokens for scores, 4 wanted" in caplog.text
+    assert [text["windows"] for text in mixture.describe()] == [{"scores": 2}, {"scores": 4}]
+    with pytest.raises(UserError, match="a.txt has 40 tokens, less than one window of 64"):
+        mixture.sample("scores", 64, 2, seed=1)
+
+
+def test_two_names_of_one_text_are_refused(tmp_path, tokenizer, monkeypatch):
+    """Where there is no hub, film plots stand in for WikiText-2."""
+    monkeypatch.setattr("compression.llm.mixture.load_corpus", lambda name, part, *_, **__: plots)
+    plots = Corpus("film plot summaries (embedded)", "train", "embedded", "a b c")
+    with pytest.raises(UserError, match="wikitext2 and plots are one text here, film plot summaries"):
+        Mixture([Weighted("wikitext2"), Weighted("plots")], "train", None, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"instruction": f"say {letter} " * 9, "output": f"{letter} " * 9} for letter in WORDS * 4]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+SCRIPTS = {"run_global_pruning.py": [], "gqa_aware_pruning.py": ["--protect_first", "0", "--protect_last", "0"]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_mixture_prunes_and_is_recorded(base, instructions, tmp_path, script):
+    text, other = base.parent / "text.txt", tmp_path / "other.txt"
+    other.write_text(letters(9000, seed=5))
+    flags = [*pruning_flags(base, tmp_path), "--round_to", "8", "--output_name", "mixed"]
+    flags[flags.index("--dataset") + 1] = f"{text}:2,{other},{instructions}:1"
+    run_script(script, *flags, *SCRIPTS[script], "--num_samples", "8", "--analysis_samples", "2")
+    found = read_json(tmp_path / "mixed" / "evaluation" / "evaluation_results.json")
+    entries = found["data"]["calibration"]
+    train, validation = entries[:3], entries[3:]
+    assert [entry["name"] for entry in train] == ["text.txt", "other.txt", "rows.jsonl"]
+    assert [entry["weight"] for entry in entries] == [2, 1, 1] * 2
+    assert [entry["windows"] for entry in train] == [{"scores": n, "repair": m} for n, m in ((4, 8), (2, 4), (2, 4))]
+    assert [entry["windows"]["choices"] for entry in validation] == [2, 1, 1]
+    assert [entry["windows"]["analysis"] for entry in validation] == [1, 1, 0]
+    assert len({entry["sha256"] for entry in entries}) == 6
+    assert read_json(tmp_path / "mixed" / "models" / "stage.json")["data"]["calibration"] == entries
+
+
+def test_one_text_alone_gives_the_windows_that_it_gave_by_its_name(base, tmp_path):
+    """A weight of a single text changes nothing."""
+    weights = []
+    for name, weight in (("one", ""), ("two", ":3")):
+        flags = [*pruning_flags(base, tmp_path), "--output_name", name, "--run_evaluation", "none"]
+        flags[flags.index("--dataset") + 1] = f"{base.parent / 'text.txt'}{weight}"
+        run_script("run_global_pruning.py", *flags)
+        weights.append((tmp_path / name / "models" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "ptb,plots", "--finetune"], "--finetune: trains on one text, and --dataset ptb,plots names 2;"),
+        (["--dataset", "ptb:0"], "the weight of ptb is '0'; allowed is a number above 0"),
+        (["--dataset", "ptb,plots", "--num_samples", "1"], "--num_samples 1: allowed is at least 2"),
+        (["--dataset", "fineweb-edu"], "text fineweb-edu: it is read from the hub, which is not reachable; give a fol"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_write_nothing(base, tmp_path, script, flags, message):
+    result = run_script(script, *pruning_flags(base, tmp_path / "results"), *flags, expect=2)
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_single_text_with_a_weight_is_trained_on_too(base, tmp_path):
+    flags = [*pruning_flags(base, tmp_path), "--output_name", "tuned", "--finetune", "--finetune_samples", "8"]
+    flags[flags.index("--dataset") + 1] = f"{base.parent / 'text.txt'}:2"
+    run_script("run_global_pruning.py", *flags)
+    assert read_json(tmp_path / "tuned" / "finetuned" / "stage.json")["data"]["name"] == "text.txt"
