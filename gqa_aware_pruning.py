@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from compression.config import AtLeast, Between, Config, Flat, formerly, group, pick, run_script
+from compression.config import AtLeast, Between, Config, Flat, Originally, formerly, group, pick, run_script
 from compression.files import write_json
 from compression.hub import Publishing
 from compression.llm.evaluate import Evaluation
@@ -38,7 +38,7 @@ from compression.llm.gqa_pruning import (
 from compression.llm.perplexity import perplexity
 from compression.llm.plots import plot_rates
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
-from compression.llm.scoring import ScoreName
+from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.plots import save_figure
 from compression.runtime import UserError, log
 from compression.structures import layers_of
@@ -75,6 +75,9 @@ class GQAAwarePruningConfig(Config):
     # What goes of a layer: groups (key-value head with its query heads) and channels of least score.
     importance_method: ScoreName = "taylor"
     """Score of a structure: one of those in compression/llm/scoring.py, which --help lists."""
+    score_loss: Annotated[LossName, Originally("text")] = "auto"
+    """The loss behind scores. text: of the text's next tokens; kl: KL to the dense model's predictions, by tokens drawn
+    from them; auto: kl for fisher, else text."""
     attention_ratio: Annotated[float, Between(0, 10)] = 0.5
     """Attention's rate relative to its layer's, rounded to whole groups; the MLP makes up the rest of the budget."""
     round_to: Annotated[int, AtLeast(1)] = 32
@@ -102,12 +105,16 @@ class GQAAwarePruningConfig(Config):
     def check(self) -> None:
         Between(self.min_rate, 0.95).check("max_rate", self.max_rate)
         selected_layers(self.layers, None)
+        loss_of(self.score_loss, self.importance_method)
         if self.uniform and self.layers != "all":
             raise UserError(f"--uniform: not allowed with --layers {self.layers}; leave one of them out")
         if self.rates.strategy == "inverse" and not self.calibration.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 with --strategy inverse; or choose uniform")
         if self.finetuning.finetune:
             recovery_after(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"score_loss": loss_of(self.score_loss, self.importance_method)}
 
     @property
     def rates(self) -> Rates:

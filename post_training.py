@@ -40,8 +40,8 @@ class PostTrainingConfig(Config):
     data_dir: Annotated[str | None, NO_EFFECT] = None
     """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
     dataset: str = "wikitext2"
-    """wikitext2, ptb, c4, fineweb-edu, plots, reviews, a text file (of each the train part), or a .json or .jsonl file of
-    instructions."""
+    """wikitext2, ptb, c4, fineweb-edu, plots, reviews, a text file (of each the train part), or a .json or .jsonl file
+    of instructions."""
     finetune_samples: Annotated[int, AtLeast(1)] = 500
     """Windows of text, or rows of instructions, that are trained on."""
     max_length: Annotated[int, AtLeast(8)] = 512

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from compression.config import AtLeast, Between, Config, Flat, group, pick, run_script
+from compression.config import AtLeast, Between, Config, Flat, Originally, group, pick, run_script
 from compression.files import write_json
 from compression.hub import Publishing
 from compression.llm.evaluate import Evaluation
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.plots import plot_removal, plot_retained
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
-from compression.llm.scoring import ScoreName
+from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.plots import save_figure
 from compression.runtime import UserError
 from compression.surgery import to_stock
@@ -51,6 +51,9 @@ class GlobalPruningConfig(Config):
     # What goes: the groups (key-value head with its query heads) and channels of least score per parameter.
     importance_method: ScoreName = "fisher"
     """Score of a structure: one of those in compression/llm/scoring.py, which --help lists."""
+    score_loss: Annotated[LossName, Originally("text")] = "auto"
+    """The loss behind scores. text: of the text's next tokens; kl: KL to the dense model's predictions, by tokens drawn
+    from these; auto: kl for fisher, else text."""
     temperature: Annotated[float, Between(0, 10)] = 0.0
     """Exponent T of the correction by removal perplexities, score * ln(1 + ppl)^T; 0 leaves it out."""
     tau: Annotated[float | None, AtLeast(0)] = None
@@ -83,13 +86,15 @@ class GlobalPruningConfig(Config):
     def check(self) -> None:
         if not self.attention_factors or min(self.attention_factors) <= 0:
             raise UserError(f"--attention_factors {self.attention_factors}: allowed are one or more above 0")
+        loss_of(self.score_loss, self.importance_method)
         if self.temperature and not self.calibration.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
         if self.finetuning.finetune:
             recovery_after(self)
 
     def as_dict(self) -> dict[str, Any]:
-        return super().as_dict() | {"normalize": pick(Scoring, self).normalization}
+        scoring = pick(Scoring, self)
+        return super().as_dict() | {"normalize": scoring.normalization, "score_loss": scoring.loss}
 
 
 def main(config: GlobalPruningConfig) -> None:

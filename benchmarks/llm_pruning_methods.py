@@ -176,11 +176,12 @@ def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText
     config = GlobalPruningConfig.make(pruning_ratio=ratio, **fields)
 
     def cached(name: str, make):
-        if not name.startswith("scores_of_step_1_"):
+        key = config.importance_method if name.startswith("scores_of_step_1_") else name
+        if key not in (config.importance_method, "labels"):
             return make()
-        if config.importance_method not in known:
-            known[config.importance_method] = make()
-        return known[config.importance_method]
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
     scoring, budget = pick(Scoring, config), pick(Budget, config)
     return GlobalPruning(model, scoring, budget, text, removal, cached).prune()

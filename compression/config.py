@@ -1,9 +1,9 @@
 """A script's configuration: a dataclass, presets of it, a command line made from it, and its dump beside the output.
 
 What is said of one field stands at that field, as a note in its type: the range that is allowed (`Between`, `AtLeast`),
-that it does not change the result (`NO_EFFECT`), a name that it had before (`formerly`). Groups of settings that
-several scripts share are fields of type `Flat[Group]`: their flags, and their names in `stage.json`, are those of the
-group's fields alone.
+that it does not change the result (`NO_EFFECT`), a name (`formerly`) or a meaning (`Originally`) that it had before.
+Groups of settings that several scripts share are fields of type `Flat[Group]`: their flags, and their names in
+`stage.json`, are those of the group's fields alone.
 """
 
 import math
@@ -70,6 +70,13 @@ def formerly(name: str) -> tuple[Any, ...]:
     To be unpacked: `Annotated[int, *formerly("old_name")]`.
     """
     return _Formerly(name), tyro.conf.arg(aliases=[f"--{name}"])
+
+
+@dataclass(frozen=True)
+class Originally:
+    """What records that do not name the field were made with, where that is not its default."""
+
+    value: Any
 
 
 def choice_of(entries: Mapping[str, Any], what: str) -> Any:
@@ -204,6 +211,8 @@ class Config(Settings):
             for note in notes:
                 if isinstance(note, _Formerly) and note.name in noted:
                     settings[name] = noted[note.name]
+                if isinstance(note, Originally) and name not in noted:
+                    settings[name] = note.value
         return settings
 
     @classmethod

@@ -179,6 +179,20 @@ def test_a_record_of_before_is_understood():
     assert {name: found[name] for name in expected} == expected
 
 
+def test_records_of_before_the_loss_behind_scores_could_be_chosen_were_made_with_the_texts():
+    config = GlobalPruningConfig()
+    noted = config.as_dict()
+    assert noted["score_loss"] == "kl" and GlobalPruningConfig.modernized(noted)["score_loss"] == "kl"
+    del noted["score_loss"]
+    assert GlobalPruningConfig.modernized(noted)["score_loss"] == "text"
+
+
+@pytest.mark.parametrize(("method", "loss"), [("fisher", "kl"), ("taylor", "text"), ("wanda", "text")])
+def test_the_loss_behind_scores_is_recorded_as_it_is_used(method, loss):
+    for config in (GlobalPruningConfig, GQAAwarePruningConfig):
+        assert config.make(importance_method=method).as_dict()["score_loss"] == loss
+
+
 def test_what_trains_on_after_pruning_is_post_training_with_its_defaults():
     expected = pick(Recovery, PostTrainingConfig())
     for config in (GlobalPruningConfig(), GQAAwarePruningConfig()):

@@ -242,7 +242,7 @@ def test_masked_model_is_the_smaller_one(text):
     model = tiny_decoder("qwen3")
     settings = config(pruning_ratio=0.5, attention_factors=(1.0,))
     pruning = pruning_of(model, settings, text)
-    kept = pruning._best_choice(pruning._densities(pruning._score()), 1, 0.5)
+    kept = pruning._best_choice(pruning._densities(pruning._score(None)), 1, 0.5)
     with masked(model, kept):
         expected = perplexity(model, text.held_out)
     assert expected != pytest.approx(perplexity(model, text.held_out)), "the mask came off"
@@ -254,7 +254,7 @@ def test_factor_of_least_perplexity_is_taken(text, monkeypatch):
     pruning = pruning_of(model, config(attention_factors=(0.001, 1.0, 1000.0)), text)
     answers = iter([30.0, 20.0, 10.0])
     monkeypatch.setattr("compression.llm.global_pruning.perplexity", lambda *_: next(answers))
-    kept = pruning._best_choice(pruning._densities(pruning._score()), 1, 0.4)
+    kept = pruning._best_choice(pruning._densities(pruning._score(None)), 1, 0.4)
     assert all(mask.all() for mask in kept[GROUPS]), "with the largest factor no attention goes"
 
 
@@ -428,7 +428,7 @@ def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
     run_killed(*killed, at="compression.llm.global_pruning.score_structures", call=2)
     assert not (tmp_path / "killed" / "one" / "models").exists()
     saved = {part.name for part in (tmp_path / "killed").glob(".one_*.resume/*")}
-    assert {"dense", "removal", "scores_of_step_1_of_2", "kept_in_step_1_of_2"} <= saved
+    assert {"dense", "removal", "labels", "scores_of_step_1_of_2", "kept_in_step_1_of_2"} <= saved
     result = run_script(*killed)
     assert "Step 1," not in result.stdout and "Step 2," in result.stdout
     names = ("models/model.safetensors", "analysis/global_group_table.csv", "models/config.json")

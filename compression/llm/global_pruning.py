@@ -21,8 +21,8 @@ from compression.decoder import decoder_of
 from compression.hooks import hooked
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import repairing
-from compression.llm.score_passes import score_structures
-from compression.llm.scoring import SCORES, ScoreName
+from compression.llm.score_passes import labels_behind, score_structures
+from compression.llm.scoring import SCORES, LossName, ScoreName, loss_of
 from compression.llm.text import CalibrationText
 from compression.offload import Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
@@ -37,6 +37,7 @@ class Scoring:
     """How structures are scored, and on which scale the layers compete."""
 
     importance_method: ScoreName
+    score_loss: LossName
     temperature: float
     tau: float | None
     normalize: Literal["auto", "none", "layer"]
@@ -47,6 +48,11 @@ class Scoring:
         if self.normalize != "auto":
             return self.normalize
         return "none" if SCORES[self.importance_method].comparable else "layer"
+
+    @property
+    def loss(self) -> Literal["text", "kl"]:
+        """`score_loss`; where it is auto, what suits the method."""
+        return loss_of(self.score_loss, self.importance_method)
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,9 @@ class GlobalPruning:
     def prune(self) -> PreTrainedModel:
         """Remove structures until the budget is met."""
         steps = self.budget.iterative_steps
+        labels = labels_behind(self.scoring.loss, self.model, self.text, self.cached)
         for step in range(1, steps + 1):
-            scores = self._cached_by_kind(f"scores_of_step_{step}_of_{steps}", self._score)
+            scores = self._cached_by_kind(f"scores_of_step_{step}_of_{steps}", partial(self._score, labels))
             densities = self._densities(scores)
             log_phase("budget")
             ratio = self.budget.pruning_ratio * step / steps
@@ -165,7 +172,7 @@ class GlobalPruning:
         ends = layer < self.budget.protect_first or layer >= self.depth - self.budget.protect_last
         return ends and not self.budget.uniform
 
-    def _score(self) -> Kept:
+    def _score(self, labels: Tensor | None) -> Kept:
         log_phase("scores")
         return score_structures(
             self.model,
@@ -173,6 +180,7 @@ class GlobalPruning:
             self.scoring.importance_method,
             self.text.batch_size,
             self.text.gradient_checkpointing,
+            labels,
         )
 
     def _cached_by_kind(self, name: str, make: Callable[[], Kept]) -> Kept:

@@ -20,8 +20,8 @@ from compression.allocation import all_but_least, largest_ratio, split_budget, s
 from compression.decoder import Decoder, decoder_of
 from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
-from compression.llm.score_passes import score_layer
-from compression.llm.scoring import ScoreName
+from compression.llm.score_passes import Cached, labels_behind, score_layer
+from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.llm.text import CalibrationText
 from compression.offload import LayerWriter, Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
@@ -30,7 +30,6 @@ from compression.surgery import shrink_decoder_layer, stock_group_counts, to_pru
 
 SWEEP = "model_of_sweep_"
 """The beginning of the names of an offloaded model's smaller forms, one for each sweep."""
-Cached = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 # The three steps for one layer, each usable alone.
@@ -43,6 +42,7 @@ def compute_gqa_group_importance(
     method: ScoreName = "taylor",
     batch_size: int = 1,
     gradient_checkpointing: bool = False,
+    labels: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Importance of one layer's groups (key-value heads with their query heads) and of its MLP channels.
 
@@ -54,6 +54,7 @@ def compute_gqa_group_importance(
         layer: its index.
         text: token ids [count, length]; or `LayerStream`, standing before this layer, which has batches already.
         method: one of `scoring.SCORES`.
+        labels: [count, length - 1], the tokens whose loss it is, see `draw_labels`; None: the text's own.
 
     Returns:
         groups: [groups], channels: [channels], both fp32.
@@ -64,7 +65,7 @@ def compute_gqa_group_importance(
     decoder_of(model)
     if isinstance(text, Tensor):
         text = LayerStream(model, text, batch_size, layer)
-    return score_layer(model, layer, text, method, gradient_checkpointing)
+    return score_layer(model, layer, text, method, gradient_checkpointing, labels)
 
 
 def select_gqa_groups_to_prune(importance: Tensor, count: int) -> Tensor:
@@ -143,6 +144,7 @@ class Cuts:
     """What a layer loses for its rate, in which steps, and whether what stays is repaired."""
 
     importance_method: ScoreName
+    score_loss: LossName
     attention_ratio: float
     round_to: int
     iterative_steps: int
@@ -280,6 +282,7 @@ class LayerwisePruning:
     ):
         self.model, self.rates, self.cuts, self.text = model, rates, cuts, text
         self.cached, self.store = cached, store
+        self.labels: Tensor | None = None
         decoder_of(model)
         self.stock_groups = stock_group_counts(model) if cuts.uniform else []
         self.before = [(parts.groups, parts.channels, parts.parameters) for parts in layers_of(model)]
@@ -287,6 +290,8 @@ class LayerwisePruning:
     def prune(self) -> PreTrainedModel:
         """Remove what the rates say, in as many sweeps as the configuration wants."""
         offloaded = offload_of(self.model) is not None
+        loss = loss_of(self.cuts.score_loss, self.cuts.importance_method)
+        self.labels = labels_behind(loss, self.model, self.text, self.cached)
         for step in range(1, self.cuts.iterative_steps + 1):
             log_phase(f"sweep {step}")
             if offloaded:
@@ -376,6 +381,7 @@ class LayerwisePruning:
                 streams[0],
                 self.cuts.importance_method,
                 gradient_checkpointing=self.text.gradient_checkpointing,
+                labels=self.labels,
             ),
         )
         pruned = {kind: select_gqa_groups_to_prune(scores[kind], count) for kind, count in counts.items()}

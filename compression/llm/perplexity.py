@@ -19,14 +19,17 @@ from compression.llm.layerwise import final_states
 from compression.runtime import UserError, sum_over_processes
 
 
-def token_losses(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> Tensor:
+def token_losses(
+    logits_of: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor, labels: Tensor | None = None
+) -> Tensor:
     """Negative log-likelihood of each token but the first, [windows, length - 1], in fp32.
 
     Args:
         logits_of: the language-model head, [rows, hidden] -> [rows, vocabulary].
         hidden: [windows, length, hidden], the model's last hidden states. ids: [windows, length].
+        labels: [windows, length - 1], other tokens in the place of those that follow.
     """
-    rows, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1]), ids[:, 1:].reshape(-1)
+    rows, targets = hidden[:, :-1].reshape(-1, hidden.shape[-1]), (ids[:, 1:] if labels is None else labels).reshape(-1)
 
     def losses(states: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits_of(states).float(), labels, reduction="none")

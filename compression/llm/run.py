@@ -210,9 +210,10 @@ def recovery_after(config: RunConfig) -> Recovery:
     measured = [what for what in EVALUATIONS if evaluation.evaluates(what)]
     dataset, *others = config.calibration.texts
     if others:
+        named = f"--dataset {config.calibration.dataset} names {1 + len(others)}"
         raise UserError(
-            f"--finetune: trains on one text, and --dataset {config.calibration.dataset} names {1 + len(others)}; leave "
-            "it out, and train afterwards: python post_training.py --pruned_model results/NAME/models --dataset TEXT"
+            f"--finetune: trains on one text, and {named}; leave it out, and train afterwards: "
+            "python post_training.py --pruned_model results/NAME/models --dataset TEXT"
         )
     return Recovery(
         finetune_method=finetuning.finetune_method,

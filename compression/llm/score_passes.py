@@ -4,8 +4,10 @@ In memory a batch goes through the whole model and back. Of an offloaded model t
 after the other, and its gradient the same way back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,11 @@ from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
 from compression.hooks import hooked
+from compression.llm.head import in_blocks
 from compression.llm.layerwise import LayerStream, final_states
 from compression.llm.perplexity import check_losses, suspect, token_losses
 from compression.llm.scoring import SCORES, Score, ScoreName, Scores
+from compression.llm.text import CalibrationText
 from compression.offload import States
 from compression.runtime import UserError, sum_over_processes
 from compression.structures import DECODER_KINDS, LayerParts, layers_of
@@ -25,6 +29,8 @@ from compression.structures import DECODER_KINDS, LayerParts, layers_of
 # The first window, token ids [windows, length] and last hidden states [windows, length, hidden] of each batch, computed
 # when it is asked for.
 Passes = Iterator[tuple[int, Tensor, Tensor]]
+# Given a name and a function that makes named tensors, gives these or what an earlier run made.
+Cached = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 def score_structures(
@@ -33,6 +39,7 @@ def score_structures(
     method: ScoreName,
     batch_size: int = 1,
     gradient_checkpointing: bool = False,
+    labels: Tensor | None = None,
 ) -> Scores:
     """Importance of every structure of a language model.
 
@@ -41,6 +48,7 @@ def score_structures(
         method: one of `SCORES`.
         batch_size: windows per forward pass.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
+        labels: [count, length - 1], the tokens whose loss it is, see `draw_labels`; None: the text's own.
 
     Returns:
         For groups and for channels a list over layers of fp32 scores [structures] on the model's device.
@@ -50,13 +58,62 @@ def score_structures(
     """
     numbered = dict(enumerate(layers_of(model)))
     if decoder_of(model).offload is not None:
-        return _score_by_layers(model, numbered, LayerStream(model, windows, batch_size), method)
+        return _score_by_layers(model, numbered, LayerStream(model, windows, batch_size), method, labels)
     passes = final_states(model, windows, batch_size, "calibration")
-    return _score(model, numbered, passes, method, gradient_checkpointing)
+    return _score(model, numbered, passes, method, gradient_checkpointing, labels)
+
+
+def labels_behind(
+    loss: Literal["text", "kl"], model: PreTrainedModel, text: CalibrationText, cached: Cached
+) -> Tensor | None:
+    """The tokens whose loss is behind scores, see `scoring.LossName`; None where they are the text's own.
+
+    Args:
+        model: while it is dense.
+        cached: keeps them by name, so that a run that was killed has the same ones.
+    """
+    if loss == "text":
+        return None
+    draw = partial(draw_labels, model, text.scores, text.seed, text.batch_size)
+    return cached("labels", lambda: {"labels": draw()})["labels"]
+
+
+@torch.no_grad()
+def draw_labels(model: PreTrainedModel, windows: Tensor, seed: int, batch_size: int = 1) -> Tensor:
+    """For each place of a text but its windows' last, a token drawn from the model's prediction of the next.
+
+    What is drawn depends on the predictions and the seed, and neither on the batches nor on the processes.
+
+    Args:
+        windows: token ids [count, length].
+
+    Returns:
+        [count, length - 1], on the CPU.
+    """
+    decoder = decoder_of(model)
+    chances = torch.rand(len(windows), windows.shape[1] - 1, generator=torch.Generator().manual_seed(seed))
+    labels = torch.zeros(chances.shape, dtype=torch.long)
+
+    def drawn(states: Tensor, chances: Tensor) -> Tensor:
+        reached = decoder.logits(states).float().softmax(-1).cumsum(-1)
+        tokens = torch.searchsorted(reached, chances * reached[:, -1:], right=True)
+        return tokens.clamp_max_(reached.shape[-1] - 1)
+
+    for place, ids, states in final_states(model, windows, batch_size, "labels"):
+        here = slice(place, place + len(ids))
+        mine = chances[here].to(states.device).reshape(-1, 1)
+        labels[here] = in_blocks(drawn, states[:, :-1].flatten(0, 1), mine).view(len(ids), -1).cpu()
+    sum_over_processes(labels)
+    return labels
 
 
 def score_layer(
-    model: PreTrainedModel, index: int, stream: LayerStream, method: ScoreName, gradient_checkpointing: bool = False
+    model: PreTrainedModel,
+    index: int,
+    stream: LayerStream,
+    method: ScoreName,
+    gradient_checkpointing: bool = False,
+    labels: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """As `score_structures`, of one layer alone, on text that stands before that layer.
 
@@ -65,6 +122,7 @@ def score_layer(
 
     Args:
         index: of the layer that the text stands before.
+        labels: see `score_structures`.
 
     Returns:
         For groups and for channels the fp32 scores [structures] on the model's device.
@@ -74,11 +132,11 @@ def score_layer(
     """
     score, numbered = SCORES[method], {index: layers_of(model)[index]}
     if stream.decoder.offload is not None:
-        scores = _score_by_layers(model, numbered, stream, method)
+        scores = _score_by_layers(model, numbered, stream, method, labels)
     else:
         last = index + 1 if score.loss is None else None
         passes = _passes_from(model, slice(index, last), stream, needs_gradient=score.through_activations)
-        scores = _score(model, numbered, passes, method, gradient_checkpointing)
+        scores = _score(model, numbered, passes, method, gradient_checkpointing, labels)
     return {kind: layers[0] for kind, layers in scores.items()}
 
 
@@ -88,6 +146,7 @@ def _score(
     passes: Passes,
     method: ScoreName,
     gradient_checkpointing: bool,
+    labels: Tensor | None,
 ) -> Scores:
     """Scores of these layers' structures; `passes` is not begun where no text is needed.
 
@@ -95,7 +154,7 @@ def _score(
         numbered: the layers by their index.
     """
     score = SCORES[method](model, list(numbered.values()))
-    batches, tokens = _run(model, score, passes, gradient_checkpointing) if score.needs_text else (0, 0)
+    batches, tokens = _run(model, score, passes, gradient_checkpointing, labels) if score.needs_text else (0, 0)
     return _finished(model, score, list(numbered), batches, tokens)
 
 
@@ -118,7 +177,9 @@ def _finished(model: PreTrainedModel, score: Score, indices: list[int], batches:
     return score.scores
 
 
-def _run(model: PreTrainedModel, score: Score, passes: Passes, gradient_checkpointing: bool) -> tuple[int, int]:
+def _run(
+    model: PreTrainedModel, score: Score, passes: Passes, gradient_checkpointing: bool, labels: Tensor | None
+) -> tuple[int, int]:
     """Let a score see the text; the number of batches and of tokens."""
     if score.loss is None:
         with torch.no_grad(), hooked(score.hooks()):
@@ -131,15 +192,23 @@ def _run(model: PreTrainedModel, score: Score, passes: Passes, gradient_checkpoi
         _checkpointing(model, gradient_checkpointing),
     ):
         for place, ids, hidden in passes:
-            losses = token_losses(decoder_of(model).logits, hidden, ids)
-            check_losses(model, losses, place, "calibration")
-            _reduced(score, losses).backward()
+            _batch_loss(model, score, hidden, ids, place, labels).backward()
             batches, tokens = batches + 1, tokens + ids.numel()
     return batches, tokens
 
 
-def _reduced(score: Score | type[Score], losses: Tensor) -> Tensor:
-    """A batch's loss that the gradients are of."""
+def _batch_loss(
+    model: PreTrainedModel, score: Score | type[Score], hidden: Tensor, ids: Tensor, place: int, labels: Tensor | None
+) -> Tensor:
+    """A batch's loss that the gradients are of.
+
+    Args:
+        place: the batch's first window.
+        labels: of all windows.
+    """
+    mine = None if labels is None else labels[place : place + len(ids)].to(ids.device)
+    losses = token_losses(decoder_of(model).logits, hidden, ids, mine)
+    check_losses(model, losses, place, "calibration")
     return losses.mean() if score.loss == "mean" else losses.sum()
 
 
@@ -156,7 +225,11 @@ def _passes_from(model: PreTrainedModel, layers: slice, stream: LayerStream, nee
 
 
 def _score_by_layers(
-    model: PreTrainedModel, numbered: dict[int, LayerParts], stream: LayerStream, method: ScoreName
+    model: PreTrainedModel,
+    numbered: dict[int, LayerParts],
+    stream: LayerStream,
+    method: ScoreName,
+    labels: Tensor | None,
 ) -> Scores:
     """As `_score`, with each layer fetched once for the forward pass and once for the backward pass.
 
@@ -168,7 +241,7 @@ def _score_by_layers(
         found = _scores_without_gradients(model, numbered, stream, score)
     else:
         with _only_trainable(model, []):
-            entering, gradients = _forward(model, stream, score)
+            entering, gradients = _forward(model, stream, score, labels)
             found = _scores_on_the_way_back(model, numbered, stream, score, entering, gradients)
     return {kind: [found[index][kind][0] for index in numbered] for kind in DECODER_KINDS}
 
@@ -195,7 +268,9 @@ def _scores_without_gradients(
     return found
 
 
-def _forward(model: PreTrainedModel, stream: LayerStream, score: type[Score]) -> tuple[States, States]:
+def _forward(
+    model: PreTrainedModel, stream: LayerStream, score: type[Score], labels: Tensor | None
+) -> tuple[States, States]:
     """The states that enter each layer, by layer and batch, and the loss's derivative by what leaves the last one, by
     batch."""
     decoder, entering, gradients = stream.decoder, stream.decoder.states(), stream.decoder.states()
@@ -209,9 +284,7 @@ def _forward(model: PreTrainedModel, stream: LayerStream, score: type[Score]) ->
                     entering.put((index + 1, number), layer(entering.get((index, number)), **options[index]))
     for number, (place, ids) in enumerate(zip(stream.places, stream.ids, strict=True)):
         state = entering.take((depth, number)).detach().requires_grad_()
-        losses = token_losses(decoder.logits, decoder.norm(state), ids)
-        check_losses(model, losses, place, "calibration")
-        _reduced(score, losses).backward()
+        _batch_loss(model, score, decoder.norm(state), ids, place, labels).backward()
         gradients.put(number, _gradient(state))
     return entering, gradients
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from compression import importance
 from compression.config import choice_of
+from compression.runtime import UserError
 from compression.structures import DECODER_KINDS, LayerParts, Rows
 from compression.tables import Column, markdown_table
 
@@ -60,6 +61,8 @@ class Score(ABC):
     loss: ClassVar[Literal["mean", "sum"] | None] = None
     """A batch's loss that the gradients are of: mean or sum over its tokens; None: no backward pass, so that the
     forward pass may end behind the layers that are scored."""
+    default_loss: ClassVar[Literal["text", "kl"]] = "text"
+    """Which loss it is at its best with, see `LossName`."""
     through_activations: ClassVar[bool] = False
     """Whether the backward pass has to reach activations, which it does not where no weight takes a gradient."""
 
@@ -109,6 +112,7 @@ class Fisher(Score):
         "text's total loss (after Kwon et al. 2022, who take it per example)"
     )
     loss = "sum"
+    default_loss = "kl"
     through_activations = True
 
     def hooks(self) -> Iterator[RemovableHandle]:
@@ -271,6 +275,33 @@ def scores_markdown() -> str:
 def _needs(score: type["Score"]) -> str:
     needs = ["text"] * score.needs_text + ["gradients"] * (score.loss is not None)
     return ", ".join(needs) or "weights"
+
+
+LossName = Literal["auto", "text", "kl"]
+"""The loss behind scores.
+
+text: that of the text's next tokens. Its squared derivatives are an empirical Fisher information.
+
+kl: the divergence KL(dense || pruned) of next-token predictions, by one draw: the loss of tokens that are drawn from
+the dense model's predictions, whose expectation is that divergence and a constant. At the dense model the divergence
+and its gradient are zero, and its second derivative is the true Fisher information: the squared derivatives for drawn
+tokens are an unbiased estimate of it, for tokens are drawn independently, so that cross terms vanish (on both Fishers:
+Kunstner et al. 2019, arXiv:1905.12558). Of a model that is pruned already the derivatives' mean is the divergence's
+gradient, and their mean square is that gradient's square and the scatter around it, which is the Fisher information as
+far as the two models still agree.
+"""
+
+
+def loss_of(name: LossName, method: str) -> Literal["text", "kl"]:
+    """The loss behind scores, auto resolved.
+
+    Raises:
+        UserError: a divergence behind scores that look at no loss.
+    """
+    score = SCORES[method]
+    if name == "kl" and score.loss is None:
+        raise UserError(f"--score_loss kl: {method} looks at no loss; allowed are auto and text")
+    return score.default_loss if name == "auto" else name
 
 
 # Type of a field that chooses a score; carries the flag's allowed values and its help.
