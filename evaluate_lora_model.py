@@ -4,9 +4,9 @@
         [--dense_model models/llm-local] [--quantized_model results/NAME_nf4]
     python evaluate_lora_model.py --pruned_model results/NAME/models --lora_dir None
 
-Measures perplexity, zero-shot accuracy and efficiency; writes results/lora_evaluation.json (--output_file) and prints a
-table. Without --merged_model the adapter is merged in memory; the models of --dense_model and --quantized_model are in
-the table where they are given.
+Measures perplexity, zero-shot accuracy and efficiency, and with --dense_model how far the others' predictions are from
+that model's; writes results/lora_evaluation.json (--output_file) and prints a table. Without --merged_model the adapter
+is merged in memory; the models of --dense_model and --quantized_model are in the table where they are given.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
@@ -17,9 +17,12 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from compression.checkpoint import identify, load_language_model, require_language_model
+from compression.checkpoint import identify, load_language_model, read_stage, require_language_model
 from compression.config import Config, Flat, group, run_script
+from compression.decoder import decoder_of
 from compression.files import write_json
+from compression.lineage import ancestors
+from compression.llm.agreement import FAST_AGREEMENT, Agreement, agreement, last_states, unseen_text
 from compression.llm.evaluate import (
     FAST_EVALUATION,
     Evaluation,
@@ -29,6 +32,7 @@ from compression.llm.evaluate import (
     measure_efficiency,
 )
 from compression.llm.lora import load_adapter, require_adapter
+from compression.model_card import data_of
 from compression.outputs import check_files, new_files
 from compression.quantization import nf4_base
 from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype, shown
@@ -58,8 +62,9 @@ class LoraEvaluationConfig(Config):
     data_dir: str | None = None
     """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
     evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="all", eval_ppl_datasets="wikitext2")
+    agreement: Flat[Agreement] = group(Agreement, agreement_text="auto")
 
-    presets: ClassVar = {"fast": FAST_EVALUATION}
+    presets: ClassVar = {"fast": FAST_EVALUATION | FAST_AGREEMENT}
 
 
 def main(config: LoraEvaluationConfig) -> None:
@@ -74,6 +79,8 @@ def main(config: LoraEvaluationConfig) -> None:
     for role, model in models.items():
         log.info("%s:", role)
         figures[role] = measure(model, tokenizer, tests, config.evaluation, config.data_dir)
+    if config.dense_model is not None:
+        add_agreement(config, models, tokenizer, figures)
     if config.evaluation.evaluates("efficiency"):
         costs = measure_efficiency(models, next(iter(models.values())).device, config.evaluation)
         for role in models:
@@ -132,6 +139,25 @@ def load_models(config: LoraEvaluationConfig) -> tuple[dict[str, PreTrainedModel
     return models, tokenizer
 
 
+def add_agreement(
+    config: LoraEvaluationConfig, models: dict[str, PreTrainedModel], tokenizer: Any, figures: dict[str, dict[str, Any]]
+) -> None:
+    """Compare the predictions of all models with the dense one's, on text that pruning was not calibrated on."""
+    stage, dense = read_stage(config.pruned_model) or {}, models[DENSE]
+    records = [stage, *(step.record for step in ancestors(stage))]
+    seen = {entry["name"] for record in records for entry in data_of(record)}
+    unseen = unseen_text(config.agreement, seen, config.data_dir, 0, tokenizer, dense)
+    if unseen is None:
+        return
+    states = last_states(dense, unseen.windows)
+    about = {"text": unseen.corpus.describe(), "windows": list(unseen.windows.shape)}
+    for role, model in models.items():
+        if model.config.vocab_size != dense.config.vocab_size:
+            log.info("%s: predicts other tokens than the dense model, so their agreement is left out", role)
+            continue
+        figures[role]["agreement"] = agreement(model, unseen.windows, states, decoder_of(dense).logits) | about
+
+
 def table(figures: dict[str, dict[str, Any]]) -> str:
     """One line per figure, one column per model."""
     rows = [{"model": role} | found for role, found in figures.items()]
@@ -146,12 +172,21 @@ def columns(found: dict[str, Any]) -> list[Column]:
         *(Column(f"perplexity, {name}", at("perplexity", name), "{:.2f}") for name in found["perplexity"]),
         *(Column(f"{task}, %", zero_shot_accuracy(task), "{:.1f} ± {:.1f}") for task in found.get("zeroshot", {})),
     ]
+    if "agreement" in found:
+        name = found["agreement"]["text"]["name"]
+        shown.append(Column(f"KL to the dense model, {name}", agreed("kl"), "{:.3f}", missing=""))
+        shown.append(Column(f"first choice as the dense model's, {name}, %", agreed("top1", 100), "{:.1f}", missing=""))
     if "efficiency" in found:
         shown.append(Column("GMACs of the layers", at("efficiency", "macs", "encoder", per=1e9), "{:.3f}"))
         for phase in ("prefill", "decode"):
             speed = at("efficiency", phase, "median_tokens_per_second")
             shown.append(Column(f"{phase}, tokens/s", speed, "{:.1f}"))
     return shown
+
+
+def agreed(what: str, times: float = 1) -> Callable[[dict[str, Any]], float | None]:
+    """The getter of a figure of `agreement`; None where a model was not compared."""
+    return lambda found: times * found["agreement"][what] if "agreement" in found else None
 
 
 def zero_shot_accuracy(task: str) -> Callable[[dict[str, Any]], tuple[float, float]]:

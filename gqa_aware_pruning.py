@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from compression.config import AtLeast, Between, Config, Flat, Originally, formerly, group, pick, run_script
 from compression.files import write_json
 from compression.hub import Publishing
+from compression.llm.agreement import FAST_AGREEMENT, Agreement
 from compression.llm.evaluate import Evaluation
 from compression.llm.gqa_pruning import (
     SWEEP,
@@ -97,10 +98,11 @@ class GQAAwarePruningConfig(Config):
         Calibration, dataset="wikitext2", num_samples=8, repair_samples=64, sequence_length=1024
     )
     evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
+    agreement: Flat[Agreement] = group(Agreement, agreement_text="auto")
     finetuning: Flat[Finetuning] = group(Finetuning, finetune=False)
     publishing: Flat[Publishing] = group(Publishing)
 
-    presets: ClassVar = {"fast": FAST | dict(search_steps=3)}
+    presets: ClassVar = {"fast": FAST | FAST_AGREEMENT | dict(search_steps=3)}
 
     def check(self) -> None:
         Between(self.min_rate, 0.95).check("max_rate", self.max_rate)

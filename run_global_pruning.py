@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from compression.config import AtLeast, Between, Config, Flat, Originally, group, pick, run_script
 from compression.files import write_json
 from compression.hub import Publishing
+from compression.llm.agreement import FAST_AGREEMENT, Agreement
 from compression.llm.evaluate import Evaluation
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.plots import plot_removal, plot_retained
@@ -75,11 +76,12 @@ class GlobalPruningConfig(Config):
         Calibration, dataset="wikitext2", num_samples=32, repair_samples=64, sequence_length=1024
     )
     evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
+    agreement: Flat[Agreement] = group(Agreement, agreement_text="auto")
     finetuning: Flat[Finetuning] = group(Finetuning, finetune=False)
     publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {
-        "fast": FAST,
+        "fast": FAST | FAST_AGREEMENT,
         "paper": dict(importance_method="taylor", normalize="none", temperature=1.0, compensation="none", round_to=1),
     }
 

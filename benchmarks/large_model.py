@@ -162,6 +162,7 @@ def pruning_command(config: LargeModelConfig, name: str, offload: str, device: s
         "eval_ppl_datasets": text,
         "eval_samples": config.eval_samples,
         "eval_length": config.length,
+        "agreement_text": "none",
         "device_map": device,
         "dtype": config.dtype,
         "offload": offload,

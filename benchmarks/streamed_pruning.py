@@ -74,6 +74,7 @@ def command(config: StreamedPruningConfig, way: str, folder: Path) -> list[str]:
     """The command line of one way."""
     launch, place = WAYS[way]
     flags: dict[str, Any] = {"results_dir": folder.parent, "output_name": folder.name, "offload": place}
+    flags["agreement_text"] = "none"
     for name in ("base_model", "data_dir", "importance_method"):
         if getattr(config, name) is not None:
             flags[name] = getattr(config, name)

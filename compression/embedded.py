@@ -107,9 +107,15 @@ def install_reviews(stands_for: str, folder: Path) -> None:
 def ensure_reviews(stands_for: str, folder: Path = SENTIMENT_FOLDER / "embedded") -> Path:
     """Make sure that the file of the embedded reviews and film plots lies on the disk."""
     path = reviews_file(folder)
+    problem: UserError | None = None
     with processes().main_process_first():
         if not path.is_file():
-            install_reviews(stands_for, Path(folder))
+            try:
+                install_reviews(stands_for, Path(folder))
+            except UserError as error:  # raised behind this block, where the other processes wait for the first one
+                problem = error
+    if problem is not None:
+        raise problem
     return path
 
 

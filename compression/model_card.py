@@ -225,7 +225,8 @@ class Figure:
 
 
 def figures_of(stage: Record) -> Iterator[Figure]:
-    """A classifier's metric on its validation data; a language model's perplexities and zero-shot accuracies."""
+    """A classifier's metric on its validation data; a language model's perplexities and zero-shot accuracies, and how
+    far its predictions are from the dense model's."""
     metrics, data = as_object(stage.get("metrics")), as_object(stage.get("data"))
     for name, value in metrics.items():
         if f"selection_{name}" in metrics and isinstance(data.get("name"), str):
@@ -241,11 +242,17 @@ def figures_of(stage: Record) -> Iterator[Figure]:
     for task, found in as_object(model.get("zeroshot")).items():
         before = as_object(as_object(dense.get("zeroshot")).get(task)).get("acc")
         yield Figure("accuracy", found["acc"], task, "", f"zero-shot, n = {found['n']}", before)
+    if compared := as_object(metrics.get("agreement")):
+        windows, length = compared["windows"]
+        where = compared["text"]["name"], compared["text"]["part"], f"{windows} windows of {length} tokens"
+        yield Figure("perplexity", compared["perplexity"]["pruned"], *where, compared["perplexity"]["dense"])
+        yield Figure("kl_from_dense", compared["kl"], *where)
+        yield Figure("top1_agreement_with_dense", compared["top1"], *where)
 
 
 def other_figures(stage: Record) -> dict[str, float]:
     """The numbers among a stage's metrics that stand for themselves, those of groups as `group.name`."""
-    known = {"dense", "pruned", "before", "after", "efficiency"}
+    known = {"dense", "pruned", "before", "after", "efficiency", "agreement"}
     found: dict[str, float] = {}
     for name, value in as_object(stage.get("metrics")).items():
         inner = value if isinstance(value, dict) and name not in known else {}

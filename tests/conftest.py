@@ -244,7 +244,7 @@ def pruning_flags(base, output):
     """Flags of both pruning scripts that let them prune `base` in no time, on the text beside it."""
     text = base.parent / "text.txt"
     places = ["--base_model", base, "--results_dir", output, "--dataset", text, "--eval_ppl_datasets", text]
-    lengths = ["--sequence_length", "32", "--analysis_length", "16", "--eval_length", "32"]
+    lengths = ["--sequence_length", "32", "--analysis_length", "16", "--eval_length", "32", "--agreement_text", "none"]
     return [*places, *lengths, "--fast", "--dtype", "float32"]
 
 

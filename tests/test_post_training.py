@@ -316,6 +316,8 @@ def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
         eval_samples=8,
         dtype="float32",
         dense_model=folder / "dense",
+        agreement_text=str(folder / "text.txt"),
+        agreement_length=32,
     )
     setup_logging()
     evaluate_lora_model.main(config)
@@ -331,9 +333,15 @@ def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
     assert values["merged"] == pytest.approx(values["base+adapter"], rel=1e-4)
     macs = {name: figures["efficiency"]["ratios"]["macs"] for name, figures in found.items()}
     assert macs["base"] == macs["merged"] == 1 < macs["base+adapter"] and macs["dense"] > 1
+    compared = {name: figures["agreement"] for name, figures in found.items()}
+    assert (compared["dense"]["kl"], compared["dense"]["top1"]) == (0, 1)
+    assert compared["base"]["kl"] > 0 and compared["base"]["top1"] < 1
+    assert compared["merged"]["kl"] == pytest.approx(compared["base+adapter"]["kl"], rel=1e-2)
     printed = capsys.readouterr().out
     (line,) = (line for line in printed.splitlines() if line.startswith("perplexity, text.txt"))
     assert line.split()[2:] == [f"{value:.2f}" for value in values.values()]
+    (line,) = (line for line in printed.splitlines() if line.startswith("KL to the dense model, text.txt"))
+    assert line.split()[6:] == [f"{figures['kl']:.3f}" for figures in compared.values()]
 
 
 # The command line.

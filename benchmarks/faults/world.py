@@ -22,7 +22,7 @@ EVALUATE = f"--eval_ppl_datasets {TEXT} --eval_length 16 --eval_samples 2"
 PRUNE = (
     f"--base_model models/llm-local --results_dir results --dataset {TEXT} --sequence_length 16 --analysis_length 16 "
     f"{EVALUATE} --num_samples 2 --repair_samples 4 --held_out_samples 1 --analysis_samples 1 --round_to 1 "
-    "--dtype float32"
+    "--agreement_text none --dtype float32"
 )
 TRAIN = "--data_dir ../data --models_dir models --num_epochs 1 --batch_size 16 --max_length 16"
 RECOVER = (

@@ -121,7 +121,7 @@ def pruned_small(setting: Setting, name: str = "small", *more_flags: object) -> 
         calibration = ["--num_samples", sizes.windows, "--repair_samples", 2 * sizes.windows]
         windows = ["--sequence_length", sizes.length, "--analysis_length", sizes.length // 2, *lengths(setting)]
         places = ["--base_model", base, "--results_dir", setting.work, "--output_name", folder.name]
-        more = ["--run_evaluation", "ppl,efficiency", "--eval_ppl_datasets", evaluated]
+        more = ["--run_evaluation", "ppl,efficiency", "--eval_ppl_datasets", evaluated, "--agreement_text", "none"]
         more += ["--efficiency_repeats", sizes.repeats]
         flags = [*places, "--pruning_ratio", RATIO, *calibration, *windows, *more, *texts, "--resume", *more_flags]
         setting.run("run_global_pruning.py", *flags)

@@ -32,6 +32,7 @@ from compression.decoder import decoder_of
 from compression.files import link_or_copy, read_json, write_json
 from compression.hub import Publishing
 from compression.integrity import RUN_FILE, digest_of, seal
+from compression.llm.agreement import Agreement, Unseen, agreement, last_states, unseen_text
 from compression.llm.evaluate import (
     FAST_EVALUATION,
     Evaluation,
@@ -189,6 +190,7 @@ class RunConfig(Protocol):
     run: RunSettings
     calibration: Calibration
     evaluation: Evaluation
+    agreement: Agreement
     finetuning: Finetuning
     publishing: Publishing
 
@@ -260,6 +262,7 @@ class Run:
         text: windows for scores and repair (of the train part) and for choices (of the validation part).
         saved: what a killed run had finished; there while the run is `running`.
         dense: what the dense model is, see `evaluate.measure`; there from then on.
+        unseen: text for comparing both models' predictions; None leaves that out.
 
     Raises:
         UserError: an input that is missing or of the wrong kind, or results that must not be replaced.
@@ -267,12 +270,14 @@ class Run:
 
     saved: SavedParts
     dense: dict[str, Any]
+    dense_states: Tensor | None
 
     def __init__(self, kind: str, config: RunConfig):
         self.kind, self.config, run = kind, config, config.run
         self.base = ensure_llm(run.base_model, run.models_dir / LLM_FOLDER.name)
         require_unquantized(self.base, "--base_model")
         config.evaluation.check_zero_shot(config.data_dir)
+        config.agreement.check_unseen([text.name for text in config.calibration.texts])
         self.inputs = {"parent": identify(self.base)}
         self.output = Output(run.folder, "--output_name", kind, RUN_FILE)
         self._check_output()
@@ -286,6 +291,10 @@ class Run:
             config.calibration, config.data_dir, run.seed, self.tokenizer, self.model
         )
         self.tests = evaluation_windows(config.evaluation, config.data_dir, self.tokenizer, self.model)
+        self.unseen = None
+        if config.evaluation.run_evaluation != "none":
+            seen = {corpus.name for mixture in self.calibration for corpus in mixture.corpora}
+            self.unseen = unseen_text(config.agreement, seen, config.data_dir, run.seed, self.tokenizer, self.model)
 
     def _check_output(self) -> None:
         config = self.config
@@ -326,6 +335,7 @@ class Run:
             with log_file(self.saved.folder / "logs"):
                 log_phase("evaluation of the dense model")
                 self.dense = self.saved.json("dense", lambda: self._measure(self.model))
+                self.dense_states = self._dense_states()
                 yield
             self.saved.remove()
         self.config.publishing.publish(run.folder / "models")
@@ -334,6 +344,14 @@ class Run:
         config = self.config
         batch_size = config.calibration.gradient_batch_size
         return measure(model, self.tokenizer, self.tests, config.evaluation, config.data_dir, batch_size)
+
+    def _dense_states(self) -> Tensor | None:
+        """The dense model's last states of the text that the pruned one is compared on."""
+        if (unseen := self.unseen) is None:
+            return None
+        batch_size = self.config.calibration.gradient_batch_size
+        find = partial(last_states, self.model, unseen.windows, batch_size)
+        return self.saved.tensors("dense_states", lambda: {"states": find()})["states"]
 
     def removal_perplexities(self, parts: tuple[str, ...] = ("layer", "attention", "mlp")) -> dict[str, Any] | None:
         """What removing each part of the dense model costs; None where the analysis is left out."""
@@ -424,6 +442,8 @@ class Run:
             ratios = efficiency_ratios(costs["pruned"], costs["dense"])
             log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
             results["efficiency"] = costs | {"ratios": ratios}
+        if self.unseen is not None and self.dense_states is not None:
+            results["agreement"] = self._agreement(model, self.unseen, self.dense_states)
         gone, sizes = results["reduction"], [figures["parameters"]["total"] / 1e6 for figures in (dense, pruned)]
         log.info(
             "Gone: %.1f %% of the layers' parameters, %.1f %% of the whole model's (%.1f -> %.1f million); "
@@ -435,6 +455,21 @@ class Run:
             len(pruned["layers"]),
         )
         return results
+
+    def _agreement(self, model: PreTrainedModel, unseen: Unseen, dense_states: Tensor) -> dict[str, Any]:
+        """How far the pruned model's predictions are from the dense one's on text that calibration has not seen."""
+        batch_size = self.config.calibration.gradient_batch_size
+        found = agreement(model, unseen.windows, dense_states, batch_size=batch_size)
+        log.info(
+            "On %s, not calibrated on (%d windows of %d tokens): KL to the dense model %.3f, same first choice "
+            "%.1f %%, perplexity %.2f -> %.2f",
+            unseen.corpus.name,
+            *unseen.windows.shape,
+            found["kl"],
+            100 * found["top1"],
+            *found["perplexity"].values(),
+        )
+        return found | {"text": unseen.corpus.describe(), "windows": list(unseen.windows.shape)}
 
 
 def calibration_text(

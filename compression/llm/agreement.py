@@ -1,0 +1,188 @@
+"""How far a pruned model's predictions are from the dense model's, on text that calibration has not seen.
+
+Perplexity on text like the calibration text flatters a pruned model; the divergence from the dense model on other text
+shows what was lost. Of the dense model no more is kept than its last hidden states [windows, length, hidden]: the
+logits of both models are computed anew from these, a few tokens at a time.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compression.checkpoint import check_positions
+from compression.config import AtLeast, Settings
+from compression.decoder import decoder_of
+from compression.distillation import soft_label_losses
+from compression.llm.head import in_blocks
+from compression.llm.layerwise import final_states
+from compression.llm.mixture import same_text
+from compression.llm.perplexity import exp_of_mean
+from compression.llm.text import EMBEDDED, FILES, Corpus, is_known, load_corpus, sample_windows, tokenize
+from compression.runtime import UserError, from_main_process, log, sum_over_processes
+from compression.text_files import read_json_lines
+
+# Zero-shot data with passages of text, by preference, and the passage of a row.
+PASSAGES: dict[str, Callable[[Any], str]] = {
+    "hellaswag": lambda row: f"{row['query']} {row['choices'][row['gold']]}",
+    "boolq": lambda row: row["passage"].strip(),
+}
+FAST_AGREEMENT = dict(agreement_samples=2)
+
+
+@dataclass
+class Agreement(Settings):
+    """On which text a model's predictions are compared with the dense model's."""
+
+    agreement_text: str = "auto"
+    """Text that calibration has not seen, for KL and agreement with the dense model: a name or file as of --dataset;
+    auto: passages of zeroshot/ in data_dir (hellaswag, boolq), else film plots, else film reviews; or none."""
+    agreement_samples: Annotated[int, AtLeast(1)] = 8
+    """Windows of it."""
+    agreement_length: Annotated[int, AtLeast(2)] = 512
+    """Tokens per window there."""
+
+    def check(self) -> None:
+        if self.agreement_text not in ("auto", "none") and not is_known(self.agreement_text):
+            raise UserError(
+                f"--agreement_text {self.agreement_text}: no such file; allowed are auto, none, a text file, a file of "
+                f"instructions (.json, .jsonl) and {', '.join(FILES)}"
+            )
+
+    def check_unseen(self, calibrated: Collection[str]) -> None:
+        """Raise UserError where the text is one of those that calibration takes."""
+        if any(same_text(self.agreement_text, name) for name in calibrated):
+            raise UserError(f"--agreement_text {self.agreement_text}: is in --dataset; name another text, or none")
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Text that calibration has not seen: where it is from, and token ids [count, length]."""
+
+    corpus: Corpus
+    windows: Tensor
+
+
+def unseen_text(
+    settings: Agreement,
+    seen: Collection[str],
+    data_dir: str | None,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> Unseen | None:
+    """The text that models are compared on; None where there is none, which is logged unless it was asked for.
+
+    Args:
+        seen: what the texts of calibration are called, see `Corpus.name`.
+        seed: of which windows are taken.
+
+    Raises:
+        UserError: a text that was asked for is not there or shorter than a window, or windows beyond the model's
+            positions.
+    """
+    if settings.agreement_text == "none":
+        return None
+    if settings.agreement_text == "auto":
+        corpus, problem = None, "calibration has all there is"
+        try:
+            corpus = _pick(seen, data_dir)
+        except UserError as error:
+            problem = str(error)
+        missing = from_main_process(lambda: corpus is None)  # all of them compare, or none
+        if missing or corpus is None:
+            log.info("Agreement with the dense model: left out (%s); name a text: --agreement_text", problem)
+            return None
+    else:
+        corpus = load_corpus(settings.agreement_text, "test", data_dir, flag="--agreement_text")
+    check_positions(model, "agreement_length", settings.agreement_length)
+    ids = tokenize(tokenizer, corpus)
+    return Unseen(corpus, sample_windows(ids, settings.agreement_length, settings.agreement_samples, seed, corpus.name))
+
+
+def _pick(seen: Collection[str], data_dir: str | None) -> Corpus | None:
+    """The first text that is there and that calibration has not seen."""
+    for task in PASSAGES if data_dir is not None else ():
+        path = Path(str(data_dir)).expanduser() / "zeroshot" / task / "validation.jsonl"
+        if path.is_file():
+            return _passages(path, task)
+    return next((load_corpus(name, "test") for name, title in EMBEDDED.items() if title not in seen), None)
+
+
+def _passages(path: Path, task: str) -> Corpus:
+    found: dict[str, None] = {}  # each once, in their order: several questions are about one passage
+    for number, row in read_json_lines(path, "--data_dir"):
+        try:
+            found[PASSAGES[task](row)] = None
+        except (LookupError, TypeError, AttributeError):
+            raise UserError(f"--data_dir {path}: line {number} has no passage") from None
+    return Corpus(f"{task} passages", "validation", "a local folder", "\n\n".join(found))
+
+
+@torch.no_grad()
+def last_states(model: PreTrainedModel, windows: Tensor, batch_size: int = 1) -> Tensor:
+    """A model's states behind the final norm, [count, length, hidden] in fp32 on the CPU; all processes get all."""
+    found = torch.zeros(*windows.shape, model.config.hidden_size)
+    for place, ids, states in final_states(model, windows, batch_size, "dense model's states"):
+        found[place : place + len(ids)] = states.cpu()
+    sum_over_processes(found)
+    return found
+
+
+@torch.no_grad()
+def agreement(
+    model: PreTrainedModel,
+    windows: Tensor,
+    dense_states: Tensor,
+    dense_logits: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """A model's next-token predictions beside the dense model's. Several processes share the windows.
+
+    Args:
+        windows: token ids [count, length].
+        dense_states: see `last_states`.
+        dense_logits: the dense model's head; None: it is the model's own, which pruning leaves as it is.
+
+    Returns:
+        kl: KL(dense || model) in nats, top1: the share of predictions whose first choice is the dense model's, both
+        means over all places but the windows' last; and the perplexity of both models there.
+
+    Raises:
+        UserError: a perplexity is not finite.
+    """
+    decoder = decoder_of(model)
+    compare = partial(_compared, decoder.logits, dense_logits or decoder.logits)
+    totals = torch.zeros(4, dtype=torch.double)
+    for place, ids, states in final_states(model, windows, batch_size, "agreement"):
+        expected = dense_states[place : place + len(ids)].to(states)
+        rows = (part[:, :-1].flatten(0, 1) for part in (states, expected))
+        totals += in_blocks(compare, *rows, ids[:, 1:].flatten()).double().sum(0).cpu()
+    sum_over_processes(totals)
+    tokens = len(windows) * (windows.shape[1] - 1)
+    kl, top1, *losses = totals.tolist()
+    names = {"dense": "the dense model", "pruned": "the pruned model"}
+    perplexities = {
+        name: exp_of_mean(model, loss, tokens, what) for (name, what), loss in zip(names.items(), losses, strict=True)
+    }
+    return {"kl": kl / tokens, "top1": top1 / tokens, "perplexity": perplexities}
+
+
+def _compared(
+    logits_of: Callable[[Tensor], Tensor],
+    dense_logits_of: Callable[[Tensor], Tensor],
+    states: Tensor,
+    dense_states: Tensor,
+    labels: Tensor,
+) -> Tensor:
+    """Of each token divergence, agreement of first choices, the dense model's loss and the model's, [tokens, 4]."""
+    logits, dense = logits_of(states).float(), dense_logits_of(dense_states).float()
+    same = (logits.argmax(-1) == dense.argmax(-1)).float()
+    losses = [F.cross_entropy(each, labels, reduction="none") for each in (dense, logits)]
+    return torch.stack([soft_label_losses(logits, dense, temperature=1.0), same, *losses], dim=-1)
