@@ -200,6 +200,7 @@ def main(config: MethodsConfig) -> None:
         sample_windows(train, config.length, config.num_samples, config.seed),
         sample_windows(train, config.length, config.repair_samples, config.seed + 1),
         sample_windows(validation, config.length, config.held_out_samples, config.seed),
+        seed=config.seed,
     )
     tests = {
         name: windows(tokenize(tokenizer, load_corpus(name, "test", config.data_dir)), config.length)[
