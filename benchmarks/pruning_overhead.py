@@ -113,7 +113,9 @@ def seconds(call, device: torch.device) -> float:
 
 def compare(name: str, make_model, config: OverheadConfig, device: torch.device) -> dict:
     """Median seconds of a step with pruning off and on, and of the naive scores alone; ratios per round."""
-    budgets = {f"mac {share}": dict(target=("mac", share)) for share in config.budgets}
+    presets = STAGE["GradualPruningWithFinetuningConfig"].presets["half"]  # what deep compression has; other targets
+    long = dict(pruning_end_epoch=8, num_epochs=15)  # so that it lasts as long as with separate sparsities
+    budgets = {f"mac {share}": presets | long | dict(target=("mac", share)) for share in config.budgets}
     ways = {"off": None, "on": {}} | budgets
     trainers = {way: Trainer(make_model(), config, settings) for way, settings in ways.items()}
     plain, pruning = trainers["off"], trainers["on"]
