@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compression.checkpoint import check_positions, find_all, find_exports, load_classifier, load_tokenizer, read_stage
 from compression.classifier.data import DatasetSettings, encode, load_data_for
 from compression.classifier.metrics import classification_metrics, describe_task, paired_difference, predict
-from compression.classifier.models import BASELINE, EVALUATED
+from compression.classifier.models import EVALUATED, baseline_of
 from compression.classifier.parts import TaskData
 from compression.classifier.report import (
     Entry,
@@ -95,11 +95,11 @@ class Candidate:
 
 def load_candidates(found: dict[str, Path], models_dir: Path, device: torch.device) -> dict[str, Candidate]:
     """Every model in PyTorch, behind it its exports; the baseline in bfloat16, too."""
-    candidates = {}
+    candidates, baseline = {}, baseline_of(found)
     for name, folder in found.items():
         model, tokenizer = load_classifier(folder, device)
         candidates[name] = Candidate(folder, model, tokenizer, pytorch(model), size_on_disk(folder))
-        if name == BASELINE:
+        if name == baseline:
             halved = copy.deepcopy(model).to(torch.bfloat16)
             size = {"weights_bytes": bytes_by_part(halved)["total"], "folder_bytes": None}
             candidates[f"{name}, bfloat16"] = Candidate(folder, halved, tokenizer, pytorch(halved), size, name)
@@ -171,14 +171,15 @@ def build_report(found: dict[str, Path], missing: list[Entry], data: TaskData, c
         config.seed,
     )
     entries = {name: entry | work[name] | lineages[name] | timings[name] for name, (entry, _) in measured.items()}
+    baseline = baseline_of(found)
     for name, entry in entries.items():
-        if BASELINE in entries:
-            paired = paired_difference(measured[name][1], measured[BASELINE][1])
-            entry["relative"] = paired | relative_figures(entry, entries[BASELINE])
+        if baseline in entries:
+            paired = paired_difference(measured[name][1], measured[baseline][1])
+            entry["relative"] = paired | relative_figures(entry, entries[baseline])
     return {
         "task": describe_task(task),
         "data": {"name": data.name, "source": data.source, "n": len(data.validation), "duplicates": data.duplicates},
-        "baseline": BASELINE,
+        "baseline": baseline,
         "models": list(entries.values()),
         "missing": missing,
         "warnings": data_warnings([entries[name] for name in found], data.name),

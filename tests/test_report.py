@@ -466,6 +466,18 @@ def test_script_measures_every_model_there_is(script, models_dir, dataset, tmp_p
     assert all(f"| {model['name']} |" in markdown for model in report["models"])
 
 
+def test_without_a_student_models_are_compared_with_the_teacher(script, models_dir, dataset, tmp_path):
+    student = next(path for path in models_dir.iterdir() if read_stage(path)["stage"] == "student")
+    student.rename(tmp_path / "elsewhere")
+    script.main(config_of(script, models_dir, dataset, tmp_path / "results"))
+    report = json.loads((tmp_path / "results" / "final_report.json").read_text())
+    teacher, halved, pruned = report["models"]
+    assert report["baseline"] == teacher["name"] == "Teacher" and halved["name"] == "Teacher, bfloat16"
+    assert teacher["relative"]["macs"] == 1
+    assert pruned["relative"]["macs"] == pytest.approx(pruned["macs"]["total"] / teacher["macs"]["total"])
+    assert "## Against Teacher" in (tmp_path / "results" / "final_report.md").read_text()
+
+
 def test_script_without_any_model_names_the_first_command(script, dataset, tmp_path):
     with pytest.raises(UserError, match="no model.*python 1_finetune_teacher.py") as error:
         script.main(config_of(script, tmp_path / "empty", dataset, tmp_path / "results"))

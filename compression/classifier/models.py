@@ -1,7 +1,7 @@
 """The models that the report and the comparison show."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import cycle
 
@@ -104,7 +104,13 @@ EVALUATED = [
     ),
 ]
 BASELINE = next(model.name for model in EVALUATED if model.stage == "student")
-"""What the report compares the models with."""
+"""What the report compares the models with, if it is there."""
+
+
+def baseline_of(found: Collection[str]) -> str:
+    """What models with these names are compared with: the student, without one the teacher."""
+    teacher = next(model.name for model in EVALUATED if model.stage == "teacher")
+    return teacher if teacher in found and BASELINE not in found else BASELINE
 
 
 def looks(checkpoints: Sequence[str], models: Sequence[EvaluatedModel] = EVALUATED) -> Iterator[tuple[str, str]]:
