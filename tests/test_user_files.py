@@ -80,7 +80,7 @@ def config_of(case, world, target):
     known |= dict(pruned_model=dense, lora_dir=world / "adapter", dataset=text, eval_ppl_datasets=text)
     known |= dict.fromkeys(("max_length", "sequence_length", "flops_sequence_length", "latency_sequence_length"), 16)
     known |= dict.fromkeys(("latency_repeats", "throughput_repeats", "inference_runs", "load_runs"), 2)
-    known |= dict(throughput_batch_size=2, output_name="mine", overwrite=True, embedded=True)
+    known |= dict(throughput_batch_size=2, output_name="mine", overwrite=True, embedded=True, agreement_text="none")
     if name == "post_training.py":
         known["teacher"] = None
     if case == "soft labels":
