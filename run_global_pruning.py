@@ -20,6 +20,7 @@ from compression.llm.agreement import FAST_AGREEMENT, Agreement
 from compression.llm.evaluate import Evaluation
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.plots import plot_removal, plot_retained
+from compression.llm.repair import LocalRanking
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.plots import save_figure
@@ -68,6 +69,12 @@ class GlobalPruningConfig(Config):
     # What becomes of the rest.
     compensation: Literal["none", "lstsq"] = "lstsq"
     """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
+    removal_steps: Annotated[int, AtLeast(0)] = 0
+    """Rounds in which a layer's structures go, once it is known how many; those left are fitted anew after each. 0: the
+    scores choose them."""
+    local_choice: LocalRanking = "product"
+    """What goes first there. obs: what the others make up for best, on what the pruned layers before give; product: the
+    score times the share that they cannot make up for."""
 
     data_dir: str | None = None
     """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
@@ -91,6 +98,8 @@ class GlobalPruningConfig(Config):
         loss_of(self.score_loss, self.importance_method)
         if self.temperature and not self.calibration.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
+        if self.removal_steps and self.compensation == "none":
+            raise UserError(f"--removal_steps {self.removal_steps}: allowed with --compensation none is 0")
         if self.finetuning.finetune:
             recovery_after(self)
 

@@ -102,6 +102,58 @@ def removal_costs(
     return costs.to(inputs.device)
 
 
+def keep_in_rounds(
+    weight: Tensor,
+    inputs: Tensor,
+    count: int,
+    removed: int,
+    rounds: int,
+    factors: Tensor | None = None,
+    ridge: float = RIDGE,
+) -> Tensor:
+    """Which structures stay when so many go, in rounds: bool [count].
+
+    A round takes those whose removal alone changes least of what comes out, the others fitted anew: for the columns S
+    of a structure tr(W_S (E[x x^T]^-1)_SS^-1 W_S^T), the exact cost of a quadratic (optimal brain surgeon; for
+    structures Kurtic et al. 2023, "ZipLM", and Meng et al. 2024, "OSSCAR"). Then what stays takes over, by elimination
+    of these columns from weight and inverse. With one round, structures that stand in for each other may all go
+    together; with as many rounds as structures go, each is the cheapest of its time.
+
+    Args:
+        weight: the output projection [out, count * columns of one structure].
+        inputs: E[x x^T] or X^T X [columns, columns] of what goes into it.
+        rounds: each takes as many as the others, to within one.
+        factors: [count], what costs are multiplied with; None: 1.
+        ridge: share of the mean diagonal that is added to the diagonal of the inputs' matrix.
+    """
+    felt, inverse = weight.float(), _inverse(damp(inputs.to(torch.double, copy=True), ridge)).float()
+    size, left = weight.shape[1] // count, torch.arange(count, device=inputs.device)
+    for number in range(rounds):
+        going = removed * (number + 1) // rounds - removed * number // rounds
+        if not going:
+            continue
+        costs = _single_costs(felt, inverse, len(left))
+        if factors is not None:
+            costs = costs * factors[left]
+        stays = torch.ones(len(left), dtype=torch.bool, device=inputs.device)
+        stays[costs.argsort(stable=True)[:going]] = False
+        left, felt, inverse = left[stays], *_without(felt, inverse, stays.repeat_interleave(size))
+    kept = torch.zeros(count, dtype=torch.bool, device=inputs.device)
+    kept[left] = True
+    return kept
+
+
+def contributions(weight: Tensor, inputs: Tensor, count: int) -> Tensor:
+    """Mean square of what each structure gives through the output projection, [count].
+
+    Args:
+        weight: [out, count * columns of one structure].
+        inputs: E[x x^T], or X^T X for the sum over tokens, [columns, columns].
+    """
+    columns, blocks = _by_structure(weight.float(), count), _diagonal_blocks(inputs.float(), count)
+    return (columns * (blocks @ columns)).sum((1, 2))
+
+
 def _inverse(matrix: Tensor) -> Tensor:
     """The inverse of a symmetric matrix; of a positive definite one in half the time."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
@@ -169,9 +221,19 @@ def _single_costs(felt: Tensor, inverse: Tensor, count: int) -> Tensor:
     size = felt.shape[1] // count
     if size == 1:
         return felt.square().sum(0) / inverse.diagonal()
-    blocks = inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = felt.view(-1, count, size).permute(1, 2, 0)  # [count, size, out]
-    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    columns = _by_structure(felt, count)
+    return (columns * torch.linalg.solve(_diagonal_blocks(inverse, count), columns)).sum((1, 2))
+
+
+def _by_structure(matrix: Tensor, count: int) -> Tensor:
+    """The columns of each structure: [out, count * size] -> [count, size, out]."""
+    return matrix.view(len(matrix), count, -1).permute(1, 2, 0)
+
+
+def _diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
+    """Each structure's own block of a matrix [columns, columns]: [count, size, size]."""
+    size = len(matrix) // count
+    return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def complete_pruned(inner: Tensor, outer: Tensor, kept: Tensor) -> Tensor:

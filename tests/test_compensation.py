@@ -6,8 +6,11 @@ import pytest
 import torch
 from conftest import DECODERS, repair, tiny_decoder
 
+from compression.importance import contributions, keep_in_rounds
 from compression.least_squares import RIDGE, refit
-from compression.structures import CHANNELS, GROUPS, layers_of
+from compression.llm.layerwise import LayerStream
+from compression.llm.repair import LocalChoice, moments_of, repairing
+from compression.structures import CHANNELS, GROUPS, layers_of, spread
 from compression.surgery import shrink_decoder
 
 
@@ -102,3 +105,115 @@ def test_a_gram_matrix_that_is_off_by_rounding_is_solved_all_the_same():
     expected = weight[:, kept].double() + torch.linalg.solve(damped, lost).T
     torch.testing.assert_close(solved[:, kept], expected.float())
     assert not solved[:, ~kept].any()
+
+
+# Biases of output projections.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [GROUPS, CHANNELS])
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_bias_takes_over_what_is_constant(windows, monkeypatch, kind, left):
+    """What always gives the same can go, also all of it, with no other trace than rounding's."""
+    monkeypatch.setattr("compression.least_squares.RIDGE", 1e-6)
+    model = tiny_decoder("llama", mlp_bias=True)
+    parts, kept = layers_of(model)[1], everything(model)
+    kept[kind][1] = stays = torch.arange(parts.count(kind)) < left
+    for rows in parts.attention[2:] if kind == GROUPS else parts.ffn:  # the values, or gate and up
+        rows.module.weight[~rows.spread(stays)] = 0.0
+    expected = model(windows).logits
+    plain = shrink_decoder(copy.deepcopy(model), kept)(windows).logits
+    repair(model, kept, windows, batch_size=8)
+    repaired = shrink_decoder(model, kept)(windows).logits
+    assert (plain - expected).abs().max() > 0.05
+    torch.testing.assert_close(repaired, expected, atol=2e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_weights_and_bias_are_the_least_squares_of_inputs_and_a_one(windows):
+    model = tiny_decoder("llama", mlp_bias=True)
+    kept, inputs = everything(model), []
+    kept[CHANNELS][0] = torch.arange(48) % 3 > 0
+    down = layers_of(model)[0].down
+    whole = down.weight.double().clone(), down.bias.double().clone()
+    handle = down.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1).double()))
+    model(windows)
+    handle.remove()
+    repair(model, kept, windows, batch_size=7)
+    columns = kept[CHANNELS][0]
+    x, wanted = inputs[0], inputs[0] @ whole[0].T + whole[1]
+    # The ridge is on the change of the weights, none on that of the bias.
+    ridge = RIDGE * (x - x.mean(0))[:, columns].square().sum(0).mean()
+    ones = torch.cat([x[:, columns], torch.ones(len(x), 1)], 1)
+    start = torch.cat([whole[0][:, columns], whole[1][:, None]], 1).T
+    penalty = ridge * torch.eye(33).double()
+    penalty[-1, -1] = 0.0
+    solution = start + torch.linalg.solve(ones.T @ ones + penalty, ones.T @ (wanted - ones @ start))
+    torch.testing.assert_close(down.weight[:, columns].double(), solution[:-1].T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(down.bias.double(), solution[-1], rtol=1e-3, atol=1e-4)
+    assert layers_of(tiny_decoder("qwen2"))[0].down.bias is None
+
+
+# Which structures go, where it is known how many.
+
+
+def local(model, kept, windows, *choice):
+    step = repairing(model, kept, windows, 8, LocalChoice(*choice))
+    for index in range(4):
+        step(index)
+
+
+@torch.no_grad()
+def test_local_choice_is_by_what_comes_in_and_keeps_the_numbers(windows):
+    """Each layer's choice sees what the layers before it, chosen and repaired, give."""
+    model, dense, kept = tiny_decoder(), tiny_decoder(), everything(tiny_decoder())
+    for index in range(4):
+        kept[CHANNELS][index] = torch.arange(48) < (30, 48, 0, 17)[index]
+        kept[GROUPS][index] = torch.arange(4) < (4, 2, 3, 0)[index]
+    counts = {kind: [int(stays.sum()) for stays in kept[kind]] for kind in kept}
+    local(model, kept, windows, 5)
+    assert {kind: [int(stays.sum()) for stays in kept[kind]] for kind in kept} == counts
+    stream = LayerStream(model, windows, 8, layer=3)
+    moments = moments_of(model, 3, CHANNELS, stream)
+    expected = keep_in_rounds(layers_of(dense)[3].down.weight, moments.gram, 48, 31, 5)
+    assert torch.equal(kept[CHANNELS][3], expected)
+    columns = spread(kept[CHANNELS][3], 48)
+    torch.testing.assert_close(
+        layers_of(model)[3].down.weight, refit(layers_of(dense)[3].down.weight, moments.gram, columns)
+    )
+
+
+@torch.no_grad()
+def test_product_weighs_scores_with_what_others_cannot_make_up_for(windows):
+    model, kept = tiny_decoder("qwen2"), everything(tiny_decoder("qwen2"))
+    for kind, count in ((CHANNELS, 48), (GROUPS, 4)):
+        kept[kind][0] = torch.arange(count) > 0
+    draw = torch.Generator().manual_seed(5)
+    scores = {kind: [torch.rand(len(stays), generator=draw) for stays in kept[kind]] for kind in kept}
+    parts = layers_of(tiny_decoder("qwen2"))[0]
+    gram = moments_of(model, 0, GROUPS, LayerStream(model, windows, 8)).gram
+    damped = gram.double() + RIDGE * gram.diagonal().mean() * torch.eye(32)
+    given = contributions(parts.o.weight, gram, 4)
+    shares = []
+    for group in range(4):
+        columns = torch.arange(32) // 8 == group
+        block = torch.linalg.inv(torch.linalg.inv(damped)[columns][:, columns])
+        shares.append((parts.o.weight[:, columns].double() @ block * parts.o.weight[:, columns]).sum() / given[group])
+    local(model, kept, windows, 1, scores)
+    assert (~kept[GROUPS][0]).nonzero().item() == (torch.stack(shares) * scores[GROUPS][0]).argmin()
+
+
+@torch.no_grad()
+def test_rounds_leave_less_error_than_scores(model, windows):
+    """With half of a layer's channels copies of the others, and scores that say nothing."""
+    for linear in (rows.module for rows in layers_of(model)[1].ffn):
+        linear.weight[24:] = linear.weight[:24]
+    expected, errors = model(windows).logits, {}
+    for name, choice in (("none", None), ("one", LocalChoice(1)), ("many", LocalChoice(24))):
+        copied, kept = copy.deepcopy(model), everything(model)
+        kept[CHANNELS][1] = torch.arange(48) % 24 < 12
+        step = repairing(copied, kept, windows, 8, choice)
+        for index in range(4):
+            step(index)
+        errors[name] = (shrink_decoder(copied, kept)(windows).logits - expected).square().mean().item()
+    assert errors["many"] < 0.2 * min(errors["none"], errors["one"])

@@ -60,6 +60,8 @@ def test_budget_is_met_to_within_one_structure(text, family, seed):
         iterative_steps=1 + int(3 * draw[2]),
         importance_method=("obs", "fisher", "taylor", "wanda", "taylor_2nd")[seed],
         compensation=("none", "lstsq")[seed % 2],
+        removal_steps=(0, 1, 0, 5, 0)[seed],
+        local_choice=("obs", "product")[seed == 3],
         round_to=(1, 4)[seed % 2],
     )
     small = pruning_of(model, settings, text).prune()
@@ -258,6 +260,16 @@ def test_factor_of_least_perplexity_is_taken(text, monkeypatch):
     assert all(mask.all() for mask in kept[GROUPS]), "with the largest factor no attention goes"
 
 
+@pytest.mark.parametrize("ranking", ["obs", "product"])
+def test_local_choice_keeps_the_sizes_and_not_what_the_scores_keep(text, ranking):
+    settings = config(compensation="lstsq", removal_steps=8, local_choice=ranking)
+    local, plain = pruning_of(tiny_decoder(), settings, text), pruning_of(tiny_decoder(), config(), text)
+    sizes = [[(parts.groups, parts.channels) for parts in layers_of(each.prune())] for each in (local, plain)]
+    assert sizes[0] == sizes[1]
+    same = [torch.equal(*both) for both in zip(local.places[CHANNELS], plain.places[CHANNELS], strict=True)]
+    assert not all(same)
+
+
 def test_table_says_what_went_when(text):
     model = tiny_decoder()
     total = parameters(model)
@@ -274,10 +286,11 @@ def test_table_says_what_went_when(text):
         assert [sum(row["kind"] == kind for row in left) for kind in DECODER_KINDS] == [parts.groups, parts.channels]
 
 
-def test_what_is_kept_is_where_the_table_says(text):
+@pytest.mark.parametrize("fields", [{}, {"compensation": "lstsq", "removal_steps": 4}], ids=str)
+def test_what_is_kept_is_where_the_table_says(text, fields):
     """Weights of the smaller model are those of the dense one at the places that the table names."""
     dense = tiny_decoder()
-    pruning = pruning_of(tiny_decoder(), config(iterative_steps=3, pruning_ratio=0.6, epsilon=0.3), text)
+    pruning = pruning_of(tiny_decoder(), config(iterative_steps=3, pruning_ratio=0.6, epsilon=0.3, **fields), text)
     small = pruning.prune()
     for index, layer in enumerate(pruning.origin):
         places = pruning.places[CHANNELS][index]
@@ -295,6 +308,8 @@ def test_what_is_kept_is_where_the_table_says(text):
         ({"tau": -1.0}, "--tau -1.0: allowed is at least 0"),
         ({"iterative_steps": 0}, "--iterative_steps 0: allowed is at least 1"),
         ({"attention_factors": ()}, "allowed are one or more above 0"),
+        ({"removal_steps": -1}, "--removal_steps -1: allowed is at least 0"),
+        ({"removal_steps": 4}, "--removal_steps 4: allowed with --compensation none is 0"),
     ],
 )
 def test_bad_values_are_refused(fields, message):

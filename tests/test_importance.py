@@ -157,3 +157,67 @@ def test_columns_that_go_together_share_what_they_cost(monkeypatch, tokens, toge
     gone = order[:together].tolist()
     joint = second_order_loss(weight, fitted_without(weight, inputs, gone), inputs, gradients)
     assert costs[gone].sum().item() == pytest.approx(joint, rel=1e-2)
+
+
+def error_without(weight, inputs, gone):
+    """What comes out otherwise when these columns are gone and the others are fitted anew."""
+    return (inputs @ (fitted_without(weight, inputs, gone) - weight).T).square().sum().item()
+
+
+def gone_of(kept, size=1):
+    return [column for column, stays in enumerate(kept.repeat_interleave(size).tolist()) if not stays]
+
+
+@pytest.mark.parametrize("count", [12, 4])
+@pytest.mark.parametrize("removed", [1, 3])
+def test_rounds_of_one_take_what_costs_least_by_brute_force(tokens, count, removed):
+    weight, inputs, _ = tokens
+    gram, size = inputs.T @ inputs, 12 // count
+    before = gram.clone()
+    kept = importance.keep_in_rounds(weight, gram, count, removed, removed, ridge=1e-7)
+    expected = []
+    for _ in range(removed):
+        errors = {}
+        for place in set(range(count)) - set(expected):
+            columns = [place * size + column for place in (*expected, place) for column in range(size)]
+            errors[place] = error_without(weight, inputs, columns)
+        expected.append(min(errors, key=errors.__getitem__))
+    assert sorted((~kept).nonzero()[:, 0].tolist()) == sorted(expected)
+    assert torch.equal(gram, before)
+
+
+@pytest.mark.parametrize("count", [40, 10])
+def test_more_rounds_leave_less_error(count):
+    """On inputs of low rank, as real ones are, what stands in for others must not go with them."""
+    errors = {rounds: 0.0 for rounds in (1, 4, count // 2)}
+    for seed in range(5):
+        draw = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(300, 20, generator=draw) @ torch.randn(20, 40, generator=draw)
+        inputs += 0.1 * torch.randn(300, 40, generator=draw)
+        weight = torch.randn(8, 40, generator=draw)
+        for rounds in errors:
+            kept = importance.keep_in_rounds(weight, inputs.T @ inputs, count, count // 2, rounds)
+            assert kept.sum() == count - count // 2
+            errors[rounds] += error_without(weight, inputs, gone_of(kept, 40 // count))
+    one, some, every = errors.values()
+    assert every <= some <= one and every < 0.7 * one
+
+
+def test_factors_decide_where_costs_do_not(tokens):
+    weight, inputs, _ = tokens
+    gram = inputs.T @ inputs
+    factors = torch.ones(12)
+    factors[[2, 7]] = 1e-6
+    kept = importance.keep_in_rounds(weight, gram, 12, 2, 1, factors)
+    assert gone_of(kept) == [2, 7]
+
+
+@pytest.mark.parametrize("count", [12, 4])
+def test_contributions_are_mean_squares_of_what_comes_out(tokens, count):
+    weight, inputs, _ = tokens
+    size = 12 // count
+    alone = [
+        (inputs[:, first : first + size] @ weight[:, first : first + size].T).square().sum(1).mean()
+        for first in range(0, 12, size)
+    ]
+    torch.testing.assert_close(importance.contributions(weight, inputs.T @ inputs / 200, count), torch.stack(alone))

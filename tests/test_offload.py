@@ -141,7 +141,7 @@ def weights_of(folder):
 
 
 SCRIPTS = {
-    "run_global_pruning.py": ["--iterative_steps", "2", "--attention_factors", "0.5", "2"],
+    "run_global_pruning.py": ["--iterative_steps", "2", "--attention_factors", "0.5", "2", "--removal_steps", "3"],
     "gqa_aware_pruning.py": ["--protect_first", "1", "--protect_last", "1", "--iterative_steps", "2"],
 }
 

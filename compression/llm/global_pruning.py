@@ -20,7 +20,7 @@ from compression.allocation import Pool, all_but_least, keep_or_drop_layers
 from compression.decoder import decoder_of
 from compression.hooks import hooked
 from compression.llm.perplexity import perplexity
-from compression.llm.repair import repairing
+from compression.llm.repair import LocalChoice, LocalRanking, repairing
 from compression.llm.score_passes import labels_behind, score_structures
 from compression.llm.scoring import SCORES, LossName, ScoreName, loss_of
 from compression.llm.text import CalibrationText
@@ -67,6 +67,8 @@ class Budget:
     attention_factors: tuple[float, ...]
     iterative_steps: int
     compensation: Literal["none", "lstsq"]
+    removal_steps: int
+    local_choice: LocalRanking
     uniform: bool
     round_to: int
 
@@ -141,26 +143,37 @@ class GlobalPruning:
             self._note(scores, densities)
             log.info("Step %d of %d: %s", step, steps, _summary(kept))
             biased = [parts.biased for parts in layers_of(self.model)]
-            self.model = self._shrink(kept, step)
+            self.model, kept = self._shrink(kept, step, self._local_choice(scores))
             self._follow(kept, step, biased)
         return self.model
 
-    def _shrink(self, kept: Kept, step: int) -> PreTrainedModel:
-        """The smaller model, repaired where that is asked for; of an offloaded one layer by layer, to the disk."""
+    def _local_choice(self, scores: Kept) -> LocalChoice | None:
+        """What chooses within a layer; None: the scores have chosen."""
+        if not self.budget.removal_steps:
+            return None
+        return LocalChoice(self.budget.removal_steps, scores if self.budget.local_choice == "product" else None)
+
+    def _shrink(self, kept: Kept, step: int, choice: LocalChoice | None) -> tuple[PreTrainedModel, Kept]:
+        """The smaller model, repaired where that is asked for; of an offloaded one layer by layer, to the disk. And
+        what stays in it."""
         model = self.model
 
         def repairs() -> Callable[[int], None]:
             if self.budget.compensation == "none":
                 return lambda _: None
-            return repairing(model, kept, self.text.repair, self.text.batch_size)
+            return repairing(model, kept, self.text.repair, self.text.batch_size, choice)
+
+        def chosen() -> Kept:
+            return kept if choice is None else self._cached_by_kind(f"chosen_in_step_{step}", lambda: kept)
 
         def write(folder: Path | None, max_shard_size: int) -> None:
             write_shrunk_decoder(model, kept, folder, max_shard_size, repairs())
+            chosen()  # kept before the model is: a run that finds the model there does not choose again
 
         log_phase("repair and surgery")
         if offload_of(model) is None:
-            return shrink_decoder(model, kept, repairs())
-        return self.store(f"model_of_step_{step}", model, write)
+            return shrink_decoder(model, kept, repairs()), kept
+        return self.store(f"model_of_step_{step}", model, write), chosen()
 
     def _least(self, layer: int, kind: str, count: int) -> int:
         """How many of a layer's structures stay at least, if the layer does."""
