@@ -18,8 +18,9 @@ from compression.files import write_json
 from compression.hub import Publishing
 from compression.llm.agreement import FAST_AGREEMENT, Agreement
 from compression.llm.evaluate import Evaluation
+from compression.llm.evolution import Search
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
-from compression.llm.plots import plot_removal, plot_retained
+from compression.llm.plots import plot_allocations, plot_removal, plot_retained, plot_search
 from compression.llm.repair import LocalRanking
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
@@ -66,6 +67,9 @@ class GlobalPruningConfig(Config):
     attention_factors: tuple[float, ...] = (1.0,)
     """Factors on the scores of groups; of several the one with the least perplexity on held-out text is taken."""
 
+    # Whether the sizes of layers are searched for.
+    allocation_search: Flat[Search] = group(Search)
+
     # What becomes of the rest.
     compensation: Literal["none", "lstsq"] = "lstsq"
     """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
@@ -98,6 +102,11 @@ class GlobalPruningConfig(Config):
         loss_of(self.score_loss, self.importance_method)
         if self.temperature and not self.calibration.analysis_samples:
             raise UserError("--analysis_samples 0: allowed is at least 1 where --temperature is above 0")
+        search = self.allocation_search.search
+        if search != "none" and self.uniform:
+            raise UserError(f"--search {search}: allowed with --uniform is none, for all layers have the same sizes")
+        if search != "none" and self.compensation == "none":
+            raise UserError(f"--search {search}: allowed with --compensation none is none")
         if self.removal_steps and self.compensation == "none":
             raise UserError(f"--removal_steps {self.removal_steps}: allowed with --compensation none is 0")
         if self.finetuning.finetune:
@@ -114,7 +123,9 @@ def main(config: GlobalPruningConfig) -> None:
         # What removing each part of the dense model would cost; then the budget, over all layers at once.
         removal = run.removal_perplexities()
         scoring, budget = pick(Scoring, config), pick(Budget, config)
-        pruning = GlobalPruning(run.model, scoring, budget, run.text, removal, run.saved.tensors, run.store)
+        pruning = GlobalPruning(
+            run.model, scoring, budget, run.text, removal, run.saved.tensors, run.store, config.allocation_search
+        )
         small = pruning.prune()
         if config.uniform:
             small = to_stock(small)
@@ -122,7 +133,7 @@ def main(config: GlobalPruningConfig) -> None:
 
 
 def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, folder: Path) -> None:
-    """Every structure's score and fate, what removing each part costs, and plots of both."""
+    """Every structure's score and fate, what removing each part costs, what a search found, and plots of all."""
     rows = list(pruning.table.values())
     removed = [row for row in rows if row["removed_in_step"] is not None]
     write_csv(folder / "global_group_table.csv", columns_of(rows), rows)
@@ -136,6 +147,11 @@ def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, folde
         write_json(folder / "block_removal_ppl.json", block)
         save_figure(plot_removal(removal), folder / "removal_perplexity.png")
     save_figure(plot_retained(rows), folder / "retained.png")
+    for searched in pruning.searches:
+        name = f"search_of_step_{searched['step']}"
+        write_json(folder / f"{name}.json", searched)
+        save_figure(plot_search(searched), folder / f"{name}.png")
+        save_figure(plot_allocations(searched, rows), folder / f"{name}_allocation.png")
 
 
 if __name__ == "__main__":

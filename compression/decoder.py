@@ -137,12 +137,13 @@ class Decoder:
             ids: token ids [windows, length].
         """
         recorders = [_InputRecorder() for _ in self.layers]
-        with self._in_place_of_layers(recorders):
+        with self.in_place_of_layers(recorders):
             self.final_states(ids)
         return recorders[0].state, [recorder.options for recorder in recorders]
 
     @contextmanager
-    def _in_place_of_layers(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def in_place_of_layers(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """The model has these layers for a while."""
         layers = self.layers
         self.layers = nn.ModuleList(modules)
         try:
@@ -152,7 +153,7 @@ class Decoder:
 
     def logits_without_layers(self, ids: Tensor) -> Tensor:
         """The model's own logits [windows, length, vocabulary] where every layer lets its input through."""
-        with self._in_place_of_layers([_InputRecorder() for _ in self.layers]):
+        with self.in_place_of_layers([_InputRecorder() for _ in self.layers]):
             return self.model(input_ids=ids, use_cache=False).logits
 
     def share_tables(self, other: "Decoder") -> None:

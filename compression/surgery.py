@@ -182,11 +182,16 @@ def _cut_layers(decoder: Decoder, kept: dict[str, list[Tensor]], before: Callabl
     for index in range(len(decoder.layers)):
         with decoder.present(index):
             before(index)
-            _cut_layer(decoder, index, {kind: kept[kind][index] for kind in DECODER_KINDS})
+            cut_layer(decoder, index, {kind: kept[kind][index] for kind in DECODER_KINDS})
             yield index
 
 
-def _cut_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:
+def cut_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:
+    """Cut one layer down in place, or take its attention or MLP out, but for the bias of the output projection.
+
+    Args:
+        kept: for some or all kinds a bool tensor [structures], True where the structure stays.
+    """
     # What is taken out may be mapped from a file: nothing must refer to it behind this.
     layer, parts, family = decoder.layers[index], layers_of(decoder.model)[index], decoder.family
     for kind, stays in kept.items():

@@ -42,6 +42,11 @@ def test_two_processes_prune_as_one(base, tmp_path, script, place):
     compare(base, tmp_path, script, *SCRIPTS[script], "--offload", place)
 
 
+def test_candidates_of_a_search_are_judged_together(base, tmp_path):
+    few = ["--search_generations", "3", "--search_population", "4", "--search_tokens", "64", "--held_out_samples", "3"]
+    compare(base, tmp_path, "run_global_pruning.py", "--search", "evolutionary", *few)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_score_is_shared(base, tmp_path, method):
     compare(base, tmp_path, "run_global_pruning.py", "--importance_method", method)

@@ -6,7 +6,7 @@ compete for one parameter budget, and layers of which too little would be left g
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from compression.allocation import Pool, all_but_least, keep_or_drop_layers
 from compression.decoder import decoder_of
 from compression.hooks import hooked
+from compression.llm.evolution import Search
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import LocalChoice, LocalRanking, repairing
 from compression.llm.score_passes import labels_behind, score_structures
 from compression.llm.scoring import SCORES, LossName, ScoreName, loss_of
+from compression.llm.search import AllocationSearch, Space
 from compression.llm.text import CalibrationText
 from compression.offload import Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
@@ -81,9 +83,15 @@ class GlobalPruning:
         removal: what `removal_perplexities` gave for the dense model; needed where temperature is above 0.
         cached: given a name and a function that makes named tensors, gives these or what an earlier run made.
         store: where an offloaded model's smaller forms go.
+        search: whether and how the allocation is searched for.
+
+    Attributes:
+        table: of each structure of the dense model what it is, its score, and when it went.
+        searches: of each step what its search found, layers by their place in the dense model.
 
     Raises:
-        UserError: the ratio cannot be reached with the protected layers left alone, or with attention in every layer.
+        UserError: a search of an offloaded model; or the ratio cannot be reached with the protected layers left alone,
+            or with attention in every layer.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class GlobalPruning:
         removal: dict[str, Any] | None = None,
         cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
         store: Store = no_store,
+        search: Search | None = None,
     ):
         self.model, self.scoring, self.budget = model, scoring, budget
         self.text, self.removal, self.cached, self.store = text, removal, cached, store
@@ -107,6 +116,9 @@ class GlobalPruning:
         self.total = sum(parts.parameters for parts in layers)
         self.depth = len(layers)
         self.table: dict[tuple[int, str, int], dict[str, Any]] = {}
+        self.search, self.searches = search or Search(), list[dict[str, Any]]()
+        if self.search.search != "none" and offload_of(model) is not None:
+            raise UserError(f"--search {self.search.search}: needs the model in memory: --offload none")
         protected = sum(parts.parameters for index, parts in enumerate(layers) if self._is_protected(index))
         if budget.pruning_ratio * self.total > self.total - protected:
             raise UserError(
@@ -141,9 +153,12 @@ class GlobalPruning:
             choose = partial(self._best_choice, densities, step, ratio)
             kept = self._cached_by_kind(f"kept_in_step_{step}_of_{steps}", choose)
             self._note(scores, densities)
+            choice = self._local_choice(scores)
+            if self.search.search != "none":
+                kept = self._searched(kept, densities, choice, step)
             log.info("Step %d of %d: %s", step, steps, _summary(kept))
             biased = [parts.biased for parts in layers_of(self.model)]
-            self.model, kept = self._shrink(kept, step, self._local_choice(scores))
+            self.model, kept = self._shrink(kept, step, choice)
             self._follow(kept, step, biased)
         return self.model
 
@@ -152,6 +167,28 @@ class GlobalPruning:
         if not self.budget.removal_steps:
             return None
         return LocalChoice(self.budget.removal_steps, scores if self.budget.local_choice == "product" else None)
+
+    def _searched(self, kept: Kept, densities: Kept, choice: LocalChoice | None, step: int) -> Kept:
+        """What stays in the sizes that a search finds, from those of `kept` on."""
+        if all(stays.all() for kind in DECODER_KINDS for stays in kept[kind]):
+            return kept
+        layers = range(len(self.origin))
+        fixed = {index for index in layers if self._is_protected(self.origin[index])}
+        if self.budget.keep_attention:
+            fixed |= {index for index in layers if not kept[GROUPS][index].any()}  # these go whole
+        parameters = {kind: [self.parameters[kind][layer] for layer in self.origin] for kind in DECODER_KINDS}
+        space = Space(densities, parameters, frozenset(fixed), self.budget.keep_attention, self.budget.round_to)
+        search = AllocationSearch(
+            self.model,
+            space,
+            self.search,
+            self.text,
+            choice,
+            lambda name, make: self.cached(f"search_of_step_{step}_{name}", make),
+        )
+        found = search.search(kept)
+        self.searches.append({"step": step, "layers": self.origin, **asdict(found)})
+        return space.kept(found.after)
 
     def _shrink(self, kept: Kept, step: int, choice: LocalChoice | None) -> tuple[PreTrainedModel, Kept]:
         """The smaller model, repaired where that is asked for; of an offloaded one layer by layer, to the disk. And

@@ -35,6 +35,53 @@ def plot_retained(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def plot_search(searched: dict[str, Any]) -> Figure:
+    """How a search went: the best candidate's divergence and the mean of all, generation by generation.
+
+    Args:
+        searched: see `GlobalPruning.searches`.
+    """
+    figure = new_figure(5, 3.2)
+    axes = figure.subplots()
+    labels = {"best": "best, all held-out text", "mean": "mean of the candidates, first windows"}
+    for (name, label), colour, shape in zip(labels.items(), COLOURS, MARKERS, strict=False):
+        values = [np.nan if one[name] is None else one[name] for one in searched["history"]]
+        axes.plot(values, marker=shape, markersize=3, linewidth=1, color=colour, label=label)
+    axes.set_xlabel("Generation")
+    axes.set_ylabel("Divergence, by that of the start")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=8)
+    open_frame(axes)
+    return figure
+
+
+def plot_allocations(searched: dict[str, Any], table: list[dict[str, Any]]) -> Figure:
+    """What each layer's attention and MLP keep before and after a search, a pair of bars per layer of the dense model.
+
+    Args:
+        searched: see `GlobalPruning.searches`. table: see `GlobalPruning.table`.
+    """
+    depth = 1 + max(row["layer"] for row in table)
+    figure = new_figure(max(6, 0.32 * depth), 4.8)
+    for axes, kind, label in zip(
+        figure.subplots(2, sharex=True), (GROUPS, CHANNELS), ("attention", "MLP"), strict=True
+    ):
+        dense = np.zeros(depth)
+        for row in table:
+            dense[row["layer"]] += row["kind"] == kind
+        for place, (name, title) in enumerate((("before", "by the scores"), ("after", "found"))):
+            shares = np.zeros(depth)
+            shares[searched["layers"]] = [sizes[kind] for sizes in searched[name]]
+            shares *= 100 / np.maximum(dense, 1)
+            axes.bar(np.arange(depth) + 0.4 * place - 0.2, shares, 0.4, label=title, **bar_style(COLOURS[place]))
+        axes.set_ylabel(f"Left of {label} (%)")
+        axes.set_ylim(0, 105)
+        axes.set_xlim(-0.6, depth - 0.4)
+        open_frame(axes)
+    axes.set_xlabel("Layer of the dense model")
+    figure.legend(*axes.get_legend_handles_labels(), ncols=2, loc="outside upper center", frameon=False)
+    return figure
+
+
 def plot_removal(removal: dict[str, Any]) -> Figure:
     """Perplexity without each layer, each attention and each MLP, on a logarithmic axis.
 

@@ -1,0 +1,202 @@
+"""Search over H-GSP's allocation: from the sizes that the scores chose to those that keep the model nearest to itself.
+
+What candidates are is said in `evolution`, how they are put together in `stitching`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compression.allocation import Pool, all_but_least, keep
+from compression.llm.evolution import Cached, Found, Part, Search, evolve, levels_of, rungs_of
+from compression.llm.repair import LocalChoice
+from compression.llm.stitching import Counts, Divergence, Solutions, solutions_of, stitched
+from compression.llm.text import CalibrationText
+from compression.runtime import log, log_phase
+from compression.structures import CHANNELS, DECODER_KINDS, GROUPS
+
+Kept = dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search may choose.
+
+    Args:
+        densities: by kind, of each layer the score per parameter [structures].
+        parameters: by kind, of each layer those of one structure.
+        fixed: layers whose sizes stay as they are.
+        keep_attention: a layer that has attention keeps some.
+        round_to: what numbers of channels are multiples of.
+    """
+
+    densities: Kept
+    parameters: dict[str, list[int]]
+    fixed: frozenset[int]
+    keep_attention: bool
+    round_to: int
+
+    def parts(self, start: Counts, levels: int) -> Iterator[Part]:
+        """The attentions and MLPs whose sizes are searched for."""
+        for layer, counts in enumerate(start):
+            for kind, count in counts.items():
+                every = len(self.densities[kind][layer])
+                if every and layer not in self.fixed:
+                    least = int(kind == GROUPS and self.keep_attention)
+                    multiple = self.round_to if kind == CHANNELS else 1
+                    sizes = levels_of(count, every, least, levels, multiple)
+                    yield Part(layer, kind, self.parameters[kind][layer], sizes)
+
+    def stays(self, layer: int, kind: str, count: int) -> Tensor:
+        """The structures of largest score of a layer, bool [structures]."""
+        density = self.densities[kind][layer]
+        return all_but_least(density, len(density) - count)
+
+    def kept(self, counts: Counts) -> Kept:
+        """Which structures stay in an allocation."""
+        return {
+            kind: [self.stays(layer, kind, sizes[kind]) for layer, sizes in enumerate(counts)] for kind in DECODER_KINDS
+        }
+
+    def cost(self, counts: Counts) -> int:
+        """Parameters that stay."""
+        return sum(
+            self.parameters[kind][layer] * count for layer, sizes in enumerate(counts) for kind, count in sizes.items()
+        )
+
+    def filled(self, counts: Counts, budget: int) -> Counts:
+        """The allocation with as many more channels as the budget allows, in MLPs of which some are gone: those of
+        largest score."""
+        filled = [dict(sizes) for sizes in counts]
+        some = [
+            layer
+            for layer, sizes in enumerate(counts)
+            if layer not in self.fixed and 0 < sizes[CHANNELS] < len(self.densities[CHANNELS][layer])
+        ]
+        pools = [
+            Pool(
+                self.densities[CHANNELS][layer],
+                self.parameters[CHANNELS][layer],
+                counts[layer][CHANNELS],
+                self.round_to,
+            )
+            for layer in some
+        ]
+        if pools:
+            every = sum(pool.parameters * len(pool.scores) for pool in pools)
+            mine = sum(pool.parameters * pool.minimum for pool in pools)
+            gone = max(0.0, 1 - (mine + budget - self.cost(counts)) / every)
+            for layer, stays in zip(some, keep(pools, gone), strict=True):
+                filled[layer][CHANNELS] = int(stays.sum())
+        return filled
+
+
+@dataclass(frozen=True)
+class Searched:
+    """An allocation that a search chose.
+
+    Attributes:
+        before, after: what the scores chose, and what it chose.
+        divergence: of the start, and of what was found, both repaired, on all held-out text.
+        history: see `evolution.Found`.
+    """
+
+    before: Counts
+    after: Counts
+    divergence: dict[str, float]
+    history: list[dict[str, float | None]]
+
+
+class AllocationSearch:
+    """The search for one model's allocation.
+
+    Args:
+        model: dense, or as an earlier step left it; stays as it is.
+        choice: what chooses within a layer, see `repair`.
+        cached: gives named tensors that an earlier run made by this name, or makes them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        space: Space,
+        settings: Search,
+        text: CalibrationText,
+        choice: LocalChoice | None,
+        cached: Cached,
+    ):
+        self.model, self.space, self.settings, self.text = model, space, settings, text
+        self.choice, self.cached = choice, cached
+        self.divergence = Divergence(model, text.held_out, text.batch_size)
+
+    def search(self, start: Kept) -> Searched:
+        """The allocation that diverges least from the model on the held-out text, of all that were tried.
+
+        Args:
+            start: what the scores chose.
+        """
+        before = [
+            {kind: int(start[kind][layer].sum()) for kind in DECODER_KINDS} for layer in range(len(start[GROUPS]))
+        ]
+        parts = list(self.space.parts(before, self.settings.search_levels))
+        log_phase("sizes of layers")
+        solutions = self._solutions("sizes", before, parts)
+        log_phase("search")
+        found = self._evolve(parts, before, solutions)
+        after = self.space.filled(_at(parts, found.levels, before), self.space.cost(before))
+        # The start was repaired on what its own layers give: so is now what was found.
+        log_phase("comparison of what was found")
+        divergence = dict.fromkeys(("start", "found"), found.divergence[0])
+        if after != before:
+            divergence["found"] = self._divergence(after, self._solutions("found", after, []))
+        log.info("Search: divergence %.4f at the start, %.4f of what was found", *divergence.values())
+        if divergence["found"] > divergence["start"]:
+            log.info("Search: what was found is no better once it is repaired: the start stays")
+            after = before
+        return Searched(before, after, divergence, found.history)
+
+    def _solutions(self, name: str, path: Counts, parts: list[Part]) -> list[Solutions]:
+        """Of each layer, at the sizes of the path and at all of the parts'."""
+        counts = [{kind: {count} for kind, count in sizes.items()} for sizes in path]
+        for part in parts:
+            counts[part.layer][part.kind] |= set(part.counts)
+        choices = [
+            {
+                kind: {count: self.space.stays(layer, kind, count) for count in sorted(each)}
+                for kind, each in sizes.items()
+            }
+            for layer, sizes in enumerate(counts)
+        ]
+        cached = partial(self._cached, name)
+        windows, batch_size = self.text.repair, self.text.batch_size
+        return solutions_of(self.model, choices, path, windows, batch_size, self.choice, cached)
+
+    def _cached(self, name: str, number: str, make: Any) -> dict[str, Tensor]:
+        return self.cached(f"{name}_{number}", make)
+
+    def _evolve(self, parts: list[Part], before: Counts, solutions: list[Solutions]) -> Found:
+        def fitness(levels: list[int], count: int) -> float:
+            return self._divergence(_at(parts, levels, before), solutions, count)
+
+        start = [part.counts.index(before[part.layer][part.kind]) for part in parts]
+        windows, length = self.text.held_out.shape
+        rungs = rungs_of(windows, length, self.settings.search_tokens)
+        return evolve(parts, start, fitness, rungs, self.settings, partial(self._cached, "generation"))
+
+    def _divergence(self, counts: Counts, solutions: list[Solutions], windows: int | None = None) -> float:
+        if not any(sizes[GROUPS] for sizes in counts):
+            return float("inf")  # a model without any attention is not made
+        with stitched(self.model, counts, solutions):
+            return self.divergence(len(self.text.held_out) if windows is None else windows)
+
+
+def _at(parts: list[Part], levels: list[int], counts: Counts) -> Counts:
+    """An allocation with its parts at these levels."""
+    changed = [dict(sizes) for sizes in counts]
+    for part, level in zip(parts, levels, strict=True):
+        changed[part.layer][part.kind] = part.counts[level]
+    return changed

@@ -1,0 +1,174 @@
+"""Models put together from layers that were pruned and repaired once at each of a few sizes.
+
+Each layer's attention and MLP are solved anew for every size (see `repair`), on the text as it comes through layers
+that are pruned as one given allocation says. A model of any sizes then costs no more than to run it, and that of the
+given allocation is what pruning and repair would make of it.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from compression.decoder import decoder_of
+from compression.distillation import soft_label_losses
+from compression.llm.evolution import Cached
+from compression.llm.head import in_blocks
+from compression.llm.layerwise import LayerStream, final_states
+from compression.llm.repair import LocalChoice, moments_of, refitted
+from compression.runtime import sum_over_processes
+from compression.structures import DECODER_KINDS, layers_of, spread
+from compression.surgery import cut_layer
+
+# How many structures stay, by kind; of each layer one.
+Counts = list[dict[str, int]]
+# Which structures stay, bool [structures], for each number of them; by kind, of each layer one.
+Choices = list[dict[str, dict[int, Tensor]]]
+# Of one layer, by names such as channels.96.weight: what stays, and the output projection's columns and bias.
+Solutions = dict[str, Tensor]
+
+
+def solutions_of(
+    model: PreTrainedModel,
+    choices: Choices,
+    path: Counts,
+    windows: Tensor,
+    batch_size: int,
+    choice: LocalChoice | None,
+    cached: Cached,
+) -> list[Solutions]:
+    """Each layer's output projections for all sizes; the model stays as it is.
+
+    Args:
+        choices: the sizes, and what stays at each; those of `path` are among them.
+        path: the sizes that text goes through on its way.
+        windows: token ids [count, length] that the solutions are fitted to.
+        choice: chooses anew which structures stay at each size.
+        cached: by the number of a layer.
+
+    Raises:
+        UserError: a projection has no finite solution.
+    """
+    streams: list[LayerStream] = []
+    found: list[Solutions] = []
+
+    def make(index: int) -> Solutions:
+        if not streams:
+            streams.append(LayerStream(model, windows, batch_size))
+        stream = streams[0]
+        while stream.layer < index:  # those that an earlier run made are gone through only where another is needed
+            with placed(model, stream.layer, path[stream.layer], found[stream.layer]):
+                stream.advance()
+        return _solve(model, index, choices[index], path[index], stream, choice)
+
+    for index in tqdm(range(len(choices)), desc="sizes of layers", leave=False, disable=None):
+        found.append(cached(str(index), partial(make, index)))
+    return found
+
+
+@torch.no_grad()
+def _solve(
+    model: PreTrainedModel,
+    index: int,
+    choices: dict[str, dict[int, Tensor]],
+    path: dict[str, int],
+    stream: LayerStream,
+    choice: LocalChoice | None,
+) -> Solutions:
+    solutions: Solutions = {}
+    before: dict[str, int] = {}
+    for kind in DECODER_KINDS:
+        smaller = {count: stays for count, stays in choices[kind].items() if not stays.all()}
+        if smaller:
+            with placed(model, index, before, solutions):
+                moments = moments_of(model, index, kind, stream)
+                outer = layers_of(model)[index].split(kind)[1]
+                for count, stays in smaller.items():
+                    if choice is not None:
+                        stays = choice.stays(kind, index, outer.weight, moments.gram, stays)
+                    weight, bias = refitted(model, index, kind, moments, stays)
+                    columns = spread(stays, outer.in_features).to(weight.device)
+                    solutions |= {f"{kind}.{count}.stays": stays, f"{kind}.{count}.weight": weight[:, columns]}
+                    if bias is not None:
+                        solutions[f"{kind}.{count}.bias"] = bias
+        before[kind] = path[kind]
+    return solutions
+
+
+@contextmanager
+def placed(model: PreTrainedModel, index: int, counts: dict[str, int], solutions: Solutions) -> Iterator[None]:
+    """A layer computes as if it had these numbers of structures, for a while: the columns of the others are zero."""
+    outers = [parts.split(kind)[1] for parts in [layers_of(model)[index]] for kind in counts if parts.count(kind)]
+    before = [(outer.weight, outer.bias) for outer in outers]
+    try:
+        _put(model, index, counts, solutions)
+        yield
+    finally:
+        for outer, (weight, bias) in zip(outers, before, strict=True):
+            outer.weight, outer.bias = weight, bias
+
+
+def _put(model: PreTrainedModel, index: int, counts: dict[str, int], solutions: Solutions) -> dict[str, Tensor]:
+    """Give a layer's output projections new weights, zero where a structure does not stay; says which do."""
+    stays = {}
+    for kind, count in counts.items():
+        if (kept := solutions.get(f"{kind}.{count}.stays")) is not None:
+            stays[kind], outer = kept, layers_of(model)[index].split(kind)[1]
+            weight = torch.zeros_like(outer.weight)
+            weight[:, spread(kept, outer.in_features)] = solutions[f"{kind}.{count}.weight"].to(weight.device)
+            outer.weight = nn.Parameter(weight)
+            if outer.bias is not None:
+                outer.bias = nn.Parameter(solutions[f"{kind}.{count}.bias"].to(weight.device))
+    return stays
+
+
+@contextmanager
+@torch.no_grad()
+def stitched(model: PreTrainedModel, counts: Counts, solutions: list[Solutions]) -> Iterator[None]:
+    """A model is that of these sizes for a while; what it has in common with them is not copied."""
+    decoder = decoder_of(model)
+    shared = {id(part): part for part in chain(decoder.layers.parameters(), decoder.layers.buffers(), [model.config])}
+    with decoder.in_place_of_layers([copy.deepcopy(layer, dict(shared)) for layer in decoder.layers]):
+        for index, (sizes, solved) in enumerate(zip(counts, solutions, strict=True)):
+            cut_layer(decoder, index, _put(model, index, sizes, solved))
+        yield
+
+
+class Divergence:
+    """Mean over tokens of KL(dense || model), in nats, of a model that changes and is dense at first.
+
+    Of the dense model its last hidden states are kept; its logits are computed anew, a few tokens at a time, where they
+    are compared.
+
+    Args:
+        windows: token ids [count, length].
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, windows: Tensor, batch_size: int):
+        self.model, self.windows, self.batch_size = model, windows, batch_size
+        self.dense = {place: states for place, _, states in self._states(len(windows))}
+
+    def _states(self, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        return final_states(self.model, self.windows[:count], self.batch_size, "divergence")
+
+    @torch.no_grad()
+    def __call__(self, count: int) -> float:
+        """The model's divergence on the first windows, infinite where it is not finite."""
+        logits, total = decoder_of(self.model).logits, torch.zeros((), dtype=torch.double)
+
+        def losses(mine: Tensor, dense: Tensor) -> Tensor:
+            return soft_label_losses(logits(mine), logits(dense), 1.0)
+
+        for place, ids, states in self._states(count):
+            dense = self.dense[place][: len(ids)]
+            total += in_blocks(losses, states.flatten(0, 1), dense.flatten(0, 1)).double().sum().cpu()
+        sum_over_processes(total)
+        mean = total / self.windows[:count].numel()
+        return mean.item() if mean.isfinite() else torch.inf
