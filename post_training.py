@@ -18,6 +18,7 @@ from compression.llm.evaluate import FAST_EVALUATION, Evaluation
 from compression.llm.recovery import Recovery, recover
 from compression.outputs import check_place
 from compression.runtime import RESULTS, Dtype
+from compression.schedule import ScheduleName
 from compression.training import Training
 
 
@@ -44,6 +45,8 @@ class PostTrainingConfig(Config):
     of instructions."""
     finetune_samples: Annotated[int, AtLeast(1)] = 500
     """Windows of text, or rows of instructions, that are trained on."""
+    tokens: Annotated[int | None, AtLeast(1)] = None
+    """Tokens to predict in training in all, exactly; --finetune_samples and --num_epochs are not used then."""
     max_length: Annotated[int, AtLeast(8)] = 512
     """Tokens per window; instructions with their responses are cut there."""
     train_on_inputs: bool = False
@@ -81,6 +84,8 @@ class PostTrainingConfig(Config):
 
     shard: Annotated[bool, NO_EFFECT] = False
     """Spread the model over the processes (FSDP): each holds a part of all weights, gradients and moments."""
+    schedule: ScheduleName = "linear"
+    """How the learning rate falls behind its warm-up: in a line, along a cosine, or in the last fifth alone (wsd)."""
     training: Flat[Training] = group(
         Training, num_epochs=2, batch_size=8, learning_rate=5e-5, amp="auto", save_steps=100
     )

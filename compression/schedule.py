@@ -3,7 +3,10 @@
 Pure functions of the step, so that a resumed run needs nothing but its step number.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 
 def cubic_sparsity(progress: float, final: float) -> float:
@@ -25,6 +28,43 @@ def warmup_then_linear_decay(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return max(total - step, 0) / max(total - warmup, 1)
+
+
+def warmup_then_cosine_decay(step: int, total: int, warmup: int) -> float:
+    """Factor on the learning rate: 0 to 1 over `warmup` steps, then half a cosine down to 0 at `total`.
+
+    Loshchilov and Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", without the restarts.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+DECAY_SHARE = 0.2
+"""Share of all steps in which `warmup_stable_decay` goes down to 0."""
+
+
+def warmup_stable_decay(step: int, total: int, warmup: int) -> float:
+    """Factor on the learning rate (WSD): 0 to 1 over `warmup` steps, 1 up to the last fifth of all steps, then down.
+
+    It falls as 1 - sqrt(progress) to 0 at `total` (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training
+    Beyond Fixed Training Durations"; WSD itself: Hu et al. 2024, "MiniCPM").
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    begin = max(total - round(DECAY_SHARE * total), warmup)
+    progress = min(max(step - begin, 0) / max(total - begin, 1), 1.0)
+    return 1 - math.sqrt(progress)
+
+
+ScheduleName = Literal["linear", "cosine", "wsd"]
+SCHEDULES: dict[ScheduleName, Callable[[int, int, int], float]] = {
+    "linear": warmup_then_linear_decay,
+    "cosine": warmup_then_cosine_decay,
+    "wsd": warmup_stable_decay,
+}
+"""Factors on the learning rate, of the step, the number of steps and that of the warm-up."""
 
 
 @dataclass

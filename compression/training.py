@@ -25,7 +25,7 @@ from compression.files import remove_folder
 from compression.health import Health
 from compression.runtime import UserError, log, processes, seed_step
 from compression.saved_states import SavedStates
-from compression.schedule import EarlyStopping, warmup_then_linear_decay
+from compression.schedule import SCHEDULES, EarlyStopping, ScheduleName
 from compression.sharding import whole
 
 
@@ -80,6 +80,10 @@ class Recipe:
     """Whether weights may go while it trains: processes then look after each step which of them have gradients."""
     best: "BestEpoch | None" = None
     """The best epoch so far, where the recipe keeps it."""
+    decay: ScheduleName = "linear"
+    """How the learning rate falls behind the warm-up."""
+    unit = "rows"
+    """What the weights of the training data's rows count."""
 
     def __init__(self, training: Training, rows: int, first_epoch: int = 1, last_epoch: int | None = None):
         """
@@ -98,9 +102,9 @@ class Recipe:
         return self.best is not None and self.best.stopping.stop
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then linear decay to zero."""
+        """Learning rate of a step: linear warm-up, then the schedule down to zero."""
         warmup = int(self.training.warmup_ratio * self.total_steps)
-        return self.training.learning_rate * warmup_then_linear_decay(step, self.total_steps, warmup)
+        return self.training.learning_rate * SCHEDULES[self.decay](step, self.total_steps, warmup)
 
     def module(self, model: PreTrainedModel) -> nn.Module:
         """What is wrapped for several processes: the model, or a module that has it and in whose forward it is used."""
@@ -243,13 +247,16 @@ def fit(
             break
         run.epoch = epoch
         started = time.perf_counter()
-        run.train_epoch(train, pad_token_id)
+        trained = run.train_epoch(train, pad_token_id)
+        losses = run.mean_losses()
+        speed = trained / (time.perf_counter() - started)
         # One process decides for all: processes that disagree on early stopping would wait for each other forever.
         metrics = broadcast_object_list([evaluate(model)])[0]
-        record = {"epoch": epoch} | run.mean_losses() | metrics | recipe.after_epoch(epoch, metrics)
+        record = {"epoch": epoch} | losses | metrics | recipe.after_epoch(epoch, metrics)
         run.history.append(record)
         accelerator.log({k: v for k, v in record.items() if isinstance(v, int | float)}, step=run.step)
-        log.info("%s  (%.0f s)", _line(record), time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        log.info("%s  (%.0f s, %.4g %s/s in training)", _line(record), seconds, speed, recipe.unit)
         run.epoch += 1
         run.save()
     if training.gradient_checkpointing:
@@ -323,8 +330,8 @@ class _Run:
         self.sums: dict[str, Tensor] = {}
         self.health = Health(accelerator.device)
 
-    def train_epoch(self, train: TrainingData, pad_token_id: int) -> None:
-        """The steps of the current epoch that are still to do."""
+    def train_epoch(self, train: TrainingData, pad_token_id: int) -> int:
+        """The steps of the current epoch that are still to do; the weight of their rows, of all processes."""
         training = self.training
         self.wrapped.train()
         order = length_grouped_order(train.lengths, training.batch_size, training.seed, self.epoch)
@@ -341,6 +348,7 @@ class _Run:
             self._step(train, rows, pad_token_id)
             if self.step % training.save_steps == 0 and self.step < self.epoch * len(order):
                 self.save()
+        return int(train.weights[[row for rows in order[done:] for row in rows]].sum())
 
     def _step(self, train: TrainingData, rows: list[int], pad_token_id: int) -> None:
         accelerator, recipe = self.accelerator, self.recipe

@@ -20,12 +20,13 @@ from compression.config import pick
 from compression.files import read_json
 from compression.llm.lora import load_adapter
 from compression.llm.perplexity import perplexity
-from compression.llm.recovery import LanguageModelling, Recovery, recover
+from compression.llm.recovery import LanguageModelling, Recovery, recover, training_data
 from compression.llm.rows import of_instructions, of_windows, read_instructions
 from compression.llm.teacher import LiveTeacher
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.quantization import nf4_base
 from compression.runtime import UserError, setup_logging
+from compression.schedule import SCHEDULES
 from compression.training import fit
 from post_training import PostTrainingConfig
 
@@ -246,6 +247,51 @@ def test_instructions_train(folder, tmp_path):
     assert history[-1]["loss"] < history[0]["loss"]
 
 
+def predicted(rows):
+    """The tokens to predict of each row."""
+    return [row[first:] for row, first in zip(rows.ids, rows.first, strict=True)]
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 100, 150, 1_000])
+def test_a_budget_of_tokens_is_spent_exactly(folder, tokens):
+    """The text has 320 windows of 15 tokens to predict in its train part, the instructions 4 to 20 tokens a row."""
+    model, tokenizer = load_language_model(folder / "pruned")
+    for name in ("text.txt", "alpaca.json"):
+        config = settings(folder, dataset=str(folder / name), tokens=tokens, max_length=16 if "text" in name else 128)
+        rows, data = training_data(config, None, tokenizer, model)
+        assert sum(map(len, predicted(rows))) == rows.weights.sum() == data["tokens"] == tokens
+        assert data["tokens_read"] == sum(map(len, rows.ids)) and min(map(len, predicted(rows))) > 0
+        other, _ = training_data(config.updated(seed=1), None, tokenizer, model)
+        assert other.digest() != rows.digest()
+
+
+def test_a_budget_beyond_the_text_goes_through_all_of_it_before_any_twice(folder):
+    model, tokenizer = load_language_model(folder / "pruned")
+    whole = of_instructions(tokenizer, ALPACA, 128, train_on_inputs=False)
+    tokens = int(2.5 * whole.weights.sum())
+    config = settings(folder, dataset=str(folder / "alpaca.json"), tokens=tokens, max_length=128)
+    rows, _ = training_data(config, None, tokenizer, model)
+    passes = [rows.ids[:20], rows.ids[20:40], rows.ids[40:-1]]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(whole.ids) and passes[0] != passes[1]
+    assert all(row in whole.ids for row in passes[2]) and len(passes[2]) < 19
+
+
+def test_a_budget_of_tokens_is_one_epoch_and_its_speed_is_said(folder, tmp_path):
+    flags = [*training_flags(folder), "--tokens", 200, "--num_epochs", 3, "--batch_size", 4, "--schedule", "wsd"]
+    said = run_script(TRAIN, *flags, "--results_dir", tmp_path, "--run_evaluation", "none").stdout
+    stage = read_stage(tmp_path / "recovered")
+    assert stage["data"]["tokens"] == stage["config"]["tokens"] == 200 and stage["config"]["num_epochs"] == 1
+    assert len(read_json(tmp_path / "recovered" / "training_history.json")) == 1
+    assert "tokens/s in training)" in said
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+def test_the_schedule_sets_the_learning_rate(folder, schedule):
+    recipe = LanguageModelling(settings(folder, schedule=schedule, warmup_ratio=0.5, num_epochs=1), 40)
+    rates = [recipe.learning_rate(step) for step in range(10)]
+    assert rates == [5e-3 * SCHEDULES[schedule](step, 10, 5) for step in range(10)]
+
+
 # Distillation.
 
 
@@ -377,6 +423,7 @@ def training_flags(folder):
         (TRAIN, "--shard --load_in_4bit", "--shard: not allowed with --load_in_4bit"),
         (TRAIN, "--dtype bfloat16 --finetune_method full", "--dtype bfloat16: with --finetune_method full allowed is"),
         (TRAIN, "--finetune_samples 0", "--finetune_samples 0: allowed is at least 1"),
+        (TRAIN, "--tokens 0", "--tokens 0: allowed is at least 1"),
         (TRAIN, "--lora_r 0", "--lora_r 0: allowed is at least 1"),
         (TRAIN, "--lora_projections q_proj,lm_head", "unknown lm_head; allowed are q_proj, k_proj"),
         (TRAIN, "--gradient_accumulation_steps 9", "--gradient_accumulation_steps 9: allowed is 1 to 4"),

@@ -1,6 +1,10 @@
 """Schedules at their ends and in between, early stopping."""
 
-from compression.schedule import EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
+import math
+
+import pytest
+
+from compression.schedule import SCHEDULES, EarlyStopping, cubic_sparsity, linear, warmup_then_linear_decay
 
 
 def test_cubic_sparsity_rises_fast_then_slowly():
@@ -20,6 +24,28 @@ def test_learning_rate_factor():
     factors = [warmup_then_linear_decay(step, total=10, warmup=4) for step in range(11)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0 and factors[7] == 0.5 and factors[10] == 0
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_warms_up_alike_and_ends_at_zero(name):
+    factors = [SCHEDULES[name](step, 20, 4) for step in range(21)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and factors[20] == 0
+    assert all(later <= earlier for earlier, later in zip(factors[4:], factors[5:], strict=False))
+    assert [SCHEDULES[name](step, 3, 0) > 0 for step in range(3)] == [True] * 3
+    assert SCHEDULES[name](0, 1, 1) == 1
+
+
+def test_cosine_decay():
+    factors = [SCHEDULES["cosine"](step, 12, 4) for step in range(4, 13)]
+    assert factors == pytest.approx([(1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)])
+    assert factors[4] == pytest.approx(0.5)
+
+
+def test_wsd_is_flat_up_to_the_last_fifth():
+    factors = [SCHEDULES["wsd"](step, 20, 4) for step in range(4, 21)]
+    assert factors[:13] == [1.0] * 13, "up to step 16, four before the end"
+    assert factors[13:] == pytest.approx([1 - math.sqrt(share) for share in (0.25, 0.5, 0.75, 1)])
+    assert SCHEDULES["wsd"](18, 20, 18) == 1, "a warm-up into the last fifth leaves the decay what is behind it"
 
 
 def test_early_stopping_needs_more_than_min_delta():

@@ -39,20 +39,31 @@ from compression.llm.evaluate import Evaluation, evaluation_windows, measure, si
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
 from compression.llm.lora import adapter_weights, add_lora, draw_adapter, write_adapter
 from compression.llm.perplexity import perplexity
-from compression.llm.rows import Sequences, is_instruction_file, of_instructions, of_windows, read_instructions
+from compression.llm.rows import (
+    Sequences,
+    budgeted,
+    is_instruction_file,
+    of_instructions,
+    of_windows,
+    read_instructions,
+    taken,
+)
 from compression.llm.spread import load_unfilled, save_spread, spread
 from compression.llm.teacher import KeptTeacher, LiveTeacher, Teacher, keep_largest
-from compression.llm.text import FILES, load_corpus, sample_windows, tokenize
+from compression.llm.text import FILES, load_corpus, sample_windows, tokenize, windows
 from compression.outputs import KEPT_LOGITS, STATES_END, Output, owned
 from compression.quantization import nf4_base
 from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.saved_parts import SavedParts
+from compression.schedule import ScheduleName
 from compression.sharding import fill, within
 from compression.structures import DECODERS
 from compression.training import Recipe, Training, clean_up, fit
 
 EVALUATIONS = ("ppl", "zeroshot")
 """What can be measured before and after."""
+LATER: dict[str, Any] = {"teacher_cache": 0, "tokens": None, "schedule": "linear"}
+"""Settings that older records do not have, with what was done then."""
 
 
 @dataclass
@@ -61,6 +72,7 @@ class Recovery(Settings):
 
     finetune_method: Literal["lora", "full"]
     finetune_samples: int
+    tokens: int | None
     dataset: str
     train_on_inputs: bool
     max_length: int
@@ -78,6 +90,7 @@ class Recovery(Settings):
     teacher_offload: Annotated[Literal["none", "cpu", "disk"], NO_EFFECT]
     teacher_cache: Annotated[int, AtLeast(0)]
     shard: Annotated[bool, NO_EFFECT]
+    schedule: ScheduleName
     training: Training
     evaluation: Evaluation
 
@@ -112,6 +125,10 @@ class Recovery(Settings):
         if is_instruction_file(self.validation_dataset or ""):
             raise UserError(f"--validation_dataset {self.validation_dataset}: allowed is plain text, not instructions")
 
+    def in_one_epoch(self) -> "Recovery":
+        """The same; a budget of tokens is spent in one epoch."""
+        return self.updated(num_epochs=1) if self.tokens else self
+
     @property
     def projections(self) -> list[str]:
         return self.lora_projections.split(",")
@@ -135,9 +152,11 @@ class LanguageModelling(Recipe):
         module: the model as it is trained; None makes it.
     """
 
+    unit = "tokens"
+
     def __init__(self, recovery: Recovery, rows: int, teacher: Teacher | None = None, module: Within | None = None):
         super().__init__(recovery.training, rows)
-        self.recovery, self.teacher, self.within = recovery, teacher, module
+        self.recovery, self.teacher, self.within, self.decay = recovery, teacher, module, recovery.schedule
 
     def module(self, model: PreTrainedModel) -> nn.Module:
         decoder_of(model)  # refuses a model whose loss is not that of its head's logits
@@ -198,14 +217,14 @@ def recover(
     place.check(filter(None, [pruned, recovery.teacher]))
     recovery.evaluation.check_zero_shot(data_dir)
     teacher = find_teacher(recovery, pruned)
-    recovery = recovery.updated(lora_projections=named_projections(recovery.lora_projections, pruned))
+    recovery = recovery.updated(lora_projections=named_projections(recovery.lora_projections, pruned)).in_one_epoch()
     inputs = {"parent": identify(pruned)} | ({"teacher": identify(teacher)} if teacher else {})
     seed_everything(recovery.training.seed)
     device = pick_device()
     model, tokenizer = load_student(recovery, pruned, device)
     train, data = training_data(recovery, data_dir, tokenizer, model)
     inputs["data"] = {"name": data["name"], "sha256": train.digest()}
-    same = is_made_from(output, recovery.result_fields(), inputs, modernized=lambda noted: {"teacher_cache": 0} | noted)
+    same = is_made_from(output, recovery.result_fields(), inputs, modernized=lambda noted: LATER | noted)
     if recovery.training.skip_existing and same and (earlier := read_stage(output)):
         log.info("%s exists and matches configuration and inputs: skipped", shown(output))
         return earlier["metrics"]
@@ -380,20 +399,43 @@ def training_data(
     check_positions(model, "max_length", recovery.max_length)
     if is_instruction_file(recovery.dataset):
         rows = read_instructions(Path(recovery.dataset))
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recovery.training.seed))
-        chosen = [rows[row] for row in order[: recovery.finetune_samples].sort().values]
-        train = of_instructions(tokenizer, chosen, recovery.max_length, recovery.train_on_inputs)
+        train = _instructions(recovery, tokenizer, rows)
         data = {"name": Path(recovery.dataset).name, "source": "a local file"}
     else:
         corpus = load_corpus(recovery.dataset, "train", data_dir)
-        ids = tokenize(tokenizer, corpus)
-        train = of_windows(
-            sample_windows(ids, recovery.max_length, recovery.finetune_samples, recovery.training.seed, corpus.name)
-        )
+        train = _windows_of(recovery, tokenize(tokenizer, corpus), corpus.name)
         data = corpus.describe()
-    tokens = train.weights.sum().item()
-    log.info("Training data: %s (%s), %d rows, %d tokens", data["name"], data["source"], len(train), tokens)
-    return train, data | {"rows": len(train), "tokens": tokens}
+    tokens, read = int(train.weights.sum()), int(train.lengths.sum())
+    log.info(
+        "Training data: %s (%s), %d rows, %d tokens to predict, %d in all",
+        data["name"],
+        data["source"],
+        len(train),
+        tokens,
+        read,
+    )
+    return train, data | {"rows": len(train), "tokens": tokens, "tokens_read": read}
+
+
+def _instructions(recovery: Recovery, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> Sequences:
+    """As many of the rows as are asked for, or as have the tokens that are."""
+    length, seed = recovery.max_length, recovery.training.seed
+    if recovery.tokens:
+        every = of_instructions(tokenizer, rows, length, recovery.train_on_inputs)
+        return taken(every, recovery.tokens, seed)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    chosen = [rows[row] for row in order[: recovery.finetune_samples].sort().values]
+    return of_instructions(tokenizer, chosen, length, recovery.train_on_inputs)
+
+
+def _windows_of(recovery: Recovery, ids: Tensor, name: str) -> Sequences:
+    """As many windows of a text as are asked for, or as have the tokens that are; see `budgeted` for their order."""
+    length, seed = recovery.max_length, recovery.training.seed
+    if not recovery.tokens:
+        return of_windows(sample_windows(ids, length, recovery.finetune_samples, seed, name))
+    every = windows(ids, length, name)
+    order, beyond = budgeted(torch.full([len(every)], length - 1), recovery.tokens, seed)
+    return of_windows(every[order]).shortened(beyond)
 
 
 def validation_windows(recovery: Recovery, data_dir: str | None, tokenizer: PreTrainedTokenizerBase) -> Tensor:

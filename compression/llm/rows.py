@@ -39,6 +39,10 @@ class Sequences:
         """Tokens that are predicted in each row: a batch's loss is the mean over its tokens."""
         return self.lengths - torch.tensor(self.first)
 
+    def shortened(self, tokens: int) -> "Sequences":
+        """The same rows, the last one without so many of its last tokens."""
+        return Sequences([*self.ids[:-1], self.ids[-1][: len(self.ids[-1]) - tokens]], self.first)
+
     def digest(self) -> str:
         """A hash of what is predicted from what."""
         return digest_of(repr((self.ids, self.first)))
@@ -52,6 +56,29 @@ class Sequences:
         first = torch.tensor([self.first[row] for row in rows])
         later = torch.arange(batch["input_ids"].shape[1]) >= first[:, None]
         return batch | {"targets": later & batch["attention_mask"].bool()}
+
+
+def budgeted(weights: Tensor, tokens: int, seed: int) -> tuple[list[int], int]:
+    """Rows in random order that have a number of tokens to predict in all, none twice before each was there once.
+
+    Args:
+        weights: tokens to predict of each row, whole numbers above 0 [rows].
+
+    Returns:
+        The rows, and how many tokens at the end of the last one are beyond the number.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    passes = -(-tokens // int(weights.sum()))
+    order = torch.cat([torch.randperm(len(weights), generator=generator) for _ in range(passes)])
+    predicted = weights[order].cumsum(0)
+    last = int(torch.searchsorted(predicted, tokens))
+    return order[: last + 1].tolist(), int(predicted[last]) - tokens
+
+
+def taken(rows: Sequences, tokens: int, seed: int) -> Sequences:
+    """Rows in random order whose tokens to predict are as many, see `budgeted`; the last one is cut."""
+    order, beyond = budgeted(rows.weights, tokens, seed)
+    return Sequences([rows.ids[row] for row in order], [rows.first[row] for row in order]).shortened(beyond)
 
 
 def of_windows(windows: Tensor) -> Sequences:

@@ -220,6 +220,7 @@ def recovery_after(config: RunConfig) -> Recovery:
     return Recovery(
         finetune_method=finetuning.finetune_method,
         finetune_samples=finetuning.finetune_samples,
+        tokens=None,
         dataset=dataset.name,
         train_on_inputs=False,
         max_length=min(512, config.calibration.sequence_length),
@@ -237,6 +238,7 @@ def recovery_after(config: RunConfig) -> Recovery:
         teacher_offload="none",
         teacher_cache=0,
         shard=finetuning.shard,
+        schedule="linear",
         training=Training(
             num_epochs=2,
             batch_size=8,
