@@ -49,6 +49,8 @@ class PostTrainingConfig(Config):
     """Tokens to predict in training in all, exactly; --finetune_samples and --num_epochs are not used then."""
     max_length: Annotated[int, AtLeast(8)] = 512
     """Tokens per window; instructions with their responses are cut there."""
+    packing: bool = False
+    """Join instructions to windows of max_length, of which none sees the others: less padding, the same loss."""
     train_on_inputs: bool = False
     """With instructions: predict the prompts too, and not the responses alone."""
     validation_dataset: str | None = None

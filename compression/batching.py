@@ -1,7 +1,7 @@
 """Rows of token ids into batches: padding, order, and what a model takes of a batch."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -25,7 +25,7 @@ class TrainingData(Protocol):
         """A batch of these rows, what the recipe's loss takes."""
 
 
-def pad(inputs: dict[str, list[list[int]]], rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
+def pad(inputs: Mapping[str, Sequence[Sequence[int]]], rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
     """A batch of rows, padded to the longest of them: each input and the attention mask [rows, length].
 
     Args:

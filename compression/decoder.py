@@ -124,9 +124,15 @@ class Decoder:
         """A field of the config; None where the family has none of the kind."""
         return None if name is None else getattr(self.model.config, name)
 
-    def final_states(self, ids: Tensor) -> Tensor:
-        """The model's own states [windows, length, hidden] behind the final norm, for token ids [windows, length]."""
-        return self.body(input_ids=ids, use_cache=False).last_hidden_state
+    def final_states(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The model's own states [windows, length, hidden] behind the final norm.
+
+        Args:
+            ids: token ids [windows, length].
+            positions: of each token [windows, length]; where they begin anew, the tokens before are not seen. None:
+                each window is one text.
+        """
+        return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
 
     def first_input(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """The state [windows, length, hidden] that enters the first layer, and each layer's options; no layer is run.

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import WORDS, letters, save_decoder, tiny_decoder
+from conftest import DECODERS, MORE_DECODERS, WORDS, letters, save_decoder, tiny_decoder
 from scripts import ROOT, run_elsewhere, run_script
 from test_lora import pruned
 from test_training import Killed
@@ -21,7 +21,7 @@ from compression.files import read_json
 from compression.llm.lora import load_adapter
 from compression.llm.perplexity import perplexity
 from compression.llm.recovery import LanguageModelling, Recovery, recover, training_data
-from compression.llm.rows import of_instructions, of_windows, read_instructions
+from compression.llm.rows import of_instructions, of_windows, packed, read_instructions
 from compression.llm.teacher import LiveTeacher
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.quantization import nf4_base
@@ -285,6 +285,52 @@ def test_a_budget_of_tokens_is_one_epoch_and_its_speed_is_said(folder, tmp_path)
     assert "tokens/s in training)" in said
 
 
+@pytest.mark.parametrize("length", [60, 61, 100, 1_000])
+def test_packing_keeps_every_token_once_and_in_order(folder, length):
+    _, tokenizer = load_language_model(folder / "pruned")
+    rows = of_instructions(tokenizer, ALPACA, length, train_on_inputs=False)
+    windows = packed(rows, length)
+    whole = windows.collate(list(range(len(windows))), pad_token_id=0)
+    real = whole["attention_mask"].bool()
+    for name, expected in (("input_ids", rows.ids), ("position_ids", [range(len(row)) for row in rows.ids])):
+        assert whole[name][real].tolist() == [value for row in expected for value in row]
+    assert whole["input_ids"][whole["targets"]].tolist() == sum(predicted(rows), [])
+    assert windows.lengths.tolist() == real.sum(1).tolist() and max(windows.lengths) <= length
+    assert windows.weights.tolist() == whole["targets"].sum(1).tolist() and min(windows.weights) > 0
+    last = [rows.ids[window.stop - 1][-1] for window in windows.windows]
+    assert last == [tokenizer.eos_token_id] * len(windows)
+    sizes = [[len(rows.ids[row]) for row in window] for window in windows.windows]
+    assert all(sum(own) + later[0] > length for own, later in zip(sizes, sizes[1:], strict=False)), "room was left"
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *MORE_DECODERS])
+def test_packed_rows_see_nothing_of_each_other(folder, family):
+    """Loss and gradients are those of the rows one by one; of the teacher too."""
+    _, tokenizer = load_language_model(folder / "pruned")
+    rows = of_instructions(tokenizer, ALPACA[:8], 60, train_on_inputs=False)
+    windows = packed(rows, 60)
+    assert len(windows) < 6
+    teacher, model = tiny_decoder(family, seed=1), pruned(family)
+    gradients, found = [], []
+    for data in (rows, windows):
+        recipe = LanguageModelling(settings(folder, kd_weight=0.5), len(data), LiveTeacher(teacher, 2.0))
+        terms = recipe.loss(recipe.module(model), data.collate(list(range(len(data))), 0), 0)
+        model.zero_grad()
+        terms["loss"].backward()
+        found.append({name: term.item() for name, term in terms.items()})
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_packed_instructions_train(folder, tmp_path):
+    config = settings(folder, dataset=str(folder / "alpaca.json"), max_length=60, packing=True, tokens=60)
+    recover(config, folder / "pruned", tmp_path / "out")
+    data = read_stage(tmp_path / "out")["data"]
+    assert data["tokens"] == 60 and data["windows"] < data["rows"]
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
 def test_the_schedule_sets_the_learning_rate(folder, schedule):
     recipe = LanguageModelling(settings(folder, schedule=schedule, warmup_ratio=0.5, num_epochs=1), 40)
@@ -423,6 +469,12 @@ def training_flags(folder):
         (TRAIN, "--shard --load_in_4bit", "--shard: not allowed with --load_in_4bit"),
         (TRAIN, "--dtype bfloat16 --finetune_method full", "--dtype bfloat16: with --finetune_method full allowed is"),
         (TRAIN, "--finetune_samples 0", "--finetune_samples 0: allowed is at least 1"),
+        (TRAIN, "--packing", "--packing: is for instructions (.json, .jsonl); the windows of --dataset "),
+        (
+            TRAIN,
+            "--packing --dataset {}/alpaca.json --kd_weight 1 --teacher_cache 8",
+            "--packing: not allowed with --teacher_cache 8; leave one out",
+        ),
         (TRAIN, "--tokens 0", "--tokens 0: allowed is at least 1"),
         (TRAIN, "--lora_r 0", "--lora_r 0: allowed is at least 1"),
         (TRAIN, "--lora_projections q_proj,lm_head", "unknown lm_head; allowed are q_proj, k_proj"),

@@ -40,11 +40,13 @@ from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_bloc
 from compression.llm.lora import adapter_weights, add_lora, draw_adapter, write_adapter
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import (
+    Packed,
     Sequences,
     budgeted,
     is_instruction_file,
     of_instructions,
     of_windows,
+    packed,
     read_instructions,
     taken,
 )
@@ -62,7 +64,7 @@ from compression.training import Recipe, Training, clean_up, fit
 
 EVALUATIONS = ("ppl", "zeroshot")
 """What can be measured before and after."""
-LATER: dict[str, Any] = {"teacher_cache": 0, "tokens": None, "schedule": "linear"}
+LATER: dict[str, Any] = {"teacher_cache": 0, "tokens": None, "schedule": "linear", "packing": False}
 """Settings that older records do not have, with what was done then."""
 
 
@@ -76,6 +78,7 @@ class Recovery(Settings):
     dataset: str
     train_on_inputs: bool
     max_length: int
+    packing: bool
     validation_dataset: str | None
     validation_samples: int
     lora_r: int
@@ -122,6 +125,13 @@ class Recovery(Settings):
                 raise UserError(
                     f"--{flag} {name}: no such file; allowed is a file or one of {', '.join(FILES)}; give its path"
                 )
+        if self.packing and not is_instruction_file(self.dataset):
+            raise UserError(
+                f"--packing: is for instructions (.json, .jsonl); the windows of --dataset {self.dataset}, a text, are "
+                "full without it: leave it out"
+            )
+        if self.packing and self.teacher_cache:
+            raise UserError(f"--packing: not allowed with --teacher_cache {self.teacher_cache}; leave one out")
         if is_instruction_file(self.validation_dataset or ""):
             raise UserError(f"--validation_dataset {self.validation_dataset}: allowed is plain text, not instructions")
 
@@ -164,14 +174,17 @@ class LanguageModelling(Recipe):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         known = self.teacher.known(batch) if self.teacher else ()
-        cross_entropy, *soft = model(self._terms, batch["input_ids"], batch["targets"], *known)
+        inputs = (batch["input_ids"], batch["targets"], batch.get("position_ids"))
+        cross_entropy, *soft = model(self._terms, *inputs, *known)
         if not soft:
             return {"loss": cross_entropy}
         share = self.recovery.kd_weight
         loss = share * soft[0] + (1 - share) * cross_entropy
         return {"loss": loss, "soft_label_loss": soft[0], "cross_entropy": cross_entropy}
 
-    def _terms(self, model: PreTrainedModel, ids: Tensor, targets: Tensor, *known: Tensor) -> Tensor:
+    def _terms(
+        self, model: PreTrainedModel, ids: Tensor, targets: Tensor, positions: Tensor | None, *known: Tensor
+    ) -> Tensor:
         """Means over the predicted tokens [terms]."""
         decoder = decoder_of(model)
 
@@ -183,7 +196,7 @@ class LanguageModelling(Recipe):
             return torch.stack(terms, dim=-1)
 
         # Rows are padded behind their end: what is before the padding does not see it.
-        states = before_predicted(decoder.final_states(ids), targets)
+        states = before_predicted(decoder.final_states(ids, positions), targets)
         return in_blocks(losses, states, ids[targets], *known, size=TRAINED_ROWS).mean(0)
 
 
@@ -365,7 +378,7 @@ def find_teacher(recovery: Recovery, pruned: Path) -> Path | None:
     return teacher
 
 
-def make_teacher(recovery: Recovery, folder: Path, train: Sequences, output: Path, scratch: Path) -> Teacher:
+def make_teacher(recovery: Recovery, folder: Path, train: Sequences | Packed, output: Path, scratch: Path) -> Teacher:
     """What is learned from: the teacher, frozen, or its largest predictions, which are computed unless they are kept.
 
     Args:
@@ -390,7 +403,7 @@ def make_teacher(recovery: Recovery, folder: Path, train: Sequences, output: Pat
 
 def training_data(
     recovery: Recovery, data_dir: str | None, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> tuple[Sequences, dict[str, Any]]:
+) -> tuple[Sequences | Packed, dict[str, Any]]:
     """What is trained on, and what a report says about it.
 
     Raises:
@@ -400,21 +413,20 @@ def training_data(
     if is_instruction_file(recovery.dataset):
         rows = read_instructions(Path(recovery.dataset))
         train = _instructions(recovery, tokenizer, rows)
-        data = {"name": Path(recovery.dataset).name, "source": "a local file"}
+        described = {"name": Path(recovery.dataset).name, "source": "a local file"}
     else:
         corpus = load_corpus(recovery.dataset, "train", data_dir)
         train = _windows_of(recovery, tokenize(tokenizer, corpus), corpus.name)
-        data = corpus.describe()
-    tokens, read = int(train.weights.sum()), int(train.lengths.sum())
-    log.info(
-        "Training data: %s (%s), %d rows, %d tokens to predict, %d in all",
-        data["name"],
-        data["source"],
-        len(train),
-        tokens,
-        read,
-    )
-    return train, data | {"rows": len(train), "tokens": tokens, "tokens_read": read}
+        described = corpus.describe()
+    sizes = {"rows": len(train), "tokens": int(train.weights.sum()), "tokens_read": int(train.lengths.sum())}
+    said = (described["name"], described["source"], *sizes.values())
+    log.info("Training data: %s (%s), %d rows, %d tokens to predict, %d in all", *said)
+    if not recovery.packing:
+        return train, described | sizes
+    joined = packed(train, recovery.max_length)
+    full = sizes["tokens_read"] / (len(joined) * recovery.max_length)
+    log.info("Packed into %d windows of %d tokens, %.1f %% full", len(joined), recovery.max_length, 100 * full)
+    return joined, described | sizes | {"windows": len(joined)}
 
 
 def _instructions(recovery: Recovery, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> Sequences:

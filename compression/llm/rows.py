@@ -81,6 +81,70 @@ def taken(rows: Sequences, tokens: int, seed: int) -> Sequences:
     return Sequences([rows.ids[row] for row in order], [rows.first[row] for row in order]).shortened(beyond)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Sequences joined to windows, so that little of a batch is padding.
+
+    The tokens of a sequence see those of their own alone and have its positions: what is predicted from what is as
+    without packing, and so is the loss.
+
+    Args:
+        rows: the sequences.
+        windows: which of them lie in each window.
+    """
+
+    rows: Sequences
+    windows: list[range]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._sums(self.rows.lengths)
+
+    @property
+    def weights(self) -> Tensor:
+        """Tokens that are predicted in each window."""
+        return self._sums(self.rows.weights)
+
+    def _sums(self, values: Tensor) -> Tensor:
+        return torch.stack([values[window.start : window.stop].sum() for window in self.windows])
+
+    def digest(self) -> str:
+        """A hash of what is predicted from what, and in which windows."""
+        return digest_of(repr((self.rows.digest(), self.windows)))
+
+    def collate(self, rows: list[int], pad_token_id: int) -> dict[str, Tensor]:
+        """A batch of windows as `Sequences.collate` has it, and position_ids [windows, length].
+
+        Positions begin anew with each sequence, which tells transformers which tokens see each other.
+        """
+        inputs: dict[str, list[list[int]]] = {"input_ids": [], "targets": [], "position_ids": []}
+        for row in rows:
+            parts = [(self.rows.ids[place], self.rows.first[place]) for place in self.windows[row]]
+            inputs["input_ids"].append([token for ids, _ in parts for token in ids])
+            inputs["targets"].append([place >= first for ids, first in parts for place in range(len(ids))])
+            inputs["position_ids"].append([place for ids, _ in parts for place in range(len(ids))])
+        batch = pad(inputs, list(range(len(rows))), pad_token_id)
+        return batch | {"targets": batch["targets"].bool()}
+
+
+def packed(rows: Sequences, length: int) -> Packed:
+    """All sequences, whole and in their order, in windows of at most `length` tokens.
+
+    One that does not fit into what is left of a window begins the next one. Each ends in the end-of-text token where
+    its tokenizer has one, so that token stands between any two.
+    """
+    windows, start, filled = [], 0, 0
+    for row, size in enumerate(rows.lengths.tolist()):
+        if filled + size > length and row > start:
+            windows.append(range(start, row))
+            start, filled = row, 0
+        filled += size
+    return Packed(rows, [*windows, range(start, len(rows))])
+
+
 def of_windows(windows: Tensor) -> Sequences:
     """Windows [count, length] of a text, of which all tokens but the first are predicted."""
     return Sequences(windows.tolist(), [1] * len(windows))

@@ -224,6 +224,7 @@ def recovery_after(config: RunConfig) -> Recovery:
         dataset=dataset.name,
         train_on_inputs=False,
         max_length=min(512, config.calibration.sequence_length),
+        packing=False,
         validation_dataset=None,
         validation_samples=16,
         lora_r=finetuning.lora_r,

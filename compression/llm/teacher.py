@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compression.batching import TrainingData
 from compression.checkpoint import folder_of_all
 from compression.decoder import Decoder, decoder_of
 from compression.distillation import largest_label_losses, soft_label_losses
 from compression.integrity import is_sound
 from compression.llm.head import LOGIT_ROWS, before_predicted
 from compression.llm.layerwise import final_states
-from compression.llm.rows import Sequences
 from compression.runtime import log, processes
 from compression.weights import MAX_SHARD_SIZE, Shards, ShardWriter
 
@@ -45,7 +45,8 @@ class LiveTeacher:
     def known(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """The model's last states [tokens, hidden]."""
         # Rows are padded behind their end: what is before the padding does not see it.
-        return (before_predicted(decoder_of(self.model).final_states(batch["input_ids"]), batch["targets"]),)
+        states = decoder_of(self.model).final_states(batch["input_ids"], batch.get("position_ids"))
+        return (before_predicted(states, batch["targets"]),)
 
     def losses(self, student_logits: Tensor, *known: Tensor) -> Tensor:
         """See `Teacher`."""
@@ -89,7 +90,7 @@ class KeptTeacher:
 def keep_largest(
     folder: Path,
     load: Callable[[], PreTrainedModel],
-    train: Sequences,
+    train: TrainingData,
     largest: int,
     temperature: float,
     batch_size: int,
@@ -114,7 +115,7 @@ def keep_largest(
 
 @torch.no_grad()
 def _write_largest(
-    part: Path, model: PreTrainedModel, train: Sequences, largest: int, temperature: float, batch_size: int
+    part: Path, model: PreTrainedModel, train: TrainingData, largest: int, temperature: float, batch_size: int
 ) -> None:
     decoder, writers = decoder_of(model), []
     for name in (LOGS, WORDS):
