@@ -67,16 +67,21 @@ class PostTrainingConfig(Config):
     """Dropout on the adapters' input."""
     lora_projections: str = "auto"
     """Projections that get adapters, separated by commas (q_proj,v_proj); auto: all that the model's layers have."""
+    lora_rank_by_share: bool = False
+    """Choose each layer's rank by how much of it was pruned; the adapters have as many weights in all."""
     load_in_4bit: bool = False
     """Frozen weights under the adapters in 4 bits (NF4)."""
     dtype: Dtype = "auto"
     """Of frozen weights; auto: bfloat16 where the hardware multiplies it, else float32. What is trained is float32."""
 
-    # Distillation: (1 - kd_weight) * cross-entropy + kd_weight * T^2 * KL(teacher || student) over the tokens.
+    # Distillation: (1 - kd_weight) * cross-entropy + kd_weight * T^2 * KL(teacher || student)
+    # + hidden_weight * |student's state - teacher's|^2 / |teacher's|^2, means over the tokens.
     kd_weight: Annotated[float, Between(0, 1)] = 0.0
     """Share of the loss that is KL to the teacher's predictions; the rest is cross-entropy."""
     kd_temperature: Annotated[float, Between(0.1, 100)] = 2.0
     """Softening of both models' logits there."""
+    hidden_weight: Annotated[float, AtLeast(0)] = 0.0
+    """Weight of the states behind each layer, compared with those behind the same layer of the teacher."""
     teacher: Annotated[Path | None, NO_EFFECT] = None
     """The model to learn from; by default the one that the pruned model was made from."""
     teacher_offload: Annotated[Literal["none", "cpu", "disk"], NO_EFFECT] = "none"

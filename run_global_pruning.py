@@ -20,6 +20,7 @@ from compression.llm.agreement import FAST_AGREEMENT, Agreement
 from compression.llm.evaluate import Evaluation
 from compression.llm.evolution import Search
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
+from compression.llm.origin import KEPT_LAYERS
 from compression.llm.plots import plot_allocations, plot_removal, plot_retained, plot_search
 from compression.llm.repair import LocalRanking
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
@@ -129,7 +130,7 @@ def main(config: GlobalPruningConfig) -> None:
         small = pruning.prune()
         if config.uniform:
             small = to_stock(small)
-        run.finish(small, partial(write_analysis, pruning, removal))
+        run.finish(small, partial(write_analysis, pruning, removal), lambda _: {KEPT_LAYERS: pruning.origin})
 
 
 def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, folder: Path) -> None:

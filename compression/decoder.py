@@ -4,7 +4,7 @@
 such a model would be scored, repaired and analysed wrongly.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 from weakref import WeakSet
@@ -12,9 +12,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from compression.hooks import evaluation_mode
+from compression.hooks import evaluation_mode, hooked
 from compression.offload import States, offload_of
 from compression.runtime import UserError
 from compression.structures import DECODERS, family_of, output_bias
@@ -133,6 +134,17 @@ class Decoder:
                 each window is one text.
         """
         return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def recorded(self, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+        """What these layers give, [windows, length, hidden] by index, in the forward pass that is run meanwhile."""
+        found: dict[int, Tensor] = {}
+
+        def record(index: int) -> RemovableHandle:
+            return self.layers[index].register_forward_hook(lambda _, __, state: found.update({index: state}))
+
+        with hooked(record(index) for index in layers):
+            yield found
 
     def first_input(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """The state [windows, length, hidden] that enters the first layer, and each layer's options; no layer is run.

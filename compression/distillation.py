@@ -44,6 +44,21 @@ def largest_label_losses(student_logits: Tensor, largest: Tensor, classes: Tenso
     return temperature**2 * known
 
 
+def relative_errors(student: Tensor, teacher: Tensor) -> Tensor:
+    """|student - teacher|^2 / |teacher|^2 of each row [rows].
+
+    A few tokens and the later layers of a language model have states that are larger by orders of magnitude (Sun et al.
+    2024, "Massive Activations in Large Language Models"); relative to their own size all count alike, as layers do in
+    the SquareHead loss (Kurtic et al. 2023, "Sparse Fine-tuning for Inference Acceleration of Large Language Models").
+
+    Args:
+        student, teacher: [rows, width].
+    """
+    target = teacher.float()
+    size = target.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (student.float() - target).square().sum(-1) / size
+
+
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float
 ) -> dict[str, Tensor]:

@@ -485,9 +485,16 @@ def training_flags(folder):
         (TRAIN, "--kd_weight 0.5 --pruned_model {}/dense", "dense does not say what it was made from (stage.json)"),
         (TRAIN, "--kd_weight 0.5 --teacher {}/wide", "wide: it has 121 tokens, allowed are the student's 120"),
         (TRAIN, "--teacher_cache 8", "--teacher_cache 8: is used with --kd_weight above 0 alone; give that too"),
-        (TRAIN, "--teacher_offload cpu", "--teacher_offload cpu: is used with --kd_weight above 0 alone"),
+        (TRAIN, "--teacher_offload cpu", "--teacher_offload cpu: is used with --kd_weight or --hidden_weight above 0"),
         (TRAIN, "--kd_weight 0.5 --teacher_cache 121", "--teacher_cache 121: allowed is 0 to 120"),
-        (TRAIN, "--teacher {}/dense", "dense: is used with --kd_weight above 0 alone; give that too"),
+        (TRAIN, "--teacher {}/dense", "dense: is used with --kd_weight or --hidden_weight above 0, or with --lora_"),
+        (TRAIN, "--hidden_weight -1", "--hidden_weight -1.0: allowed is at least 0"),
+        (TRAIN, "--hidden_weight 1 --teacher_cache 8", "--teacher_cache 8: keeps no hidden states; not "),
+        (TRAIN, "--hidden_weight 1 --pruned_model {}/dense", "--hidden_weight: needs the dense model, and "),
+        (TRAIN, "--hidden_weight 1 --teacher {}/thick", "thick: it has 64 hidden features, allowed are the stu"),
+        (TRAIN, "--hidden_weight 1 --teacher {}/deep", "pruned has 4 of the 5 layers of "),
+        (TRAIN, "--lora_rank_by_share --finetune_method full", "--lora_rank_by_share: not allowed with --finetune_me"),
+        (TRAIN, "--lora_rank_by_share --pruned_model {}/dense", "--lora_rank_by_share: needs the dense model, and "),
         (
             TRAIN,
             "--run_evaluation efficiency --eval_length 32",
@@ -532,6 +539,8 @@ def bad_inputs(folder):
     (folder / "empty.json").write_text("[]")
     (folder / "odd.json").write_text('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]')
     save_decoder(folder / "wide", tiny_decoder(vocab_size=121))
+    save_decoder(folder / "thick", tiny_decoder(hidden_size=64))
+    save_decoder(folder / "deep", tiny_decoder(num_hidden_layers=5))
     sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, vocab_size=50)
     save_decoder(folder / "bert", BertLMHeadModel(BertConfig(**sizes, is_decoder=True)))
     save_decoder(folder / "quantized", tiny_decoder())

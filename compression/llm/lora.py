@@ -6,7 +6,7 @@ model itself stays of its class, dense or pruned, and computes with its adapter.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compression.allocation import spread_rates
 from compression.checkpoint import load_tensors
+from compression.decoder import Decoder
 from compression.files import restore_replaced
 from compression.integrity import verify
 from compression.runtime import UserError
@@ -29,24 +31,79 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError)
 
 
-def add_lora(model: PreTrainedModel, r: int, alpha: float, dropout: float, projections: Iterable[str]) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel,
+    r: int,
+    alpha: float,
+    dropout: float,
+    projections: Iterable[str],
+    ranks: Sequence[int] | None = None,
+) -> PeftModel:
     """Freeze a language model and give its projections new adapters, in place; a layer may lack some of them.
 
     Args:
         projections: names of Linear modules, some or all of its family's.
+        ranks: of each layer's adapters, scaled by alpha / r as they all are; None: r.
 
     Returns:
         The handle that saves and merges the adapters; the model is used as before.
     """
+    names = list(projections)
+    there = [bool(widths) for widths in _widths(model, names)]  # PEFT warns of a pattern that nothing matches
+    by_layer = {rf"layers\.{layer}\..*": rank for layer, rank in enumerate(ranks or ()) if there[layer]}
+    largest = max(by_layer.values(), default=r)
     config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        r=largest,
+        lora_alpha=alpha * (largest / r),  # type: ignore[arg-type]
+        rank_pattern=by_layer,
+        alpha_pattern={name: alpha * (rank / r) for name, rank in by_layer.items()},
         lora_dropout=dropout,
-        target_modules=list(projections),
+        target_modules=names,
         bias="none",
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def ranks_by_share(model: PreTrainedModel, projections: Iterable[str], shares: Sequence[float], rank: int) -> list[int]:
+    """A rank for each layer's adapters, in proportion to what was pruned of the layer, for as many weights in all.
+
+    At least 1, which layers have that kept everything, and at most the smallest width of the layer's projections,
+    beyond which an adapter gains nothing. Rounding leaves the weights under those of `rank` everywhere by less than
+    what one rank more costs in one layer, unless all layers are at their most.
+
+    Args:
+        shares: of each layer the share that is gone.
+        rank: that all layers would have with the same number of weights.
+    """
+    gone = torch.tensor(shares).clamp_min(0)
+    if not gone.any():
+        return [rank] * len(shares)
+    widths = _widths(model, projections)
+    costs = torch.tensor([sum(map(sum, own)) for own in widths], dtype=torch.double)
+    most = torch.tensor([min(map(min, own), default=1) for own in widths], dtype=torch.double)
+    budget = min(rank * costs.sum().item(), (most * costs).sum().item())
+    # A rate needs a preference above 0: that of layers which kept everything is one that the least rank outdoes.
+    preference = gone.clamp_min(1e-9 * gone.max().item())
+    wanted = spread_rates(preference, costs, budget / costs.sum().item(), torch.ones_like(most), most)
+    ranks = wanted.floor()
+    for layer in (wanted - ranks).argsort(descending=True, stable=True):  # what rounding down has left
+        if ranks[layer] < most[layer] and (ranks * costs).sum() + costs[layer] <= budget:
+            ranks[layer] += 1
+    return ranks.int().tolist()
+
+
+def _widths(model: PreTrainedModel, projections: Iterable[str]) -> list[list[tuple[int, int]]]:
+    """Inputs and outputs of each layer's Linear modules of these names."""
+    wanted = set(projections)
+    return [
+        [
+            (module.in_features, module.out_features)
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted
+        ]
+        for layer in Decoder(model).layers
+    ]
 
 
 def draw_adapter(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -2,11 +2,11 @@
 
 Either LoRA adapters are trained beside the frozen weights (Hu et al. 2021), which may be in 4 bits (QLoRA, Dettmers et
 al. 2023), or all weights are. The loss is that of language modelling, with a share for the dense model's predictions
-where `kd_weight` asks for it.
+where `kd_weight` asks for it, and a term for its hidden states where `hidden_weight` does.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,11 +33,13 @@ from compression.checkpoint import (
 )
 from compression.config import NO_EFFECT, AtLeast, Between, Settings
 from compression.decoder import decoder_of
+from compression.distillation import relative_errors
 from compression.files import read_object
 from compression.integrity import digest_of
 from compression.llm.evaluate import Evaluation, evaluation_windows, measure, sizes
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
-from compression.llm.lora import adapter_weights, add_lora, draw_adapter, write_adapter
+from compression.llm.lora import adapter_weights, add_lora, draw_adapter, ranks_by_share, write_adapter
+from compression.llm.origin import kept_layers, pruned_shares
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import (
     Packed,
@@ -62,9 +64,11 @@ from compression.sharding import fill, within
 from compression.structures import DECODERS
 from compression.training import Recipe, Training, clean_up, fit
 
+RANK_FLAG = "--lora_rank_by_share"
 EVALUATIONS = ("ppl", "zeroshot")
 """What can be measured before and after."""
 LATER: dict[str, Any] = {"teacher_cache": 0, "tokens": None, "schedule": "linear", "packing": False}
+LATER |= {"hidden_weight": 0.0, "lora_rank_by_share": False}
 """Settings that older records do not have, with what was done then."""
 
 
@@ -85,10 +89,12 @@ class Recovery(Settings):
     lora_alpha: float
     lora_dropout: float
     lora_projections: str
+    lora_rank_by_share: bool
     load_in_4bit: bool
     dtype: Dtype
     kd_weight: float
     kd_temperature: float
+    hidden_weight: float
     teacher: Annotated[Path | None, NO_EFFECT]
     teacher_offload: Annotated[Literal["none", "cpu", "disk"], NO_EFFECT]
     teacher_cache: Annotated[int, AtLeast(0)]
@@ -111,12 +117,26 @@ class Recovery(Settings):
             raise UserError(
                 "--shard: not allowed with --load_in_4bit, whose weights are stored in blocks; leave one out"
             )
-        off = {"teacher": None, "teacher_offload": "none", "teacher_cache": 0}
-        for flag, value in off.items():
-            if getattr(self, flag) != value and not self.kd_weight:
-                raise UserError(
-                    f"--{flag} {getattr(self, flag)}: is used with --kd_weight above 0 alone; give that too"
-                )
+        if self.lora_rank_by_share and self.finetune_method == "full":
+            raise UserError("--lora_rank_by_share: not allowed with --finetune_method full; leave one out")
+        if self.hidden_weight and self.teacher_cache:
+            raise UserError(
+                f"--teacher_cache {self.teacher_cache}: keeps no hidden states; not allowed with --hidden_weight"
+            )
+        if self.teacher_cache and not self.kd_weight:
+            raise UserError(
+                f"--teacher_cache {self.teacher_cache}: is used with --kd_weight above 0 alone; give that too"
+            )
+        if self.teacher_offload != "none" and not self.learns:
+            raise UserError(
+                f"--teacher_offload {self.teacher_offload}: is used with --kd_weight or --hidden_weight above 0 alone; "
+                "give one of them too"
+            )
+        if self.teacher is not None and self.needs_dense is None:
+            raise UserError(
+                f"--teacher {self.teacher}: is used with --kd_weight or --hidden_weight above 0, or with "
+                "--lora_rank_by_share, alone; give one of them too"
+            )
 
     def _check_texts(self) -> None:
         for flag in ("dataset", "validation_dataset"):
@@ -134,6 +154,17 @@ class Recovery(Settings):
             raise UserError(f"--packing: not allowed with --teacher_cache {self.teacher_cache}; leave one out")
         if is_instruction_file(self.validation_dataset or ""):
             raise UserError(f"--validation_dataset {self.validation_dataset}: allowed is plain text, not instructions")
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is learned from a teacher."""
+        return bool(self.kd_weight or self.hidden_weight)
+
+    @property
+    def needs_dense(self) -> str | None:
+        """The flag that needs the dense model, if one does."""
+        flags = ("kd_weight", "hidden_weight", "lora_rank_by_share")
+        return next((f"--{flag}" for flag in flags if getattr(self, flag)), None)
 
     def in_one_epoch(self) -> "Recovery":
         """The same; a budget of tokens is spent in one epoch."""
@@ -175,29 +206,42 @@ class LanguageModelling(Recipe):
     def loss(self, model: nn.Module, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         known = self.teacher.known(batch) if self.teacher else ()
         inputs = (batch["input_ids"], batch["targets"], batch.get("position_ids"))
-        cross_entropy, *soft = model(self._terms, *inputs, *known)
-        if not soft:
+        cross_entropy, *taught = model(self._terms, *inputs, *known)
+        if not taught:
             return {"loss": cross_entropy}
-        share = self.recovery.kd_weight
-        loss = share * soft[0] + (1 - share) * cross_entropy
-        return {"loss": loss, "soft_label_loss": soft[0], "cross_entropy": cross_entropy}
+        weights = {"soft_label_loss": self.recovery.kd_weight, "hidden_state_loss": self.recovery.hidden_weight}
+        terms = dict(zip((name for name, weight in weights.items() if weight), taught, strict=True))
+        loss = (1 - self.recovery.kd_weight) * cross_entropy
+        for name, term in terms.items():
+            loss = loss + weights[name] * term
+        return {"loss": loss} | terms | {"cross_entropy": cross_entropy}
 
     def _terms(
         self, model: PreTrainedModel, ids: Tensor, targets: Tensor, positions: Tensor | None, *known: Tensor
     ) -> Tensor:
         """Means over the predicted tokens [terms]."""
-        decoder = decoder_of(model)
+        decoder, teacher = decoder_of(model), self.teacher
+        layers = range(len(teacher.layers) if teacher else 0)
+        words, targeted_states = known[: len(known) - len(layers)], known[len(known) - len(layers) :]
 
         def losses(states: Tensor, labels: Tensor, *known: Tensor) -> Tensor:
             logits = decoder.logits(states).float()
             terms = [F.cross_entropy(logits, labels, reduction="none")]
-            if self.teacher:
-                terms.append(self.teacher.losses(logits, *known))
+            if teacher and self.recovery.kd_weight:
+                terms.append(teacher.losses(logits, *known))
             return torch.stack(terms, dim=-1)
 
         # Rows are padded behind their end: what is before the padding does not see it.
-        states = before_predicted(decoder.final_states(ids, positions), targets)
-        return in_blocks(losses, states, ids[targets], *known, size=TRAINED_ROWS).mean(0)
+        with decoder.recorded(layers) as found:
+            states = before_predicted(decoder.final_states(ids, positions), targets)
+        terms = in_blocks(losses, states, ids[targets], *words, size=TRAINED_ROWS).mean(0)
+        if not layers:
+            return terms
+        errors = [
+            relative_errors(before_predicted(found[layer], targets), target).mean()
+            for layer, target in zip(layers, targeted_states, strict=True)
+        ]
+        return torch.cat([terms, torch.stack(errors).mean()[None]])
 
 
 def recover(
@@ -229,7 +273,9 @@ def recover(
     place = Output(output, flag, "recovery")
     place.check(filter(None, [pruned, recovery.teacher]))
     recovery.evaluation.check_zero_shot(data_dir)
-    teacher = find_teacher(recovery, pruned)
+    dense = find_dense(recovery, pruned)
+    teacher = dense if recovery.learns else None
+    layers = kept_layers(pruned, dense, "--hidden_weight") if dense and recovery.hidden_weight else []
     recovery = recovery.updated(lora_projections=named_projections(recovery.lora_projections, pruned)).in_one_epoch()
     inputs = {"parent": identify(pruned)} | ({"teacher": identify(teacher)} if teacher else {})
     seed_everything(recovery.training.seed)
@@ -250,8 +296,9 @@ def recover(
     with owned(output, work_dir, parts):
         saved = SavedParts(parts, recovery.training.resume)
         bare = sizes(model)
-        student = Student(recovery, model, pruned)
-        learned_from = make_teacher(recovery, teacher, train, output, parts) if teacher else None
+        shares = pruned_shares(model, pruned, dense, RANK_FLAG) if dense and recovery.lora_rank_by_share else None
+        student = Student(recovery, model, pruned, shares)
+        learned_from = make_teacher(recovery, teacher, layers, train, output, parts) if teacher else None
         figures = partial(student.compute, partial(measure, model, tokenizer, tests, recovery.evaluation, data_dir))
         before = saved.json("before", lambda: figures() | bare)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -314,17 +361,19 @@ class Student:
     Args:
         model: with its weights, or where it is spread without them, see `load_student`; gets its adapters in place.
         folder: where its weights are.
+        shares: of each layer, how much of it was pruned, by which its rank is chosen; None: all have the same rank.
 
     Attributes:
         module: the model as the training loop uses it.
     """
 
-    def __init__(self, recovery: Recovery, model: PreTrainedModel, folder: Path):
+    def __init__(self, recovery: Recovery, model: PreTrainedModel, folder: Path, shares: Sequence[float] | None = None):
         self.model, self.module = model, Within(model)
         self.adapted: PeftModel | None = None
         if recovery.finetune_method == "lora":
             r, alpha, dropout = recovery.lora_r, recovery.lora_alpha, recovery.lora_dropout
-            self.adapted = add_lora(model, r, alpha, dropout, recovery.projections)
+            ranks = None if shares is None else ranks_by_share(model, recovery.projections, shares, r)
+            self.adapted = add_lora(model, r, alpha, dropout, recovery.projections, ranks)
         drawn = draw_adapter(model, recovery.training.seed)
         if recovery.spread:
             spread(self.module, folder, drawn)
@@ -353,36 +402,43 @@ def training_dtype(recovery: Recovery) -> torch.dtype:
     return torch.float32 if recovery.finetune_method == "full" else pick_dtype(recovery.dtype, "Frozen weights")
 
 
-def find_teacher(recovery: Recovery, pruned: Path) -> Path | None:
-    """The checkpoint to learn from, None where there is nothing to learn from it.
+def find_dense(recovery: Recovery, pruned: Path) -> Path | None:
+    """The checkpoint to learn from, or to compare the pruned one with; None where nothing needs it.
 
     Raises:
-        UserError: it is not there, or not known; its vocabulary is another one, or smaller than `teacher_cache`.
+        UserError: it is not there, or not known; its vocabulary or hidden size is another one, or the former smaller
+            than `teacher_cache`.
     """
-    if not recovery.kd_weight:
+    if recovery.needs_dense is None:
         return None
-    teacher = recovery.teacher
-    if teacher is None:
+    dense = recovery.teacher
+    if dense is None:
         parent = (read_stage(pruned) or {}).get("parent")
         if not isinstance(parent, str):
             raise UserError(
-                f"--kd_weight {recovery.kd_weight}: needs a teacher, and {pruned} does not say what it was made from "
-                "(stage.json); name the dense model: --teacher"
+                f"{recovery.needs_dense}: needs the dense model, and {pruned} does not say what it was made from "
+                "(stage.json); name it: --teacher"
             )
-        teacher = ROOT / parent
-    require_language_model(teacher, "--teacher", "python download_model.py --only llm")
-    found, words = (read_object(folder / "config.json").get("vocab_size") for folder in (teacher, pruned))
-    if found != words:
-        raise UserError(f"--teacher {teacher}: it has {found} tokens, allowed are the student's {words}")
-    Between(0, words or 0).check("teacher_cache", recovery.teacher_cache)
-    return teacher
+        dense = ROOT / parent
+    require_language_model(dense, "--teacher", "python download_model.py --only llm")
+    found, wanted = (read_object(folder / "config.json") for folder in (dense, pruned))
+    for field, what in (("vocab_size", "tokens"), ("hidden_size", "hidden features")):
+        if found.get(field) != wanted.get(field):
+            raise UserError(
+                f"--teacher {dense}: it has {found.get(field)} {what}, allowed are the student's {wanted.get(field)}"
+            )
+    Between(0, wanted.get("vocab_size") or 0).check("teacher_cache", recovery.teacher_cache)
+    return dense
 
 
-def make_teacher(recovery: Recovery, folder: Path, train: Sequences | Packed, output: Path, scratch: Path) -> Teacher:
+def make_teacher(
+    recovery: Recovery, folder: Path, layers: Sequence[int], train: Sequences | Packed, output: Path, scratch: Path
+) -> Teacher:
     """What is learned from: the teacher, frozen, or its largest predictions, which are computed unless they are kept.
 
     Args:
-        folder: the teacher's checkpoint, see `find_teacher`.
+        folder: the teacher's checkpoint, see `find_dense`.
+        layers: those whose states are learned from.
         output: beside which its predictions are kept. scratch: for what an offloaded teacher does not keep in memory.
     """
     largest, temperature = recovery.teacher_cache, recovery.kd_temperature
@@ -394,7 +450,7 @@ def make_teacher(recovery: Recovery, folder: Path, train: Sequences | Packed, ou
         return teacher.requires_grad_(False)
 
     if not largest:
-        return LiveTeacher(load(), temperature)
+        return LiveTeacher(load(), temperature, layers)
     key = digest_of([identify(folder)["sha256"], train.digest(), largest, temperature, str(dtype)], 16)
     kept = output.with_name(f"{KEPT_LOGITS}{key}")
     keep_largest(kept, load, train, largest, temperature, recovery.training.part_size)

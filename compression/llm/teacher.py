@@ -1,6 +1,6 @@
 """What a language model learns from: a teacher that runs on every batch, or what it said of the data, kept on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,10 @@ LOGS, WORDS = "logs", "words"
 class Teacher(Protocol):
     """Knows something of each predicted token of a batch, and what a student's logits lack by that."""
 
+    @property
+    def layers(self) -> Sequence[int]:
+        """Its layers whose states are the last of what it knows: one for each layer of the student, or none."""
+
     def known(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Tensors [tokens, ...] with a row for each predicted token of a batch, see `rows.Sequences.collate`."""
 
@@ -36,17 +40,25 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """A model that runs on every batch; its logits are computed where the student's are, a few tokens at a time."""
+    """A model that runs on every batch; its logits are computed where the student's are, a few tokens at a time.
+
+    Attributes:
+        layers: whose states are to be known too.
+    """
 
     model: PreTrainedModel
     temperature: float
+    layers: Sequence[int] = ()
 
     @torch.no_grad()
     def known(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The model's last states [tokens, hidden]."""
+        """The model's last states [tokens, hidden], then those behind each of the layers."""
+        decoder = decoder_of(self.model)
         # Rows are padded behind their end: what is before the padding does not see it.
-        states = decoder_of(self.model).final_states(batch["input_ids"], batch.get("position_ids"))
-        return (before_predicted(states, batch["targets"]),)
+        with decoder.recorded(self.layers) as found:
+            states = decoder.final_states(batch["input_ids"], batch.get("position_ids"))
+        every = (states, *(found[layer] for layer in self.layers))
+        return tuple(before_predicted(state, batch["targets"]) for state in every)
 
     def losses(self, student_logits: Tensor, *known: Tensor) -> Tensor:
         """See `Teacher`."""
@@ -65,6 +77,8 @@ class KeptTeacher:
         folder: see `keep_largest`.
         temperature: at which they were computed.
     """
+
+    layers: Sequence[int] = ()
 
     def __init__(self, folder: Path, temperature: float):
         self.temperature = temperature
