@@ -5,6 +5,7 @@
 #
 #   bash finetune_gqa_aware_pruned.sh gqa --data_dir TEXTS
 #   bash finetune_gqa_aware_pruned.sh gqa --finetune_samples 2000 --kd_weight 0.5
+#   bash finetune_gqa_aware_pruned.sh headline --preset headline --dataset alpaca.json     # the authors' recipe
 #
 # NAME: what run_gqa_aware_pruning.sh was given as --output_name (gqa). A run that was killed goes on where it was.
 # Results: results/NAME_lora (adapters), results/NAME_merged (an ordinary checkpoint); perplexities before and after
@@ -12,7 +13,7 @@
 # python merge_and_save_lora.py. All flags are checked before any work.
 set -euo pipefail
 case "${1:-}" in
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
 esac
 name=gqa
 if [[ $# -gt 0 && "$1" != -* ]]; then name=$1; shift; fi

@@ -11,7 +11,7 @@ from scripts import run_killed, run_script
 
 import compression.llm.score_passes as calibration
 from compression.allocation import largest_ratio, split_budget, spread_rates
-from compression.checkpoint import load_language_model
+from compression.checkpoint import load_language_model, read_stage
 from compression.config import pick
 from compression.llm import gqa_pruning
 from compression.llm.gqa_pruning import (
@@ -460,6 +460,36 @@ def words_of(base, output, *flags):
 
 def run(base, output, *flags, expect=0):
     return run_script(*words_of(base, output, *flags), expect=expect)
+
+
+def test_presets_of_the_authors_differ_in_how_much_goes():
+    authors, headline = (GQAAwarePruningConfig.preset(name).as_dict() for name in ("authors", "headline"))
+    assert (authors["pruning_ratio"], authors["max_rate"]) == (0.25, 0.5)
+    assert {name for name in authors if authors[name] != headline[name]} == {"pruning_ratio", "max_rate"}
+    assert headline["pruning_ratio"] == 0.8464 and headline["compensation"] == "none"
+    ratios = ratio_range(GQAAwarePruningConfig.preset("authors").rates, layers_of(tiny_decoder()))
+    assert ratios == pytest.approx((0.15, 0.5))
+
+
+def test_the_headlines_recipe_end_to_end(base, tmp_path):
+    """The share that goes is one of the decoder layers' parameters; then adapters are trained as the authors do."""
+    run(base, tmp_path, "--output_name", "headline", "--preset", "headline")
+    models = tmp_path / "headline" / "models"
+    metrics = read_stage(models)["metrics"]
+    one = max(parts.structure_parameters(GROUPS) for parts in layers_of(tiny_decoder()))
+    structures = metrics["dense"]["parameters"]["structures"]
+    assert abs(metrics["reduction"]["structures"] - 0.8464) * structures < one
+    assert metrics["reduction"]["total"] < metrics["reduction"]["structures"], "embeddings stay"
+    assert len(metrics["pruned"]["layers"]) == 4 and min(map(min, map(dict.values, metrics["pruned"]["layers"]))) > 0
+    rows = [{"instruction": f"{letter} b", "output": "c d e"} for letter in "abcdefgh"]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    text = base.parent / "text.txt"
+    texts = ["--dataset", tmp_path / "alpaca.json", "--validation_dataset", text, "--eval_ppl_datasets", text]
+    flags = ["--pruned_model", models, "--output_dir", tmp_path / "lora", "--preset", "headline", *texts]
+    run_script("post_training.py", *flags, "--max_length", 100, "--eval_length", 32, "--eval_samples", 8)
+    stage = read_stage(tmp_path / "lora")
+    assert (stage["config"]["batch_size"], stage["config"]["lora_r"], stage["data"]["rows"]) == (128, 8, 8)
+    assert stage["metrics"]["after"]["perplexity"]["text.txt"] > 1
 
 
 def test_command_writes_a_checkpoint_and_what_led_to_it(base, tmp_path):

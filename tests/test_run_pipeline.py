@@ -194,6 +194,15 @@ def test_pruning_runs_with_its_flags(commands):
     assert result.returncode == 0 and lines == ["gqa_aware_pruning.py --resume --output_name a b"]
 
 
+def test_the_authors_recipe_goes_through_both_scripts(commands):
+    flags = ["--preset", "headline"]
+    _, lines = commands("--output_name", "headline", *flags, script="run_gqa_aware_pruning.sh")
+    assert lines == ["gqa_aware_pruning.py --resume --output_name headline --preset headline"]
+    _, lines = commands("headline", *flags, "--dataset", "alpaca.json", script="finetune_gqa_aware_pruned.sh")
+    assert stages(lines)[0].startswith("post_training.py --pruned_model results/headline/models ")
+    assert stages(lines)[0].endswith(" --preset headline --dataset alpaca.json")
+
+
 def test_recovery_is_trained_and_merged(commands):
     result, lines = commands("mine", "--kd_weight", "0.5", "--overwrite", script="finetune_gqa_aware_pruned.sh")
     assert result.returncode == 0
