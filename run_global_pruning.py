@@ -20,8 +20,10 @@ from compression.llm.agreement import FAST_AGREEMENT, Agreement
 from compression.llm.evaluate import Evaluation
 from compression.llm.evolution import Search
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
+from compression.llm.iterate import TrainingBetween, recovery_between
 from compression.llm.origin import KEPT_LAYERS
 from compression.llm.plots import plot_allocations, plot_removal, plot_retained, plot_search
+from compression.llm.recovery import Recovery
 from compression.llm.repair import LocalRanking
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
@@ -51,6 +53,10 @@ class GlobalPruningConfig(Config):
     """Number of which MLP widths are multiples, unless nothing is removed: matrix units are slow at odd widths."""
     iterative_steps: Annotated[int, AtLeast(1)] = 1
     """Number of steps to the budget, with new scores at each."""
+    recover_tokens: Annotated[int, AtLeast(0)] = 0
+    """Tokens of the calibration text to predict in training all weights after each step; 0: it is not trained."""
+    recover_learning_rate: Annotated[float, Between(0, 1)] = 5e-5
+    """Highest learning rate there."""
 
     # What goes: the groups (key-value head with its query heads) and channels of least score per parameter.
     importance_method: ScoreName = "fisher"
@@ -110,8 +116,14 @@ class GlobalPruningConfig(Config):
             raise UserError(f"--search {search}: allowed with --compensation none is none")
         if self.removal_steps and self.compensation == "none":
             raise UserError(f"--removal_steps {self.removal_steps}: allowed with --compensation none is 0")
+        if self.recover_tokens:
+            self.between_steps()
         if self.finetuning.finetune:
             recovery_after(self)
+
+    def between_steps(self) -> Recovery:
+        """How the model is trained after each step."""
+        return recovery_between(self, self.recover_tokens, self.recover_learning_rate)
 
     def as_dict(self) -> dict[str, Any]:
         scoring = pick(Scoring, self)
@@ -120,17 +132,22 @@ class GlobalPruningConfig(Config):
 
 def main(config: GlobalPruningConfig) -> None:
     run = Run("global_pruning", config)
+    training = TrainingBetween(run, config.between_steps()) if config.recover_tokens else None
     with run.running():
         # What removing each part of the dense model would cost; then the budget, over all layers at once.
         removal = run.removal_perplexities()
         scoring, budget = pick(Scoring, config), pick(Budget, config)
+        search = config.allocation_search
         pruning = GlobalPruning(
-            run.model, scoring, budget, run.text, removal, run.saved.tensors, run.store, config.allocation_search
+            run.model, scoring, budget, run.text, removal, run.saved.tensors, run.store, search, training
         )
         small = pruning.prune()
         if config.uniform:
             small = to_stock(small)
-        run.finish(small, partial(write_analysis, pruning, removal), lambda _: {KEPT_LAYERS: pruning.origin})
+        found: dict[str, Any] = {KEPT_LAYERS: pruning.origin}
+        if training is not None:
+            found["recovery"] = training.histories
+        run.finish(small, partial(write_analysis, pruning, removal), lambda _: found)
 
 
 def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, folder: Path) -> None:

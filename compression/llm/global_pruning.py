@@ -84,6 +84,7 @@ class GlobalPruning:
         cached: given a name and a function that makes named tensors, gives these or what an earlier run made.
         store: where an offloaded model's smaller forms go.
         search: whether and how the allocation is searched for.
+        train: given the smaller model and the step, from 1, trains it and gives it back; None: it stays as it is.
 
     Attributes:
         table: of each structure of the dense model what it is, its score, and when it went.
@@ -104,7 +105,9 @@ class GlobalPruning:
         cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
         store: Store = no_store,
         search: Search | None = None,
+        train: Callable[[PreTrainedModel, int], PreTrainedModel] | None = None,
     ):
+        self.train = train
         self.model, self.scoring, self.budget = model, scoring, budget
         self.text, self.removal, self.cached, self.store = text, removal, cached, store
         decoder_of(model)
@@ -160,6 +163,8 @@ class GlobalPruning:
             biased = [parts.biased for parts in layers_of(self.model)]
             self.model, kept = self._shrink(kept, step, choice)
             self._follow(kept, step, biased)
+            if self.train is not None:
+                self.model = self.train(self.model, step)
         return self.model
 
     def _local_choice(self, scores: Kept) -> LocalChoice | None:
