@@ -122,11 +122,7 @@ class GQAAwarePruningConfig(Config):
     finetuning: Flat[Finetuning] = group(Finetuning, finetune=False)
     publishing: Flat[Publishing] = group(Publishing)
 
-    presets: ClassVar = {
-        "fast": FAST | FAST_AGREEMENT | dict(search_steps=3),
-        "authors": AUTHORS,
-        "headline": HEADLINE,
-    }
+    presets: ClassVar = {"fast": FAST | FAST_AGREEMENT | dict(search_steps=3), "authors": AUTHORS, "headline": HEADLINE}
 
     def check(self) -> None:
         Between(self.min_rate, 0.95).check("max_rate", self.max_rate)
