@@ -12,7 +12,8 @@ import pytest
 from compression.dry_run import check
 from compression.runtime import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CHINESE = ROOT / "README.zh-CN.md"
+PAGES = [ROOT / "README.md", CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Shell scripts whose flags are those of a Python script.
@@ -115,6 +116,31 @@ def test_the_tree_names_what_is_there():
     assert [name for name in named if not (ROOT / name).exists()] == []
     scripts = {path.name for path in ROOT.iterdir() if path.suffix in (".py", ".sh")}
     assert scripts == {name for name in named if "/" not in name}
+
+
+def test_the_chinese_page_says_what_the_english_one_does():
+    pages = PAGES[0], CHINESE
+
+    def said(pattern, text):
+        return re.findall(pattern, text, re.MULTILINE)
+
+    def commands(page):
+        code = blocks(page, "bash") + blocks(page, "python")
+        return [line.split("#")[0].rstrip() for block in code for line in block.splitlines()]
+
+    english, chinese = map(commands, pages)
+    assert english == chinese
+    trees = [[line.split()[0] for line in blocks(page, "")[0].splitlines()] for page in pages]
+    assert trees[0] == trees[1]
+    english, chinese = map(prose, pages)
+    for pattern in (r"`([^`]+)`", r"\]\((?!README)([^)]+)\)"):
+        spans = [sorted(" ".join(span.split()) for span in said(pattern, text)) for text in (english, chinese)]
+        assert spans[0] == spans[1]
+    assert len(said(r"^#+ ", english)) == len(said(r"^#+ ", chinese))
+    # Digits of the results; thousands are cut off by commas and points alike.
+    rows = [said(r"^\|.*\|$", text) for text in (english, chinese)]
+    figures = [[sorted(re.findall(r"\d+\.\d+", row)) for row in table] for table in rows]
+    assert figures[0] == figures[1]
 
 
 def test_code_samples_work(tmp_path):
