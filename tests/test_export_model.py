@@ -163,12 +163,13 @@ def test_the_report_has_a_row_for_each_engine_and_type(exported, tmp_path):
     engines = {entry["name"]: (entry["engine"]["name"], entry["engine"]["type"]) for entry in report["models"]}
     assert engines == {
         "Teacher": ("PyTorch", "float32"),
+        "Teacher, bfloat16": ("PyTorch", "bfloat16"),
         "Pruned Student (KGSP + MSP)": ("PyTorch", "float32"),
         "Pruned Student (KGSP + MSP), ONNX fp32": ("ONNX Runtime", "float32"),
         "Pruned + Quantized Student (PTQ)": ("PyTorch", "float32"),
         "Pruned + Quantized Student (PTQ), ONNX nf4": ("ONNX Runtime", "float32"),
     }
-    _, pruned, onnx, *_ = report["models"]
+    _, _, pruned, onnx, *_ = report["models"]
     assert onnx["macs"] == pruned["macs"] and onnx["quality"] == pruned["quality"]
     assert onnx["size"]["weights_bytes"] == (exported / "pruned" / "onnx" / "model.onnx").stat().st_size
     assert "ONNX Runtime" in (tmp_path / "results" / "final_report.md").read_text()

@@ -82,13 +82,20 @@ def test_repair_is_fitted_to_what_comes_in(model, windows, index):
     handle = outer.register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1).double()))
     model(windows)
     handle.remove()
+    before = None if outer.bias is None else outer.bias.clone().double()
     repair(model, kept, windows, batch_size=4)
     x, columns = inputs[0], kept[GROUPS][index].repeat_interleave(outer.in_features // 4)
+    mean, bias = x.mean(0), outer.bias
+    if bias is not None:  # takes over the mean
+        x = x - mean
     gram = x[:, columns].T @ x[:, columns]
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
     missing = x[:, ~columns] @ whole[:, ~columns].T.double()
     solution = whole[:, columns].double() + torch.linalg.solve(gram, x[:, columns].T @ missing).T
     torch.testing.assert_close(outer.weight[:, columns].double(), solution, rtol=1e-3, atol=1e-4)
+    if bias is not None:
+        gained = whole.double() @ mean - solution @ mean[columns]
+        torch.testing.assert_close(bias.double(), before + gained, rtol=1e-3, atol=1e-4)
 
 
 def test_no_layer_is_run_to_learn_what_layers_are_given(windows):
