@@ -93,9 +93,11 @@ class Candidate:
     same_as: str | None = None
 
 
-def load_candidates(found: dict[str, Path], models_dir: Path, device: torch.device) -> dict[str, Candidate]:
+def load_candidates(
+    found: dict[str, Path], baseline: str, models_dir: Path, device: torch.device
+) -> dict[str, Candidate]:
     """Every model in PyTorch, behind it its exports; the baseline in bfloat16, too."""
-    candidates, baseline = {}, baseline_of(found)
+    candidates = {}
     for name, folder in found.items():
         model, tokenizer = load_classifier(folder, device)
         candidates[name] = Candidate(folder, model, tokenizer, pytorch(model), size_on_disk(folder))
@@ -149,8 +151,8 @@ def count_work(candidates: dict[str, Candidate], sequence_length: int) -> dict[s
 
 def build_report(found: dict[str, Path], missing: list[Entry], data: TaskData, config: EvaluationConfig) -> Entry:
     """Measure every model that was found."""
-    device, task = pick_device(), data.task
-    candidates = load_candidates(found, config.models_dir, device)
+    device, task, baseline = pick_device(), data.task, baseline_of(found)
+    candidates = load_candidates(found, baseline, config.models_dir, device)
     lineages = {name: {"lineage": describe_lineage(one.folder)} for name, one in candidates.items()}
     for one in candidates.values():
         for length in ("flops_sequence_length", "latency_sequence_length"):
@@ -171,7 +173,6 @@ def build_report(found: dict[str, Path], missing: list[Entry], data: TaskData, c
         config.seed,
     )
     entries = {name: entry | work[name] | lineages[name] | timings[name] for name, (entry, _) in measured.items()}
-    baseline = baseline_of(found)
     for name, entry in entries.items():
         if baseline in entries:
             paired = paired_difference(measured[name][1], measured[baseline][1])

@@ -13,6 +13,8 @@ from compression.integrity import STATE_FILE, read_record, seal, verify
 from compression.runtime import UserError, processes
 
 TENSORS_FILE = "tensors.safetensors"
+# Gives named tensors that an earlier run made by this name, or makes them, as `SavedParts.tensors` does.
+Cached = Callable[[str, Callable[[], dict[str, torch.Tensor]]], dict[str, torch.Tensor]]
 
 
 class SavedParts:

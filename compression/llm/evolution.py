@@ -19,15 +19,13 @@ from tqdm import tqdm
 
 from compression.config import AtLeast, Settings
 from compression.runtime import UserError, log
+from compression.saved_parts import Cached
 
 # Of the candidates that are judged on some text, the share that is judged on `MORE_TEXT` times as much.
 PASSED_ON = 0.25
 MORE_TEXT = 4
 MOST_SWITCHES = 3
 """Sizes that become smaller in a child, at most."""
-
-# Gives named tensors that an earlier run made by this name, or makes them.
-Cached = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 @dataclass

@@ -24,14 +24,13 @@ from compression.llm.perplexity import perplexity
 from compression.llm.repair import LocalChoice, LocalRanking, repairing
 from compression.llm.score_passes import labels_behind, score_structures
 from compression.llm.scoring import SCORES, LossName, ScoreName, loss_of
-from compression.llm.search import AllocationSearch, Space
+from compression.llm.search import AllocationSearch, Kept, Space
 from compression.llm.text import CalibrationText
 from compression.offload import Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
+from compression.saved_parts import Cached
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of, spread
 from compression.surgery import shrink_decoder, stock_group_counts, write_shrunk_decoder
-
-Kept = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class GlobalPruning:
         budget: Budget,
         text: CalibrationText,
         removal: dict[str, Any] | None = None,
-        cached: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]] = lambda _, make: make(),
+        cached: Cached = lambda _, make: make(),
         store: Store = no_store,
         search: Search | None = None,
         train: Callable[[PreTrainedModel, int], PreTrainedModel] | None = None,

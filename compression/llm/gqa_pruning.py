@@ -20,11 +20,12 @@ from compression.allocation import all_but_least, largest_ratio, split_budget, s
 from compression.decoder import Decoder, decoder_of
 from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
-from compression.llm.score_passes import Cached, labels_behind, score_layer
+from compression.llm.score_passes import labels_behind, score_layer
 from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.llm.text import CalibrationText
 from compression.offload import LayerWriter, Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
+from compression.saved_parts import Cached
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of
 from compression.surgery import shrink_decoder_layer, stock_group_counts, to_pruned, write_pruned_description
 

@@ -4,7 +4,7 @@ In memory a batch goes through the whole model and back. Of an offloaded model t
 after the other, and its gradient the same way back.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal
@@ -24,13 +24,12 @@ from compression.llm.scoring import SCORES, Score, ScoreName, Scores
 from compression.llm.text import CalibrationText
 from compression.offload import States
 from compression.runtime import UserError, sum_over_processes
+from compression.saved_parts import Cached
 from compression.structures import DECODER_KINDS, LayerParts, layers_of
 
 # The first window, token ids [windows, length] and last hidden states [windows, length, hidden] of each batch, computed
 # when it is asked for.
 Passes = Iterator[tuple[int, Tensor, Tensor]]
-# Given a name and a function that makes named tensors, gives these or what an earlier run made.
-Cached = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
 def score_structures(

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.allocation import Pool, all_but_least, keep
-from compression.llm.evolution import Cached, Found, Part, Search, evolve, levels_of, rungs_of
+from compression.llm.evolution import Found, Part, Search, evolve, levels_of, rungs_of
 from compression.llm.repair import LocalChoice
 from compression.llm.stitching import Counts, Divergence, Solutions, solutions_of, stitched
 from compression.llm.text import CalibrationText
 from compression.runtime import log, log_phase
+from compression.saved_parts import Cached
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS
 
 Kept = dict[str, list[Tensor]]
@@ -117,7 +118,7 @@ class AllocationSearch:
     Args:
         model: dense, or as an earlier step left it; stays as it is.
         choice: what chooses within a layer, see `repair`.
-        cached: gives named tensors that an earlier run made by this name, or makes them.
+        cached: see `saved_parts.Cached`.
     """
 
     def __init__(

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
 from compression.distillation import soft_label_losses
-from compression.llm.evolution import Cached
 from compression.llm.head import in_blocks
 from compression.llm.layerwise import LayerStream, final_states
 from compression.llm.repair import LocalChoice, moments_of, refitted
 from compression.runtime import sum_over_processes
+from compression.saved_parts import Cached
 from compression.structures import DECODER_KINDS, layers_of, spread
 from compression.surgery import cut_layer
 
