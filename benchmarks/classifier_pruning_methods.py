@@ -16,7 +16,6 @@ pip install --no-deps torch-pruning==1.6.1
 pip install --no-deps nvidia-modelopt==0.39.0 torchprofile==0.0.4 pulp
 """
 
-import importlib.util
 import itertools
 import math
 import runpy
@@ -37,6 +36,7 @@ from classifier_pruning_methods.kwon import kwon
 from classifier_pruning_methods.libraries import modelopt, torch_pruning
 from classifier_pruning_methods.plain import small_layers, small_scratch, uniform_magnitude
 from classifier_pruning_methods.report import OURS, TEACHER, draw, key_of, table
+from common.rows import earlier, missing
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -46,11 +46,11 @@ from compression.classifier.data import Encoded
 from compression.classifier.hidden_states import HiddenStates
 from compression.classifier.stage import DataSettings, Stage
 from compression.config import AtLeast, Between, Config, Flat, FolderName, group, run_script
-from compression.files import read_json, remove_folder, write_json, write_text
+from compression.files import remove_folder, write_json, write_text
 from compression.flops import count_macs, count_parameters
 from compression.outputs import KEPT_LOGITS
 from compression.plots import save_figure
-from compression.runtime import MODELS, RESULTS, ROOT, UserError, fingerprint, log, pick_device
+from compression.runtime import MODELS, RESULTS, ROOT, UserError, log, pick_device
 from compression.structures import ENCODER_KINDS, layers_of
 from compression.timing import measure_latency
 from compression.training import clean_up, fit
@@ -242,37 +242,9 @@ def describe(model: PreTrainedModel, hits: Tensor) -> dict[str, Any]:
     }
 
 
-def missing(method: str) -> bool:
-    """Whether a method's package is not there; it is said in one line."""
-    package = METHODS[method].package if method in METHODS else None
-    if package is None or importlib.util.find_spec(package[0]) is not None:
-        return False
-    log.warning("%s is left out: not installed; pip install --no-deps %s", method, package[1])
-    return True
-
-
-def earlier(config: PruningMethodsConfig) -> dict[str, Any]:
-    """What was found before with these settings.
-
-    Raises:
-        UserError: rows of other settings are there.
-    """
-    new = {"config": config.settings, "environment": fingerprint(), "teacher": None, "rows": [], "throughput": {}}
-    if not config.path.is_file():
-        return new
-    found = read_json(config.path)
-    if differing := [name for name, value in config.settings.items() if found["config"].get(name) != value]:
-        name = differing[0]
-        raise UserError(
-            f"--{name} {config.settings[name]}: {config.path} has rows of {found['config'].get(name)}; name another "
-            "--output_name, or move it away"
-        )
-    return found
-
-
 def measure_rows(config: PruningMethodsConfig, found: dict[str, Any]) -> None:
     """Add the rows that are not there yet, writing them one by one."""
-    methods = [method for method in config.methods if not missing(method)]
+    methods = [name for name in config.methods if name == OURS or not missing(name, METHODS[name].package)]
     done = {key_of(row) for row in found["rows"]}
     for seed in range(config.seeds):
         todo = [
@@ -319,7 +291,7 @@ def write_report(config: PruningMethodsConfig, found: dict[str, Any]) -> None:
 
 def main(config: PruningMethodsConfig) -> None:
     require_type(config.teacher_path, "--teacher_path", "python 1_finetune_teacher.py", {"bert"})
-    found = earlier(config)
+    found = earlier(config.path, config.settings, teacher=None, rows=[], throughput={})
     if not config.report:
         measure_rows(config, found)
     if not any("hits" in row for row in found["rows"]):
