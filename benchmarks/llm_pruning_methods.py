@@ -1,254 +1,279 @@
-"""Compare ways of pruning a language model: one run, one model, one text, the same budgets, no recovery training.
+"""Compare ways of pruning a language model: one run, one model, one text, the same budgets.
 
-    python benchmarks/llm_pruning_methods.py --data_dir TEXTS [--ratios 0.2 0.3 0.5] [--methods fisher paper]
+    python benchmarks/llm_pruning_methods.py --data_dir TEXTS [--ratios 0.2 0.3 0.5] [--methods FLAP SliceGPT]
+    python benchmarks/llm_pruning_methods.py --data_dir TEXTS --recover_tokens 250000 --output_name llm_recovered
+    python benchmarks/llm_pruning_methods.py --data_dir TEXTS --report
 
-Every method gets the same calibration windows; perplexities are on the test part of WikiText-2 and PTB. `seconds`
-leaves out the scores of the dense model where another method or ratio has computed them. Writes
-results/llm_pruning_methods.json after each measurement, and goes on where it was with --resume.
+Every method gets the same calibration windows and gives a physically smaller model that lacks at least the share of the
+decoder layers' parameters that is asked for, as near to it as it can; biases and matrices that it adds count. With
+--recover_tokens each model is trained then, on the same tokens with the same settings, and measured again.
 
-Torch-Pruning is no part of the environment: pip install --no-deps torch-pruning==1.6.1. It is driven as in its own
-examples/LLMs/prune_llm.py: norms of coupled channels, every layer alike, the hidden size is pruned too. It takes one
-ratio for hidden size, heads and channels; here the least one that reaches the budget. Two things are other than there:
-attention is the eager one, and while the graph is traced there are no rotary embeddings. They move no channel, but with
-them the search for coupled channels never ends (known upstream: github.com/VainF/Torch-Pruning/issues/527).
+Perplexities are on the test parts of WikiText-2 and PTB, and on a text that no calibration sees: passages of the
+zero-shot data, else film plots or reviews. `seconds` leaves out what of the dense model another method or ratio has
+computed before.
+
+Writes results/llm_pruning_methods.json after each row; run again, the command goes on behind what is there. At the end
+a table and curves are written beside it (.md, .png).
+
+Torch-Pruning is no part of the environment, and is left out where it is missing:
+pip install --no-deps torch-pruning==1.6.1
 """
 
-import importlib.util
 import itertools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
-from unittest.mock import patch
+from typing import Annotated, Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
+from common.rows import earlier, missing
+from llm_pruning_methods.flap import flap
+from llm_pruning_methods.ground import Ground, layer_parameters
+from llm_pruning_methods.layers import by_removal, short_gpt, sleb
+from llm_pruning_methods.libraries import torch_pruning
+from llm_pruning_methods.ours import METHODS, by_fields
+from llm_pruning_methods.recovery import recovery_of, train
+from llm_pruning_methods.report import draw, table
+from llm_pruning_methods.slicegpt import slice_gpt
+from llm_pruning_methods.two_stage import two_stage
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.assets import ensure_llm
-from compression.checkpoint import load_language_model
-from compression.config import Config, pick, run_script
-from compression.files import read_json, write_json
-from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
+from compression.checkpoint import check_positions, load_language_model
+from compression.config import LARGEST_WHOLE_NUMBER, AtLeast, Between, Config, FolderName, run_script
+from compression.decoder import decoder_of
+from compression.files import write_json, write_text
+from compression.llm.agreement import Agreement, unseen_text
 from compression.llm.perplexity import perplexity
-from compression.llm.removal import removal_perplexities
-from compression.llm.scoring import SCORES
 from compression.llm.text import CalibrationText, load_corpus, sample_windows, tokenize, windows
-from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
+from compression.llm.zeroshot import check_tasks, zero_shot
+from compression.plots import save_figure
+from compression.runtime import RESULTS, Dtype, UserError, log, pick_device, pick_dtype
 from compression.sources import LLM, LLM_FOLDER
-from compression.structures import DECODER_KINDS, layers_of
-from compression.surgery import shrink_decoder
-from run_global_pruning import GlobalPruningConfig
 
-DEFAULT_SCORE = GlobalPruningConfig().importance_method
-PLAIN = dict(compensation="none", epsilon=0.0, round_to=1)
-# Name -> the fields in which the method differs from the defaults.
-METHODS: dict[str, dict[str, Any]] = {
-    "H-GSP, default": {},
-    "H-GSP, two steps": dict(iterative_steps=2),
-    "H-GSP, no repair": dict(compensation="none"),
-    **{f"H-GSP, {score} scores": dict(importance_method=score) for score in SCORES if score != DEFAULT_SCORE},
-    "H-GSP, obs scores, no repair": dict(importance_method="obs", compensation="none"),
-    "H-GSP, paper": GlobalPruningConfig.presets["paper"],
-    "H-GSP, paper, T = 0": GlobalPruningConfig.presets["paper"] | {"temperature": 0.0},
-    "uniform Taylor on MLP, ends protected": PLAIN
-    | dict(importance_method="taylor", normalize="layer", attention_factors=(1e9,), protect_first=2, protect_last=2),
-    "magnitude, per layer": PLAIN | dict(importance_method="magnitude", normalize="layer"),
-    "Wanda-sp, per layer": PLAIN | dict(importance_method="wanda", normalize="layer"),
+Method = Callable[[Ground, float], PreTrainedModel]
+PEERS: dict[str, Method] = {
+    "whole layers, by removal perplexity": by_removal,
+    "ShortGPT": short_gpt,
+    "SLEB": sleb,
+    "FLAP": flap,
+    "SliceGPT": slice_gpt,
+    "2SSP": two_stage,
+    "Torch-Pruning": torch_pruning,
 }
-WHOLE_LAYERS = "whole layers, by removal perplexity"
-TORCH_PRUNING = "Torch-Pruning"
-ALL_METHODS = (*METHODS, WHOLE_LAYERS, TORCH_PRUNING)
+PACKAGES = {"Torch-Pruning": ("torch_pruning", "torch-pruning==1.6.1")}
+ALL_METHODS = (*METHODS, *PEERS)
+# Positions that a window of the recovery has at most.
+RECOVERY_LENGTH = 512
 
 
 @dataclass
 class MethodsConfig(Config):
     base_model: str = LLM
     """Model to prune: a folder, or a name on the hub."""
-    ratios: tuple[float, ...] = (0.2, 0.3, 0.5)
+    ratios: tuple[Annotated[float, Between(0.01, 0.99)], ...] = (0.2, 0.3, 0.5)
     """Shares of the decoder layers' parameters to remove."""
     methods: tuple[str, ...] = ALL_METHODS
     """Which methods, by name."""
     data_dir: str | None = None
-    """Folder with wikitext2/ and ptb/."""
-    num_samples: int = 32
+    """Folder with wikitext2/, ptb/ and zeroshot/."""
+    num_samples: Annotated[int, AtLeast(1)] = 32
     """Windows that scores are computed on."""
-    repair_samples: int = 64
-    """Windows that repairs are fitted to."""
-    held_out_samples: int = 4
-    """Windows that choices are made by, and that layers are ranked on."""
+    repair_samples: Annotated[int, AtLeast(1)] = 64
+    """Windows that repairs are fitted to; a method that looks at text once gets those of scores and these."""
+    held_out_samples: Annotated[int, AtLeast(1)] = 8
+    """Windows that models are compared on, where a method chooses between some."""
     dtype: Dtype = "auto"
     """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32."""
-    length: int = 1024
-    """Tokens per window, also of the test text."""
-    eval_samples: int = 30
+    length: Annotated[int, AtLeast(2)] = 1024
+    """Tokens per window, also of the test texts."""
+    search_levels: Annotated[int, AtLeast(2)] = 8
+    """Of a search over the allocation: steps between nothing and all of an attention or MLP."""
+    search_generations: Annotated[int, AtLeast(1)] = 30
+    """Generations of it."""
+    search_population: Annotated[int, AtLeast(1)] = 16
+    """Candidates in each generation."""
+    search_tokens: Annotated[int, AtLeast(1)] = 1024
+    """Tokens of held-out text that all candidates are judged on."""
+    recover_tokens: Annotated[int, AtLeast(0)] = 0
+    """Tokens of WikiText-2 that each model is trained on after pruning, all weights; 0: it is not trained."""
+    recover_learning_rate: Annotated[float, Between(0, 1)] = 5e-5
+    """Highest learning rate there."""
+    eval_samples: Annotated[int, AtLeast(0)] = 30
     """Windows of each test text; 0: all of it."""
+    unseen: str = "auto"
+    """The third test text, as --agreement_text of run_global_pruning.py; none: only two."""
+    zeroshot_tasks: str = "piqa,hellaswag,winogrande,arc_easy"
+    """Tasks of lm-evaluation-harness, separated by commas, whose mean accuracy is measured; or none."""
+    zeroshot_limit: Annotated[int, AtLeast(0)] = 100
+    """Questions of each task, from the first; 0: all of them."""
     seed: int = 42
     """Fixes which windows calibration takes."""
-    resume: bool = False
-    """Keep what an earlier run with the same settings has measured."""
+    report: bool = False
+    """Measure no further rows: write table and curves of those that are there."""
+    results_dir: Path = field(default_factory=lambda: RESULTS)
+    """Folder that the results go to."""
+    output_name: Annotated[str, FolderName()] = "llm_pruning_methods"
+    """Name of the results there."""
 
-    presets: ClassVar = {"fast": dict(num_samples=4, repair_samples=16, held_out_samples=1, eval_samples=4)}
+    presets: ClassVar = {
+        "fast": dict(
+            num_samples=4,
+            repair_samples=16,
+            held_out_samples=1,
+            eval_samples=4,
+            zeroshot_limit=20,
+            search_generations=3,
+            search_population=4,
+        )
+    }
 
     def check(self) -> None:
         for name in self.methods:
             if name not in ALL_METHODS:
                 raise UserError(f"--methods {name!r}: unknown; allowed are {'; '.join(ALL_METHODS)}")
         for ratio in self.ratios:
-            if not 0 < ratio < 1:
-                raise UserError(f"--ratios {ratio}: allowed is above 0 and below 1")
+            Between(0.01, 0.99).check("ratios", ratio)
+
+    @property
+    def path(self) -> Path:
+        """The rows."""
+        return self.results_dir / f"{self.output_name}.json"
+
+    @property
+    def tasks(self) -> list[str]:
+        """The zero-shot tasks."""
+        return [] if self.zeroshot_tasks == "none" else self.zeroshot_tasks.split(",")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a row depends on, beside its method and ratio."""
+        other = {"ratios", "methods", "report", "results_dir", "output_name"}
+        return {name: value for name, value in self.as_dict().items() if name not in other}
 
 
-def whole_layers(model, ratio: float, removal: dict[str, Any]):
-    """Take out the layers whose removal costs least, one at a time's cost, until the budget is met."""
-    sizes = [parts.parameters for parts in layers_of(model)]
-    order = torch.tensor(removal["layer"]).argsort().tolist()
-    gone, removed = set(), 0
-    while removed < ratio * sum(sizes):
-        gone.add(order[len(gone)])
-        removed = sum(sizes[index] for index in gone)
-    kept = {
-        kind: [torch.full((parts.count(kind),), index not in gone) for index, parts in enumerate(layers_of(model))]
-        for kind in DECODER_KINDS
-    }
-    return shrink_decoder(model, kept)
+class Bench:
+    """The model, what methods get, and what models are measured on."""
 
-
-def torch_pruning(load: Callable[[], PreTrainedModel], ratio: float) -> PreTrainedModel:
-    """Torch-Pruning's recipe at the least of its own ratios, to a thousandth, that removes the share `ratio`."""
-    budget = (1 - ratio) * layer_parameters(load())
-    low, high, small = 0, 1000, None
-    while high - low > 1:
-        middle = (low + high) // 2
-        tried = pruned_by_recipe(load(), middle / 1000)
-        if layer_parameters(tried) <= budget:
-            high, small = middle, tried
-        else:
-            low = middle
-    return small
-
-
-def pruned_by_recipe(model: PreTrainedModel, ratio: float) -> PreTrainedModel:
-    """One call of Torch-Pruning, as its script for language models makes it."""
-    import torch_pruning as tp
-
-    model.config.use_cache = False
-    model.set_attn_implementation("eager")
-    config, heads = model.config, {}
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        heads[attention.q_proj] = config.num_attention_heads
-        heads[attention.k_proj] = heads[attention.v_proj] = config.num_key_value_heads
-    with patch(f"{type(model).__module__}.apply_rotary_pos_emb", lambda query, key, *_, **__: (query, key)):
-        pruner = tp.pruner.BasePruner(
-            model,
-            example_inputs=torch.ones(1, 4, dtype=torch.long, device=model.device),
-            importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
-            global_pruning=False,
-            pruning_ratio=ratio,
-            ignored_layers=[model.lm_head],
-            num_heads=heads,
-            prune_num_heads=True,
-            prune_head_dims=False,
-            head_pruning_ratio=ratio,
-            round_to=4,
-            output_transform=lambda output: output.logits,
+    def __init__(self, config: MethodsConfig):
+        self.config = config
+        base, dtype = ensure_llm(config.base_model, LLM_FOLDER), pick_dtype(config.dtype, "Weights")
+        load = partial(load_language_model, base, pick_device(), dtype)
+        model, self.tokenizer = load()
+        check_positions(model, "length", config.length)
+        self.dense = layer_parameters(model)
+        corpora = [load_corpus("wikitext2", part, config.data_dir) for part in ("train", "validation")]
+        train_ids, choice_ids = (tokenize(self.tokenizer, corpus) for corpus in corpora)
+        text = CalibrationText(
+            sample_windows(train_ids, config.length, config.num_samples, config.seed),
+            sample_windows(train_ids, config.length, config.repair_samples, config.seed + 1),
+            sample_windows(choice_ids, config.length, config.held_out_samples, config.seed),
+            seed=config.seed,
         )
-        for group in pruner.step(interactive=True):
-            group.prune()
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
-    return model
+        searched = {name: value for name, value in config.as_dict().items() if name.startswith("search_")}
+        self.ground = Ground(lambda: load()[0], text, searched)
+        self.tests = self.test_windows(model, [corpus.name for corpus in corpora])
+        length = min(RECOVERY_LENGTH, config.length)
+        self.recovery = None
+        if config.recover_tokens:
+            self.recovery = recovery_of(config.recover_tokens, config.recover_learning_rate, length, config.seed)
+
+    def test_windows(self, model: PreTrainedModel, seen: list[str]) -> dict[str, Tensor]:
+        """Token ids [count, length] of the texts that perplexity is measured on.
+
+        Args:
+            seen: what the texts of calibration are called.
+        """
+        config, tests = self.config, {}
+        for name in ("wikitext2", "ptb"):
+            ids = tokenize(self.tokenizer, load_corpus(name, "test", config.data_dir))
+            tests[name] = windows(ids, config.length, name)[: config.eval_samples or None]
+        count = config.eval_samples or LARGEST_WHOLE_NUMBER
+        settings = Agreement(config.unseen, agreement_samples=count, agreement_length=config.length)
+        found = unseen_text(settings, seen, config.data_dir, config.seed, self.tokenizer, model)
+        return tests if found is None else tests | {found.corpus.name: found.windows}
+
+    def measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Perplexity on each text, and accuracy over the zero-shot tasks."""
+        config = self.config
+        found: dict[str, Any] = {"perplexity": {name: perplexity(model, ids) for name, ids in self.tests.items()}}
+        if config.tasks:
+            limit = config.zeroshot_limit or None
+            tasks = zero_shot(model, self.tokenizer, config.tasks, config.data_dir, limit)
+            found["zero_shot"] = mean_accuracy(tasks) | {"tasks": tasks}
+        return found
+
+    def sizes(self, model: PreTrainedModel) -> dict[str, Any]:
+        """How large a model is."""
+        return {
+            "removed": 1 - layer_parameters(model) / self.dense,
+            "layers": len(decoder_of(model).layers),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+
+    def dense_row(self) -> dict[str, Any]:
+        """The dense model, measured."""
+        model = self.ground.load()
+        return self.sizes(model) | self.measure(model)
+
+    def row(self, method: str, ratio: float) -> dict[str, Any]:
+        """One model, measured."""
+        row: dict[str, Any] = {"method": method, "ratio": ratio}
+        make, started = PEERS.get(method) or partial(by_fields, fields=METHODS[method]), time.perf_counter()
+        try:
+            model = make(self.ground, ratio)
+            row |= {"seconds": time.perf_counter() - started} | self.sizes(model)
+            row["pruned"] = self.measure(model)
+            if self.recovery is not None:
+                states = self.config.results_dir / f".{self.config.output_name}_states"
+                train(model, self.tokenizer, self.recovery, self.config.data_dir, states)
+                row["recovered"] = self.measure(model)
+        except UserError as error:
+            row["impossible"] = str(error)
+        return row
 
 
-def layer_parameters(model: PreTrainedModel) -> int:
-    """Weights of the decoder layers' projections."""
-    return sum(parts.parameters for parts in layers_of(model))
+def mean_accuracy(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Mean accuracy over tasks, and its standard error, that of each task being independent of the others'."""
+    squares = sum(figures["acc_standard_error"] ** 2 for figures in tasks.values())
+    mean = sum(figures["acc"] for figures in tasks.values()) / len(tasks)
+    return {"mean": mean, "standard_error": squares**0.5 / len(tasks)}
 
 
-def by_fields(model, ratio: float, fields: dict[str, Any], text: CalibrationText, removal, known: dict):
-    """Prune by this project's own machinery; scores of the dense model are computed once for each importance method."""
-    config = GlobalPruningConfig.make(pruning_ratio=ratio, **fields)
-
-    def cached(name: str, make):
-        key = config.importance_method if name.startswith("scores_of_step_1_") else name
-        if key not in (config.importance_method, "labels"):
-            return make()
-        if key not in known:
-            known[key] = make()
-        return known[key]
-
-    scoring, budget = pick(Scoring, config), pick(Budget, config)
-    return GlobalPruning(model, scoring, budget, text, removal, cached).prune()
+def measure_rows(config: MethodsConfig, found: dict[str, Any]) -> None:
+    """Add the rows that are not there yet, writing them one by one."""
+    done = {(row["method"], row["ratio"]) for row in found["rows"]}
+    methods = [method for method in config.methods if not missing(method, PACKAGES.get(method))]
+    todo = [place for place in itertools.product(methods, config.ratios) if place not in done]
+    if not todo:
+        return
+    if config.tasks:
+        check_tasks(config.tasks, config.data_dir, config.zeroshot_limit or None)
+    bench = Bench(config)
+    found["dense"] = found["dense"] or bench.dense_row()
+    log.info("dense: %s", found["dense"]["perplexity"])
+    for method, ratio in todo:
+        log.info("%s, %g %% of the layers' parameters removed", method, 100 * ratio)
+        row = bench.row(method, ratio)
+        found["rows"].append(row)
+        write_json(config.path, found)
+        log.info("%s, %g: %s", method, ratio, row.get("impossible") or row["pruned"]["perplexity"])
 
 
 def main(config: MethodsConfig) -> None:
-    if TORCH_PRUNING in config.methods and importlib.util.find_spec("torch_pruning") is None:
-        raise UserError("Torch-Pruning is not installed; install it with: pip install --no-deps torch-pruning==1.6.1")
-    base, device = ensure_llm(config.base_model, LLM_FOLDER), pick_device()
-    load = partial(load_language_model, base, device, pick_dtype(config.dtype, "Weights"))
-    model, tokenizer = load()
-    train, validation = (
-        tokenize(tokenizer, load_corpus("wikitext2", part, config.data_dir)) for part in ("train", "validation")
-    )
-    text = CalibrationText(
-        sample_windows(train, config.length, config.num_samples, config.seed),
-        sample_windows(train, config.length, config.repair_samples, config.seed + 1),
-        sample_windows(validation, config.length, config.held_out_samples, config.seed),
-        seed=config.seed,
-    )
-    tests = {
-        name: windows(tokenize(tokenizer, load_corpus(name, "test", config.data_dir)), config.length)[
-            : config.eval_samples or None
-        ]
-        for name in ("wikitext2", "ptb")
-    }
-    path = RESULTS / "llm_pruning_methods.json"
-    settings = {name: value for name, value in config.as_dict().items() if name not in ("resume", "methods", "ratios")}
-    found = {"config": settings, "environment": fingerprint(), "dense": None, "methods": {}}
-    if config.resume and path.is_file() and read_json(path)["config"] == settings:
-        found = read_json(path)
-
-    def measure(which) -> dict[str, float]:
-        return {name: perplexity(which, ids) for name, ids in tests.items()}
-
-    found["dense"] = found["dense"] or measure(model)
-    log.info("dense: %s", found["dense"])
-    removal, known = None, {}
-    for name, ratio in itertools.product(config.methods, config.ratios):
-        results, fields = found["methods"].setdefault(name, {}), METHODS.get(name, {})
-        if str(ratio) in results:
-            continue
-        model, _ = load()
-        total = layer_parameters(model)
-        if removal is None and (name == WHOLE_LAYERS or fields.get("temperature")):
-            removal = removal_perplexities(model, text.held_out[:2, :512])
-        started = time.perf_counter()
-        try:
-            if name == WHOLE_LAYERS:
-                small = whole_layers(model, ratio, removal)
-            elif name == TORCH_PRUNING:
-                small = torch_pruning(lambda: load()[0], ratio)
-            else:
-                small = by_fields(model, ratio, fields, text, removal, known)
-        except UserError as error:
-            results[str(ratio)] = {"impossible": str(error)}
-        else:
-            seconds = time.perf_counter() - started
-            results[str(ratio)] = {
-                "perplexity": measure(small),
-                "seconds": seconds,
-                "layers": len(layers_of(small)),
-                "removed": 1 - layer_parameters(small) / total,
-            }
-        log.info("%s, %g: %s", name, ratio, results[str(ratio)])
-        write_json(path, found)
-    log.info("-> %s", path)
+    found = earlier(config.path, config.settings, dense=None, rows=[])
+    if not config.report:
+        measure_rows(config, found)
+    if not any("pruned" in row for row in found["rows"]):
+        raise UserError(f"{config.path}: has no rows to report; leave out --report, or choose other --methods")
+    write_text(config.path.with_suffix(".md"), f"{table(found)}\n")
+    save_figure(draw(found), config.path.with_suffix(".png"))
+    log.info("%s\n-> %s", table(found), config.path)
 
 
 if __name__ == "__main__":

@@ -99,9 +99,12 @@ CASES = {
         ),
     ),
     "llm_pruning_methods": (
-        f"{LLM} {CALIBRATION} --ratios 0.3 --length 16",
+        f"{LLM} {CALIBRATION} --ratios 0.3 --length 16 --unseen none --zeroshot_tasks none",
         ["--methods", DEFAULT, WHOLE],
-        lambda found: all(0.3 <= found["methods"][name]["0.3"]["removed"] < 0.35 for name in (DEFAULT, WHOLE)),
+        lambda found: (
+            [row["method"] for row in found["rows"]] == [DEFAULT, WHOLE]
+            and all(0.3 <= row["removed"] < 0.35 and row["pruned"]["perplexity"]["ptb"] > 1 for row in found["rows"])
+        ),
     ),
     "load_elsewhere": (
         "--checkpoint {world}/models/pruned --data_dir {world}",

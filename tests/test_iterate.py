@@ -82,7 +82,7 @@ def test_killed_while_it_trains_and_resumed_equals_undisturbed(whole, base, tmp_
 def test_weights_change_their_type_and_rotary_tables_do_not():
     model = tiny_decoder()
     table = model.model.rotary_emb.inv_freq
-    iterate._cast(model, torch.bfloat16)
+    iterate.cast_weights(model, torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.model.rotary_emb.inv_freq is table and table.dtype == torch.float32
 

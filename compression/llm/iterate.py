@@ -67,7 +67,7 @@ class TrainingBetween:
 
         def write(folder: Path | None) -> None:
             history = self._train(model, recovery, states)
-            _cast(model, dtype)
+            cast_weights(model, dtype)
             if folder is not None:
                 save_tensors(folder / WEIGHTS, dict(model.named_parameters()))
                 write_json(folder / HISTORY, history)
@@ -84,7 +84,7 @@ class TrainingBetween:
 
     def _train(self, model: PreTrainedModel, recovery: Recovery, states: Path) -> list[dict[str, Any]]:
         train, _ = training_data(recovery, self.run.config.data_dir, self.run.tokenizer, model)
-        _cast(model, torch.float32)  # 16 bits lose small updates
+        cast_weights(model, torch.float32)  # 16 bits lose small updates
         history = fit(
             model,
             LanguageModelling(recovery, len(train)),
@@ -98,7 +98,7 @@ class TrainingBetween:
         return history
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give all weights a type; buffers keep theirs, for rotary tables lose positions in 16 bits."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,1 @@
+"""Parts of benchmarks/llm_pruning_methods.py."""
