@@ -37,7 +37,7 @@ from llm_pruning_methods.layers import by_removal, short_gpt, sleb
 from llm_pruning_methods.libraries import torch_pruning
 from llm_pruning_methods.ours import METHODS, by_fields
 from llm_pruning_methods.recovery import recovery_of, train
-from llm_pruning_methods.report import draw, table
+from llm_pruning_methods.report import draw, table, title
 from llm_pruning_methods.slicegpt import slice_gpt
 from llm_pruning_methods.two_stage import two_stage
 from torch import Tensor
@@ -271,7 +271,7 @@ def main(config: MethodsConfig) -> None:
         measure_rows(config, found)
     if not any("pruned" in row for row in found["rows"]):
         raise UserError(f"{config.path}: has no rows to report; leave out --report, or choose other --methods")
-    write_text(config.path.with_suffix(".md"), f"{table(found)}\n")
+    write_text(config.path.with_suffix(".md"), f"{title(found)}\n\n{table(found)}\n")
     save_figure(draw(found), config.path.with_suffix(".png"))
     log.info("%s\n-> %s", table(found), config.path)
 

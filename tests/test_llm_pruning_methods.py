@@ -238,6 +238,7 @@ def test_rows_say_what_is_left_before_and_after_recovery(compared):
         f"llm_pruning_methods.{end}" for end in ("json", "md", "png")
     ]
     table = (out / "llm_pruning_methods.md").read_text()
+    assert "then 300 tokens of training. Perplexity on 2 windows of 16 tokens" in table
     assert "| dense |" in table and "| FLAP |" in table and "hellaswag passages, after recovery" in table
 
 

@@ -46,8 +46,10 @@ def moments_of(model: PreTrainedModel, windows: Tensor) -> Moments:
         sums[kind, index] = sums.get((kind, index), 0) + seen
 
     note_inputs(model, windows, note)
-    means = {place: (seen / windows.numel()).float() for place, seen in sums.items()}
-    return {place: (mean, (square - mean.square()).clamp_min(0)) for place, (mean, square) in means.items()}
+    means = {place: seen / windows.numel() for place, seen in sums.items()}
+    return {
+        place: (mean.float(), (square - mean.square()).clamp_min(0).float()) for place, (mean, square) in means.items()
+    }
 
 
 def chosen(model: PreTrainedModel, moments: Moments, ratio: float) -> Kept:

@@ -13,6 +13,8 @@ from compression.tables import Column, at, markdown_table
 STAGES = {"pruned": "no training", "recovered": "after recovery"}
 # The frame ends at so many times the dense perplexity; what is above stands in the table alone.
 HIGHEST = 100
+# Inches of a method's line beside the panels.
+LEGEND_LINE = 0.17
 
 Row = dict[str, Any]
 
@@ -32,6 +34,17 @@ def texts(found: dict[str, Any]) -> list[str]:
 def stages(found: dict[str, Any]) -> list[str]:
     """When models were measured: after pruning, and where they were trained then also after that."""
     return [stage for stage in STAGES if any(stage in row for row in measured(found))]
+
+
+def title(found: dict[str, Any]) -> str:
+    """What the figures are of."""
+    told, where = found["config"], "{processor}, GPU {gpu}, torch {torch}".format(**found["environment"])
+    count = told["eval_samples"] or "all"
+    trained = f", then {told['recover_tokens']:,} tokens of training" if told["recover_tokens"] else ""
+    return (
+        f"{told['base_model']} ({where}), pruned{trained}. Perplexity on {count} windows of {told['length']} tokens of "
+        "each text, in brackets relative to the dense model's."
+    )
 
 
 def table(found: dict[str, Any]) -> str:
@@ -75,9 +88,9 @@ def draw(found: dict[str, Any]) -> Figure:
     """Perplexity against the share of the layers' parameters that is gone: a panel for each text, a row of them for
     each stage, a curve for each method."""
     names, times, rows = texts(found), stages(found), measured(found)
-    figure = new_figure(4 * len(names) + 3, 3.6 * len(times))
-    panels = figure.subplots(len(times), len(names), squeeze=False, sharex=True)
     methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
+    figure = new_figure(4 * len(names) + 3, max(3.6 * len(times), LEGEND_LINE * (len(methods) + 2)))
+    panels = figure.subplots(len(times), len(names), squeeze=False, sharex=True)
     styles = dict(zip(methods, zip(cycle(COLOURS), cycle((*MARKERS, *SPARE_MARKERS)), strict=False), strict=False))
     for stage, line in zip(times, panels, strict=True):
         for name, axes in zip(names, line, strict=True):

@@ -64,31 +64,37 @@ def sliced(model: PreTrainedModel, windows: Tensor, width: int) -> PreTrainedMod
     decoder, stream = decoder_of(model), LayerStream(model, windows)
     if decoder.family.around != BEFORE or decoder.family.multiplier is not None:
         raise UserError(f"SliceGPT is not written here for model type {model.config.model_type!r}")
-    head = decoder.model.lm_head.weight * decoder.body.norm.weight  # before the embeddings are turned: they may be one
     basis = project(stream, width)
-    embeddings = decoder.embeddings.weight @ basis.to(decoder.embeddings.weight)
+    embeddings = decoder.embeddings.weight.double() @ basis
     for index, layer in enumerate(decoder.layers):
         for number, (_, state, options) in enumerate(stream):
             stream.states.put(number, state + decoder.attention_branch(layer, state, options[index]))
-        middle = project(stream, width)
+        middle = project(stream, width, basis)
         for number, (_, state, _) in enumerate(stream):
             stream.states.put(number, state + decoder.mlp_branch(layer, state))
-        behind = project(stream, width)
+        behind = project(stream, width, middle)
         slice_layer(layer, layers_of(model)[index], basis, middle, behind)
         basis = behind
-    return rebuilt(decoder, embeddings, head @ basis.to(head), width)
+    head = (decoder.model.lm_head.weight.double() * decoder.body.norm.weight.double()) @ basis
+    return rebuilt(decoder, embeddings, head)
 
 
-def project(stream: LayerStream, width: int) -> Tensor:
-    """The first principal components of a text's states, [hidden, width] in fp64; the states lose the others."""
+def project(stream: LayerStream, width: int, before: Tensor | None = None) -> Tensor:
+    """The first principal components of a text's states, [hidden, width] in fp64; the states lose the others.
+
+    Args:
+        before: those of the place before, with which the signs agree, which are free: so the states turn less.
+    """
     gram: Any = 0
     for _, state, _ in stream:
         rows = state.flatten(0, 1).double()
         gram = gram + rows.T @ rows
     basis = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :width]
-    kept = basis @ basis.T
+    if before is not None:
+        basis = basis * torch.where((basis * before).sum(0) < 0, -1, 1)
+    single = basis.float()
     for number, (_, state, _) in enumerate(stream):
-        stream.states.put(number, (state.double() @ kept).to(state))
+        stream.states.put(number, (state.float() @ single @ single.T).to(state))
     return basis
 
 
@@ -171,20 +177,20 @@ class SlicedMLP(SlicedBlock):
         return self.block(self.norm(state)) + self.shortcut(state)
 
 
-def rebuilt(decoder: Decoder, embeddings: Tensor, head: Tensor, width: int) -> PreTrainedModel:
+def rebuilt(decoder: Decoder, embeddings: Tensor, head: Tensor) -> PreTrainedModel:
     """A model of the same class around the sliced layers, whose head is a table of its own.
 
     Args:
         embeddings, head: [vocabulary, width].
     """
-    model, body = decoder.model, decoder.body
+    model, body, width = decoder.model, decoder.body, head.shape[1]
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     with torch.device("meta"):
         small: Any = type(model)(config)
     body.norm = RootMeanSquare(body.embed_tokens.embedding_dim, body.norm.variance_epsilon)
-    body.embed_tokens.weight, body.embed_tokens.embedding_dim = nn.Parameter(embeddings), width
+    body.embed_tokens.weight, body.embed_tokens.embedding_dim = nn.Parameter(embeddings.to(model.dtype)), width
     small.model, small.lm_head = body, nn.Linear(width, len(head), bias=False, device="meta")
-    small.lm_head.weight = nn.Parameter(head)
+    small.lm_head.weight = nn.Parameter(head.to(model.dtype))
     small.config.hidden_size = body.config.hidden_size = width
     return small.eval()
