@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from compression.checkpoint import load_language_model
 from compression.files import read_json
-from compression.llm.agreement import Agreement, agreement, last_states, unseen_text
+from compression.llm.agreement import Agreement, agreement, divergence, last_states, unseen_text
 from compression.llm.text import EMBEDDED, Corpus
 from compression.runtime import UserError
 
@@ -48,6 +48,8 @@ def test_figures_are_those_of_all_logits(family):
     assert found["top1"] == pytest.approx(top1) and 0 < found["top1"] < 1
     assert found["perplexity"]["dense"] == pytest.approx(dense_perplexity, rel=1e-5)
     assert found["perplexity"]["pruned"] == pytest.approx(perplexity, rel=1e-5)
+    few = divergence(model, windows[:3], last_states(dense, windows), 2)
+    assert few == pytest.approx(expected(dense, model, windows[:3])[0], rel=1e-4) != kl
 
 
 def test_the_dense_model_agrees_with_itself():
@@ -55,6 +57,13 @@ def test_the_dense_model_agrees_with_itself():
     found = agreement(model, windows, last_states(model, windows))
     assert found["kl"] == pytest.approx(0, abs=1e-7) and found["top1"] == 1
     assert found["perplexity"]["dense"] == found["perplexity"]["pruned"]
+
+
+def test_the_divergence_of_a_broken_model_is_infinite():
+    model, windows = tiny_decoder(), token_ids(3)
+    states = last_states(model, windows)
+    model.model.norm.weight.data[0] = torch.inf
+    assert divergence(model, windows, states) == torch.inf
 
 
 def test_a_model_with_another_head_is_compared_by_the_dense_models(tmp_path):

@@ -159,12 +159,7 @@ def agreement(
     """
     decoder = decoder_of(model)
     compare = partial(_compared, decoder.logits, dense_logits or decoder.logits)
-    totals = torch.zeros(4, dtype=torch.double)
-    for place, ids, states in final_states(model, windows, batch_size, "agreement"):
-        expected = dense_states[place : place + len(ids)].to(states)
-        rows = (part[:, :-1].flatten(0, 1) for part in (states, expected))
-        totals += in_blocks(compare, *rows, ids[:, 1:].flatten()).double().sum(0).cpu()
-    sum_over_processes(totals)
+    totals = _totals(model, windows, dense_states, compare, 4, batch_size)
     tokens = len(windows) * (windows.shape[1] - 1)
     kl, top1, *losses = totals.tolist()
     names = {"dense": "the dense model", "pruned": "the pruned model"}
@@ -172,6 +167,44 @@ def agreement(
         name: exp_of_mean(model, loss, tokens, what) for (name, what), loss in zip(names.items(), losses, strict=True)
     }
     return {"kl": kl / tokens, "top1": top1 / tokens, "perplexity": perplexities}
+
+
+@torch.no_grad()
+def divergence(model: PreTrainedModel, windows: Tensor, dense_states: Tensor, batch_size: int = 1) -> float:
+    """KL(dense || model) alone, as `agreement` has it; infinite where it is not finite.
+
+    Args:
+        windows: token ids [count, length]. dense_states: see `last_states`; of the same head.
+    """
+    logits_of = decoder_of(model).logits
+
+    def losses(states: Tensor, dense: Tensor, _: Tensor) -> Tensor:
+        return soft_label_losses(logits_of(states), logits_of(dense), temperature=1.0)[:, None]
+
+    (total,) = _totals(model, windows, dense_states, losses, 1, batch_size)
+    return (total / windows[:, 1:].numel()).item() if total.isfinite() else torch.inf
+
+
+def _totals(
+    model: PreTrainedModel,
+    windows: Tensor,
+    dense_states: Tensor,
+    compare: Callable[[Tensor, Tensor, Tensor], Tensor],
+    terms: int,
+    batch_size: int,
+) -> Tensor:
+    """Sums over the predicted tokens of all processes' windows, [terms] in fp64.
+
+    Args:
+        compare: of tokens' states and dense states [tokens, hidden] and labels [tokens] gives terms [tokens, terms].
+    """
+    totals = torch.zeros(terms, dtype=torch.double)
+    for place, ids, states in final_states(model, windows, batch_size, "agreement"):
+        expected = dense_states[place : place + len(ids)].to(states)
+        rows = (part[:, :-1].flatten(0, 1) for part in (states, expected))
+        totals += in_blocks(compare, *rows, ids[:, 1:].flatten()).double().sum(0).cpu()
+    sum_over_processes(totals)
+    return totals
 
 
 def _compared(

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.allocation import Pool, all_but_least, keep
+from compression.llm.agreement import divergence, last_states
 from compression.llm.evolution import Found, Part, Search, evolve, levels_of, rungs_of
 from compression.llm.repair import LocalChoice
-from compression.llm.stitching import Counts, Divergence, Solutions, solutions_of, stitched
+from compression.llm.stitching import Counts, Solutions, solutions_of, stitched
 from compression.llm.text import CalibrationText
 from compression.runtime import log, log_phase
 from compression.saved_parts import Cached
@@ -132,7 +133,7 @@ class AllocationSearch:
     ):
         self.model, self.space, self.settings, self.text = model, space, settings, text
         self.choice, self.cached = choice, cached
-        self.divergence = Divergence(model, text.held_out, text.batch_size)
+        self.dense_states = last_states(model, text.held_out, text.batch_size)
 
     def search(self, start: Kept) -> Searched:
         """The allocation that diverges least from the model on the held-out text, of all that were tried.
@@ -192,7 +193,7 @@ class AllocationSearch:
         if not any(sizes[GROUPS] for sizes in counts):
             return float("inf")  # a model without any attention is not made
         with stitched(self.model, counts, solutions):
-            return self.divergence(len(self.text.held_out) if windows is None else windows)
+            return divergence(self.model, self.text.held_out[:windows], self.dense_states, self.text.batch_size)
 
 
 def _at(parts: list[Part], levels: list[int], counts: Counts) -> Counts:

@@ -17,11 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
-from compression.distillation import soft_label_losses
-from compression.llm.head import in_blocks
-from compression.llm.layerwise import LayerStream, final_states
+from compression.llm.layerwise import LayerStream
 from compression.llm.repair import LocalChoice, moments_of, refitted
-from compression.runtime import sum_over_processes
 from compression.saved_parts import Cached
 from compression.structures import DECODER_KINDS, layers_of, spread
 from compression.surgery import cut_layer
@@ -138,37 +135,3 @@ def stitched(model: PreTrainedModel, counts: Counts, solutions: list[Solutions])
         for index, (sizes, solved) in enumerate(zip(counts, solutions, strict=True)):
             cut_layer(decoder, index, _put(model, index, sizes, solved))
         yield
-
-
-class Divergence:
-    """Mean over tokens of KL(dense || model), in nats, of a model that changes and is dense at first.
-
-    Of the dense model its last hidden states are kept; its logits are computed anew, a few tokens at a time, where they
-    are compared.
-
-    Args:
-        windows: token ids [count, length].
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, windows: Tensor, batch_size: int):
-        self.model, self.windows, self.batch_size = model, windows, batch_size
-        self.dense = {place: states for place, _, states in self._states(len(windows))}
-
-    def _states(self, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        return final_states(self.model, self.windows[:count], self.batch_size, "divergence")
-
-    @torch.no_grad()
-    def __call__(self, count: int) -> float:
-        """The model's divergence on the first windows, infinite where it is not finite."""
-        logits, total = decoder_of(self.model).logits, torch.zeros((), dtype=torch.double)
-
-        def losses(mine: Tensor, dense: Tensor) -> Tensor:
-            return soft_label_losses(logits(mine), logits(dense), 1.0)
-
-        for place, ids, states in self._states(count):
-            dense = self.dense[place][: len(ids)]
-            total += in_blocks(losses, states.flatten(0, 1), dense.flatten(0, 1)).double().sum().cpu()
-        sum_over_processes(total)
-        mean = total / self.windows[:count].numel()
-        return mean.item() if mean.isfinite() else torch.inf
