@@ -212,6 +212,11 @@ def _git_commit() -> str:
         return "unknown"
 
 
+def hardware_name(device: torch.device) -> str:
+    """What a device is: the GPU's name or the processor's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

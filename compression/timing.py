@@ -123,11 +123,43 @@ def measure_generation(
         By name: {"prefill": median, p10, p90 in tokens per second; "decode": the same}, with lengths and repeats.
     """
     ids = random_ids(models, (1, prompt_length), seed).to(device)
-    caches = {name: model(ids, use_cache=True, logits_to_keep=1).past_key_values for name, model in models.items()}
+    first = prefill_times(models, ids, repeats)
+    then = decode_times(models, ids, new_tokens, repeats)
+    return {
+        name: {
+            "prefill": _spread(prompt_length / np.array(first[name]), "tokens_per_second")
+            | {"prompt_length": prompt_length},
+            "decode": _spread(new_tokens / np.array(then[name]), "tokens_per_second")
+            | {"prompt_length": prompt_length, "new_tokens": new_tokens},
+        }
+        for name in models
+    }
+
+
+@torch.inference_mode()
+def prefill_times(models: Mapping[str, PreTrainedModel], ids: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each language model's pass over a prompt, with its key-value cache and the last token's logits alone.
+
+    Args:
+        ids: token ids [batch, length], on the models' device.
+    """
 
     def prefill(model: PreTrainedModel) -> None:
         model(ids, use_cache=True, logits_to_keep=1)
 
+    return interleaved_times({name: partial(prefill, model) for name, model in models.items()}, rounds, ids.device)
+
+
+@torch.inference_mode()
+def decode_times(
+    models: Mapping[str, PreTrainedModel], ids: torch.Tensor, new_tokens: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds that each language model takes for new tokens, one after the other, with a prompt's key-value cache.
+
+    Args:
+        ids: token ids of the prompt [batch, length], on the models' device; the new tokens are its first ones again.
+    """
+    caches = {name: model(ids, use_cache=True, logits_to_keep=1).past_key_values for name, model in models.items()}
     begun: dict[str, Any] = {}
 
     def begin(name: str) -> None:
@@ -138,18 +170,8 @@ def measure_generation(
         for place in range(new_tokens):
             model(ids[:, place : place + 1], past_key_values=begun[name], use_cache=True)
 
-    first = interleaved_times({name: partial(prefill, model) for name, model in models.items()}, repeats, device)
     decodes = {name: partial(decode, name, model) for name, model in models.items()}
-    then = interleaved_times(decodes, repeats, device, prepare=begin)
-    return {
-        name: {
-            "prefill": _spread(prompt_length / np.array(first[name]), "tokens_per_second")
-            | {"prompt_length": prompt_length},
-            "decode": _spread(new_tokens / np.array(then[name]), "tokens_per_second")
-            | {"prompt_length": prompt_length, "new_tokens": new_tokens},
-        }
-        for name in models
-    }
+    return interleaved_times(decodes, rounds, ids.device, prepare=begin)
 
 
 def random_ids(models: Mapping[str, PreTrainedModel], shape: tuple[int, int], seed: int) -> torch.Tensor:

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compression.files import read_object, write_json
 from compression.hooks import evaluation_mode
-from compression.integrity import digest_of
-from compression.outputs import KEPT_TIMES, kept_folder
-from compression.runtime import log
+from compression.part_times import Times, kept_table, measured_widths, milliseconds, plain_times, times_of, with_layers
+from compression.runtime import hardware_name, log
 from compression.structures import ENCODER_KINDS, HEADS, family_of, layers_of
 from compression.surgery import remove_part, shrink_encoder_layer
 from compression.timing import forwards, interleaved_times, random_ids
@@ -42,7 +40,7 @@ class LatencyTable:
     threads: int
     teacher: float
     rest: float
-    parts: dict[str, dict[int, float]]
+    parts: Times
 
     def costs(self, kind: str, count: int) -> Tensor:
         """What a part takes at 0 to `count` structures, [count + 1]: between measured widths that of the next wider."""
@@ -53,33 +51,28 @@ class LatencyTable:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON, as it is saved beside a result."""
-        parts = {kind: {str(width): time for width, time in times.items()} for kind, times in self.parts.items()}
-        return vars(self) | {"parts": parts, "unit": "ms"}
+        return vars(self) | {"parts": plain_times(self.parts), "unit": "ms"}
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "LatencyTable":
         """What `as_dict` gave."""
-        parts = {kind: {int(width): time for width, time in times.items()} for kind, times in values["parts"].items()}
-        return cls(**{name: value for name, value in values.items() if name != "unit"} | {"parts": parts})
+        fields = {name: value for name, value in values.items() if name != "unit"}
+        return cls(**fields | {"parts": times_of(values["parts"])})
 
 
 def latency_table(model: PreTrainedModel, teacher: PreTrainedModel, sequence_length: int, cache: Path) -> LatencyTable:
-    """The table for a model, measured once and kept, so that a run that is resumed or repeated has the same one.
+    """The table for a model, measured once and kept.
 
     Args:
         cache: the folder that it is kept in, by the shapes of both models and by what it is measured on.
     """
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-    shapes = [[(name, list(p.shape)) for name, p in each.named_parameters()] for each in (model, teacher)]
-    types = [each.config.model_type for each in (model, teacher)]
-    key = digest_of([types, shapes, device, torch.get_num_threads(), sequence_length], 16)
+    device = hardware_name(model.device)
+    key = [device, torch.get_num_threads(), BATCH_SIZE, sequence_length]
 
-    def measure(kept: Path) -> None:
-        table = measure_table(model, teacher, BATCH_SIZE, sequence_length, device)
-        write_json(kept / LATENCY_TABLE, table.as_dict())
+    def measure() -> dict[str, Any]:
+        return measure_table(model, teacher, BATCH_SIZE, sequence_length, device).as_dict()
 
-    kept = kept_folder(Path(cache) / f"{KEPT_TIMES}{key}", "latency_table", measure)
-    return LatencyTable.of(read_object(kept / LATENCY_TABLE))
+    return LatencyTable.of(kept_table(cache, LATENCY_TABLE, key, [model, teacher], measure))
 
 
 def measure_table(
@@ -95,18 +88,18 @@ def measure_table(
         device: its name.
     """
     log.info("Measuring the time of each part at each width (batches of %d x %d tokens)", batch_size, sequence_length)
-    models = {"teacher": teacher, "rest": _with_layers(model, [])}
+    models = {"teacher": teacher, "rest": with_layers(model, [])}
     for kind in ENCODER_KINDS:
         for width in _measured_widths(kind, max(parts.count(kind) for parts in layers_of(model))):
-            models[f"{kind} {width}"] = _with_layers(model, [_one_part(model, kind, width)])
+            models[f"{kind} {width}"] = with_layers(model, [_one_part(model, kind, width)])
     ids = random_ids(models, (batch_size, sequence_length), seed=0).to(model.device)
     with ExitStack() as stack, torch.inference_mode():
         for each in models.values():
             stack.enter_context(evaluation_mode(each))
         times = interleaved_times(forwards(models, ids), ROUNDS, model.device)
-    medians = {name: 1e3 * float(np.median(seconds)) for name, seconds in times.items()}
+    medians = milliseconds(times)
     whole, rest = medians.pop("teacher"), medians.pop("rest")
-    parts: dict[str, dict[int, float]] = {kind: {} for kind in ENCODER_KINDS}
+    parts: Times = {kind: {} for kind in ENCODER_KINDS}
     for name, median in medians.items():
         kind, number = name.split()
         parts[kind][int(number)] = max(median - rest, 0.0)
@@ -114,29 +107,15 @@ def measure_table(
 
 
 def _measured_widths(kind: str, count: int) -> list[int]:
-    """All numbers of heads; of neurons about FFN_WIDTHS, evenly spaced, multiples of 8 where there are enough."""
-    if kind == HEADS:
-        return list(range(1, count + 1))
-    step = -(-count // FFN_WIDTHS)
-    step = -(-step // 8) * 8 if count >= 8 * FFN_WIDTHS else step
-    return sorted({*range(step, count, step), count})
-
-
-def _with_layers(model: PreTrainedModel, layers: list[nn.Module]) -> PreTrainedModel:
-    """A copy of a model that has these layers and no others; it shares all else with the model."""
-    path, _, name = family_of(model).layers.rpartition(".")
-    whole = attrgetter(family_of(model).layers)(model)
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} | {id(whole): None}
-    small = copy.deepcopy(model, shared)
-    setattr(attrgetter(path)(small), name, nn.ModuleList(layers))
-    return small
+    """All numbers of heads; of neurons about FFN_WIDTHS."""
+    return list(range(1, count + 1)) if kind == HEADS else measured_widths(count, FFN_WIDTHS, 8)
 
 
 def _one_part(model: PreTrainedModel, kind: str, width: int) -> nn.Module:
     """A layer that has nothing but an attention or an FFN of this width."""
     path, layers = family_of(model).layers, layers_of(model)
     index = max(range(len(layers)), key=lambda place: layers[place].count(kind))
-    one = _with_layers(model, [copy.deepcopy(attrgetter(path)(model)[index])])
+    one = with_layers(model, [copy.deepcopy(attrgetter(path)(model)[index])])
     (parts,) = layers_of(one)
     other = next(each for each in ENCODER_KINDS if each != kind)
     if parts.count(other):
