@@ -1,6 +1,7 @@
-"""H-GSP: prune a LLaMA-class language model in depth and width under one parameter budget.
+"""H-GSP: prune a LLaMA-class language model in depth and width under one budget, of parameters or of measured time.
 
     python run_global_pruning.py --base_model models/llm-local --output_name NAME [--pruning_ratio 0.2] [--fast]
+    python run_global_pruning.py --base_model models/llm-local --output_name NAME --target decode 0.7
 
 Reads the model (fetched if it is not there) and calibration text; writes results/NAME: models/ (the smaller model, an
 ordinary checkpoint), analysis/ (what removing each part costs, every structure's score and fate), evaluation/, plots.
@@ -27,6 +28,7 @@ from compression.llm.recovery import Recovery
 from compression.llm.repair import LocalRanking
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
+from compression.llm.speed import SPEED_TABLE, Hardware, Speed, Target, check_target, table_files
 from compression.plots import save_figure
 from compression.runtime import UserError
 from compression.surgery import to_stock
@@ -36,10 +38,14 @@ from compression.tables import columns_of, write_csv
 @dataclass
 class GlobalPruningConfig(Config):
     # How much goes.
-    pruning_ratio: Annotated[float, Between(0, 0.95)] = 0.5
-    """Share of the decoder layers' parameters to remove."""
+    pruning_ratio: Annotated[float | None, Between(0, 0.95)] = None
+    """Share of the decoder layers' parameters to remove; none: 0.5, or what --target says."""
+    target: Target | None = None
+    """Time instead of parameters: prefill or decode, and the share of the dense layers' time in it that may stay, by a
+    table of times measured on the hardware: prefill 0.5."""
+    times: Flat[Hardware] = group(Hardware)
     epsilon: Annotated[float, Between(0, 1)] = 0.15
-    """Share of its parameters that a layer must keep; one that would keep less is removed whole."""
+    """Share of its parameters, or its time, that a layer must keep; one that would keep less is removed whole."""
     protect_first: Annotated[int, AtLeast(0)] = 0
     """Number of leading layers never pruned."""
     protect_last: Annotated[int, AtLeast(0)] = 0
@@ -104,6 +110,7 @@ class GlobalPruningConfig(Config):
     }
 
     def check(self) -> None:
+        check_target(self.target, self.pruning_ratio, self.times.hardware, self.uniform)
         if not self.attention_factors or min(self.attention_factors) <= 0:
             raise UserError(f"--attention_factors {self.attention_factors}: allowed are one or more above 0")
         loss_of(self.score_loss, self.importance_method)
@@ -127,19 +134,23 @@ class GlobalPruningConfig(Config):
 
     def as_dict(self) -> dict[str, Any]:
         scoring = pick(Scoring, self)
-        return super().as_dict() | {"normalize": scoring.normalization, "score_loss": scoring.loss}
+        ratio = None if self.target is not None else pick(Budget, self).share
+        resolved = {"pruning_ratio": ratio, "normalize": scoring.normalization, "score_loss": scoring.loss}
+        return super().as_dict() | resolved
 
 
 def main(config: GlobalPruningConfig) -> None:
-    run = Run("global_pruning", config)
+    run = Run("global_pruning", config, table_files(config.times))
+    speed = None if config.target is None else Speed(run.model, config.target[0], config.times, config.run.models_dir)
     training = TrainingBetween(run, config.between_steps()) if config.recover_tokens else None
     with run.running():
         # What removing each part of the dense model would cost; then the budget, over all layers at once.
         removal = run.removal_perplexities()
         scoring, budget = pick(Scoring, config), pick(Budget, config)
         search = config.allocation_search
+        costs = None if speed is None else speed.costs
         pruning = GlobalPruning(
-            run.model, scoring, budget, run.text, removal, run.saved.tensors, run.store, search, training
+            run.model, scoring, budget, run.text, removal, run.saved.tensors, run.store, search, training, costs
         )
         small = pruning.prune()
         if config.uniform:
@@ -147,11 +158,13 @@ def main(config: GlobalPruningConfig) -> None:
         found: dict[str, Any] = {KEPT_LAYERS: pruning.origin}
         if training is not None:
             found["recovery"] = training.histories
-        run.finish(small, partial(write_analysis, pruning, removal), lambda _: found)
+        if speed is not None:
+            found["speed"] = run.saved.json("speed", lambda: speed.compare(small, run.load))
+        run.finish(small, partial(write_analysis, pruning, removal, speed), lambda _: found)
 
 
-def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, folder: Path) -> None:
-    """Every structure's score and fate, what removing each part costs, what a search found, and plots of all."""
+def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, speed: Speed | None, folder: Path) -> None:
+    """Every structure's score and fate, what removing each part costs or takes, what a search found; plots of all."""
     rows = list(pruning.table.values())
     removed = [row for row in rows if row["removed_in_step"] is not None]
     write_csv(folder / "global_group_table.csv", columns_of(rows), rows)
@@ -165,6 +178,8 @@ def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, folde
         write_json(folder / "block_removal_ppl.json", block)
         save_figure(plot_removal(removal), folder / "removal_perplexity.png")
     save_figure(plot_retained(rows), folder / "retained.png")
+    if speed is not None:
+        write_json(folder / SPEED_TABLE, speed.table.as_dict())
     for searched in pruning.searches:
         name = f"search_of_step_{searched['step']}"
         write_json(folder / f"{name}.json", searched)

@@ -1,10 +1,31 @@
 """Scores and a budget -> which structures stay."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+# Of a part that could have more widths, so many evenly spaced ones are looked at.
+MOST_WIDTHS = 512
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a part costs by how many structures it has, in the unit of the budget.
+
+    Args:
+        one: what one structure costs, on average where `together` is given.
+        together: [structures + 1] whole numbers, what each number of them costs, never less than fewer do; None: each
+            costs the same.
+    """
+
+    one: float
+    together: Tensor | None = None
+
+    def of(self, count: int) -> float:
+        """What so many structures cost."""
+        return count * self.one if self.together is None else int(self.together[count])
 
 
 @dataclass(frozen=True)
@@ -12,14 +33,14 @@ class Pool:
     """The structures of one kind in one layer.
 
     Args:
-        scores: [structures], score per parameter.
-        parameters: parameters of one structure.
+        scores: [structures], score per unit of cost.
+        cost: of the structures.
         minimum: least number that stays; with 0 all of them may go.
         multiple: the number that stays is a multiple of this, unless nothing is removed.
     """
 
     scores: Tensor
-    parameters: int
+    cost: Cost
     minimum: int = 1
     multiple: int = 1
 
@@ -27,6 +48,11 @@ class Pool:
     def floor(self) -> int:
         """The least number of structures that may stay."""
         return min(-(-self.minimum // self.multiple) * self.multiple, len(self.scores))
+
+    @property
+    def whole(self) -> float:
+        """What all of them cost."""
+        return self.cost.of(len(self.scores))
 
     def blocks(self) -> list[int]:
         """Sizes of the blocks that are removed whole, least important first; the floor is in none of them."""
@@ -36,9 +62,13 @@ class Pool:
 
 
 def reachable_sparsity(pools: list[Pool]) -> float:
-    """The largest share of parameters that can be removed with every pool at its floor."""
-    total = sum(pool.parameters * len(pool.scores) for pool in pools)
-    return sum(pool.parameters * (len(pool.scores) - pool.floor) for pool in pools) / total
+    """The largest share of the cost that can be removed with every pool at its floor."""
+    total = _whole(pools)
+    return (total - sum(pool.cost.of(pool.floor) for pool in pools)) / total if total else 0.0
+
+
+def _whole(pools: Iterable[Pool]) -> float:
+    return sum(pool.whole for pool in pools)
 
 
 def _check_reach(pools: list[Pool], sparsity: float) -> None:
@@ -47,14 +77,16 @@ def _check_reach(pools: list[Pool], sparsity: float) -> None:
 
 
 def keep(pools: list[Pool], sparsity: float) -> list[Tensor]:
-    """Remove the blocks of least score per parameter, over all pools, until a share of the parameters is gone.
+    """Remove the structures that are worth least for what they cost, over all pools, until a share of the cost is gone.
 
-    The target is reached with the fewest blocks that do, so the result overshoots by less than one block. Within a
-    pool, structures are grouped into blocks in the order of their scores.
+    Within a pool, structures are grouped into blocks in the order of their scores. Where all structures of each pool
+    cost the same, the blocks of least score per cost go: the target is reached with the fewest that do, so the result
+    overshoots by less than one block. Else the widths are chosen for which the scores of all that goes, each times what
+    a structure of its pool costs on average, sum up to least (see `best_widths`).
 
     Args:
         pools: one per layer and kind; kinds that are ranked together come in one call.
-        sparsity: share of all parameters in the pools to remove, 0 to 1.
+        sparsity: share of what all pools cost to remove, 0 to 1.
 
     Returns:
         For each pool a bool tensor [structures], True where the structure stays.
@@ -63,17 +95,44 @@ def keep(pools: list[Pool], sparsity: float) -> list[Tensor]:
         ValueError: the floors do not allow that sparsity.
     """
     _check_reach(pools, sparsity)
+    if all(pool.cost.together is None for pool in pools):
+        return _keep_by_blocks(pools, sparsity)
+    widths = [_widths(pool) for pool in pools]
+    # Counted from the least that each pool costs, the floors always fit: no rounding stands in their way.
+    least = [width.costs.min() for width in widths]
+    above = [replace(width, costs=width.costs - low) for width, low in zip(widths, least, strict=True)]
+    budget = (1 - sparsity) * _whole(pools) - sum(map(float, least))
+    chosen = best_widths(above, max(budget, 0.0))
+    return [
+        all_but_least(pool.scores, len(pool.scores) - int(width.counts[index]))
+        for pool, width, index in zip(pools, widths, chosen, strict=True)
+    ]
+
+
+def _widths(pool: Pool) -> "Widths":
+    """The widths that a pool may have, from its floor on."""
+    count = len(pool.scores)
+    counts = count - torch.tensor([0, *pool.blocks()]).cumsum(0).flip(0)
+    if len(counts) > MOST_WIDTHS:
+        counts = counts[torch.linspace(0, len(counts) - 1, MOST_WIDTHS).round().long()]
+    ranked = pool.scores.double().cpu().sort(stable=True).values
+    lost = torch.cat([torch.zeros(1, dtype=torch.double), ranked.cumsum(0)]) * pool.cost.one
+    costs = torch.tensor([pool.cost.of(int(width)) for width in counts], dtype=torch.double)
+    return Widths(counts, lost[count - counts], costs)
+
+
+def _keep_by_blocks(pools: list[Pool], sparsity: float) -> list[Tensor]:
     sizes = [torch.tensor(pool.blocks(), dtype=torch.long) for pool in pools]
     block_scores, block_costs, block_pools = [], [], []
     for index, (pool, size) in enumerate(zip(pools, sizes, strict=True)):
         owner = torch.repeat_interleave(torch.arange(len(size)), size)
         ranked = pool.scores.sort(stable=True).values[: len(owner)].double().cpu()
         block_scores.append(torch.zeros(len(size), dtype=torch.double).index_add_(0, owner, ranked) / size)
-        block_costs.append(size * pool.parameters)
+        block_costs.append(size * pool.cost.one)
         block_pools.append(torch.full((len(size),), index))
     cheapest = torch.cat(block_scores).argsort(stable=True)
     removed = torch.cat(block_costs)[cheapest].cumsum(0)
-    budget = sparsity * sum(pool.parameters * len(pool.scores) for pool in pools)
+    budget = sparsity * _whole(pools)
     # The small slack keeps a target that is met exactly from taking one more block through rounding.
     blocks = int((removed < budget * (1 - 1e-9)).sum()) + 1 if budget > 0 else 0
     chosen = torch.bincount(torch.cat(block_pools)[cheapest[:blocks]], minlength=len(pools))
@@ -93,7 +152,7 @@ def all_but_least(scores: Tensor, removed: int) -> Tensor:
 def keep_or_drop_layers(
     layers: list[list[Pool]], sparsity: float, epsilon: float, lasting: Set[int] = frozenset()
 ) -> list[list[Tensor]]:
-    """As `keep`, but a layer that would keep less than a share epsilon of its parameters goes altogether.
+    """As `keep`, but a layer that would keep less than a share epsilon of its cost goes altogether.
 
     The weakest such layer goes first and the budget is met again with the others, so that what it had left is kept
     elsewhere instead; and so on. A layer stays that is larger than the whole budget. The floors of its pools are those
@@ -109,37 +168,33 @@ def keep_or_drop_layers(
     Raises:
         ValueError: the floors do not allow that sparsity.
     """
-    budget = sparsity * sum(_parameters(pools) for pools in layers)
+    budget = sparsity * sum(map(_whole, layers))
     dropped: set[int] = set()
     staying = set(lasting)
     while True:
-        # Nothing is cheaper than what is to go anyway.
-        ranked = [
-            [replace(pool, scores=torch.full_like(pool.scores, -torch.inf), minimum=0) for pool in pools]
+        left = [pool for index, pools in enumerate(layers) if index not in dropped for pool in pools]
+        gone = sum(_whole(layers[index]) for index in dropped)
+        rest = max(budget - gone, 0.0) / max(_whole(left), 1)
+        kept_of_pools = iter(keep(left, min(rest, reachable_sparsity(left))))
+        kept = [
+            [torch.zeros_like(pool.scores, dtype=torch.bool) for pool in pools]
             if index in dropped
-            else pools
+            else [next(kept_of_pools) for _ in pools]
             for index, pools in enumerate(layers)
         ]
-        all_pools = [pool for pools in ranked for pool in pools]
-        kept_of_pools = iter(keep(all_pools, min(sparsity, reachable_sparsity(all_pools))))
-        kept = [[next(kept_of_pools) for _ in pools] for pools in ranked]
         shares = {index: _kept_share(layers[index], kept[index]) for index in range(len(layers))}
         weak = [index for index, share in shares.items() if 0 < share < epsilon and index not in staying | dropped]
         if not weak:
-            _check_reach(all_pools, sparsity)
+            _check_reach(left, rest)
             return kept
         weakest = min(weak, key=shares.__getitem__)
-        fits = sum(_parameters(layers[index]) for index in dropped | {weakest}) <= budget
+        fits = sum(_whole(layers[index]) for index in dropped | {weakest}) <= budget
         (dropped if fits else staying).add(weakest)
 
 
-def _parameters(pools: list[Pool]) -> int:
-    return sum(pool.parameters * len(pool.scores) for pool in pools)
-
-
 def _kept_share(pools: list[Pool], kept: list[Tensor]) -> float:
-    left = sum(pool.parameters * int(stay.sum()) for pool, stay in zip(pools, kept, strict=True))
-    return left / max(_parameters(pools), 1)
+    left = sum(pool.cost.of(int(stay.sum())) for pool, stay in zip(pools, kept, strict=True))
+    return left / max(_whole(pools), 1)
 
 
 # One budget over parts of different widths.

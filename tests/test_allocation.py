@@ -1,15 +1,16 @@
 """Which structures stay under a budget."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
-from compression.allocation import Pool, keep, keep_or_drop_layers, reachable_sparsity
+from compression.allocation import Cost, Pool, keep, keep_or_drop_layers, reachable_sparsity
 
 
 def pools(*rows, parameters=1, **limits):
-    return [Pool(torch.tensor(row, dtype=torch.float), parameters, **limits) for row in rows]
+    return [Pool(torch.tensor(row, dtype=torch.float), Cost(parameters), **limits) for row in rows]
 
 
 def test_lowest_scores_go_first_over_all_layers():
@@ -21,7 +22,7 @@ def test_lowest_scores_go_first_over_all_layers():
 def test_target_is_reached_with_the_fewest_structures():
     scores = torch.rand(6, 12, generator=torch.Generator().manual_seed(0))
     for sparsity in (0, 0.1, 0.25, 0.3, 0.5):
-        removed = sum(int((~mask).sum()) for mask in keep([Pool(row, 7) for row in scores], sparsity))
+        removed = sum(int((~mask).sum()) for mask in keep([Pool(row, Cost(7)) for row in scores], sparsity))
         assert removed >= sparsity * 72 > removed - 1
 
 
@@ -35,15 +36,15 @@ def test_every_layer_keeps_its_minimum():
 @pytest.mark.parametrize("count", [48, 45])
 def test_a_multiple_stays_in_every_layer_that_lost_something(count):
     generator = torch.Generator().manual_seed(0)
-    masks = keep([Pool(torch.rand(count, generator=generator), 3, multiple=8) for _ in range(4)], sparsity=0.4)
+    masks = keep([Pool(torch.rand(count, generator=generator), Cost(3), multiple=8) for _ in range(4)], sparsity=0.4)
     kept = [int(mask.sum()) for mask in masks]
     assert all(number % 8 == 0 or number == count for number in kept)
     assert min(kept) >= 8 and sum(kept) <= 0.6 * 4 * count
 
 
 def test_joint_ranking_weighs_structures_by_their_parameters():
-    heads = Pool(torch.tensor([0.1, 5.0, 5.0]), parameters=100)
-    neurons = Pool(torch.tensor([1.0, 2.0, 3.0, 4.0]), parameters=1)
+    heads = Pool(torch.tensor([0.1, 5.0, 5.0]), Cost(100))
+    neurons = Pool(torch.tensor([1.0, 2.0, 3.0, 4.0]), Cost(1))
     masks = keep([heads, neurons], sparsity=100 / 304)
     assert masks[0].tolist() == [False, True, True] and masks[1].all()
 
@@ -63,7 +64,7 @@ def test_a_pool_without_a_minimum_can_be_emptied():
 def layers_of_pools(scores, minimum=0):
     """Per layer two heads of 30 parameters and four neurons of 10."""
     return [
-        [Pool(row[:2], 30, minimum=minimum), Pool(row[2:], 10, minimum=minimum)]
+        [Pool(row[:2], Cost(30), minimum=minimum), Pool(row[2:], Cost(10), minimum=minimum)]
         for row in torch.tensor(scores, dtype=torch.float)
     ]
 
@@ -114,3 +115,68 @@ def test_budget_is_met_to_within_one_structure_whatever_the_settings():
         sparsity *= 0.9
         removed = 8 * 100 - sum(kept_parameters(keep_or_drop_layers(layers, sparsity, epsilon)))
         assert 0 <= removed - sparsity * 800 < 30
+
+
+# What numbers of structures cost together.
+
+
+def priced(seed, minimum=0, multiple=1):
+    """Pools of which the first structure is dear and some are for nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    pools = []
+    for count in (3, 4, 6, 2):
+        steps = torch.randint(0, 5, (count,), generator=generator)
+        steps[0] += 4
+        together = torch.cat([torch.zeros(1, dtype=torch.long), steps.cumsum(0)])
+        cost = Cost(int(together[-1]) / count, together)
+        pools.append(Pool(torch.rand(count, generator=generator), cost, minimum, multiple))
+    return pools
+
+
+def lost(pool, count):
+    """The scores of what goes where so many stay."""
+    return float(pool.scores.sort().values[: len(pool.scores) - count].sum()) * pool.cost.one
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_choice_of_widths_within_the_budget_loses_less(seed, share):
+    pools = priced(seed)
+    whole = sum(pool.whole for pool in pools)
+    budget = min(int(share * whole) + 0.1, whole)  # what one costs is a whole number, rounded up to cells of the budget
+    masks = keep(pools, 1 - budget / whole)
+    counts = [int(mask.sum()) for mask in masks]
+    losses = {
+        choice: sum(map(lost, pools, choice))
+        for choice in product(*(range(len(pool.scores) + 1) for pool in pools))
+        if sum(pool.cost.of(count) for pool, count in zip(pools, choice, strict=True)) <= budget
+    }
+    assert losses[tuple(counts)] == pytest.approx(min(losses.values()))
+    for pool, mask in zip(pools, masks, strict=True):
+        assert pool.scores[mask].sum() == pytest.approx(float(pool.scores.sort().values[int((~mask).sum()) :].sum()))
+
+
+def test_floors_and_multiples_hold_where_the_budget_is_met_exactly_by_them():
+    pools = priced(0, minimum=1, multiple=2)
+    masks = keep(pools, reachable_sparsity(pools))
+    least = sum(pool.cost.of(pool.floor) for pool in pools)
+    assert [int(mask.sum()) for mask in masks] == [2, 2, 2, 2]
+    assert sum(pool.cost.of(int(mask.sum())) for pool, mask in zip(pools, masks, strict=True)) == least
+    with pytest.raises(ValueError, match="out of reach"):
+        keep(pools, reachable_sparsity(pools) + 0.01)
+
+
+def test_a_layer_that_keeps_little_of_its_cost_goes_altogether():
+    even = torch.arange(5) * 10
+    layers = [[Pool(torch.tensor(row), Cost(10, even), 0)] for row in ([1.0, 1, 1, 9], [8.0, 7, 6, 5], [8.0, 7, 6, 5])]
+    sizes = [
+        [int(mask.sum()) for (mask,) in keep_or_drop_layers(layers, 4 / 12, epsilon)] for epsilon in (0.0, 0.2, 0.3)
+    ]
+    assert sizes == [[1, 4, 3], [1, 4, 3], [0, 4, 4]]
+
+
+def test_of_very_many_widths_some_are_looked_at():
+    generator = torch.Generator().manual_seed(0)
+    pools = [Pool(torch.rand(5000, generator=generator), Cost(3, torch.arange(5001) * 3), 0) for _ in range(2)]
+    kept = sum(int(mask.sum()) for mask in keep(pools, 0.37))
+    assert 0.63 * 10_000 - 40 < kept <= 0.63 * 10_000

@@ -8,6 +8,7 @@ import torch
 from conftest import DECODERS, LAYOUTS, MORE_DECODERS, VARIANTS, pruning_flags, repair, tiny_decoder
 from scripts import run_killed, run_script
 
+from compression.allocation import Cost
 from compression.config import pick
 from compression.llm.agreement import divergence, last_states
 from compression.llm.evolution import Part, Search, child, evolve, levels_of, rungs_of
@@ -53,14 +54,14 @@ def test_text_grows_until_it_is_all():
 
 def parts(layers=6):
     return [
-        Part(layer, kind, parameters, counts)
+        Part(layer, kind, Cost(parameters), counts)
         for layer in range(layers)
         for kind, parameters, counts in ((GROUPS, 70, (0, 1, 2, 3)), (CHANNELS, 3, (0, 16, 32, 48, 64)))
     ]
 
 
 def cost(levels):
-    return sum(part.cost(level) for part, level in zip(parts(), levels, strict=True))
+    return sum(part.cost_at(level) for part, level in zip(parts(), levels, strict=True))
 
 
 def test_children_keep_the_budget_and_use_it():

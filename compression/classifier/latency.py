@@ -97,12 +97,12 @@ def measure_table(
         for each in models.values():
             stack.enter_context(evaluation_mode(each))
         times = interleaved_times(forwards(models, ids), ROUNDS, model.device)
-    medians = milliseconds(times)
-    whole, rest = medians.pop("teacher"), medians.pop("rest")
+    least = milliseconds(times)
+    whole, rest = least.pop("teacher"), least.pop("rest")
     parts: Times = {kind: {} for kind in ENCODER_KINDS}
-    for name, median in medians.items():
+    for name, time in least.items():
         kind, number = name.split()
-        parts[kind][int(number)] = max(median - rest, 0.0)
+        parts[kind][int(number)] = max(time - rest, 0.0)
     return LatencyTable(batch_size, sequence_length, device, torch.get_num_threads(), whole, rest, parts)
 
 

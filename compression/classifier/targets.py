@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compression.allocation import Pool, Widths, all_but_least, best_widths, keep, reachable_sparsity
+from compression.allocation import Cost, Pool, Widths, all_but_least, best_widths, keep, reachable_sparsity
 from compression.classifier.budget import Budget
 from compression.runtime import UserError
 from compression.structures import ENCODER_KINDS, HEADS, NEURONS, LayerParts
@@ -109,7 +109,7 @@ class SeparateTargets:
 
     def _pools(self, layers: list[LayerParts], scores: Scores, kinds: tuple[str, ...]) -> list[Pool]:
         return [
-            Pool(score, layers[index].structure_parameters(kind), *self.floors.of(kind))
+            Pool(score, Cost(layers[index].structure_parameters(kind)), *self.floors.of(kind))
             for kind in kinds
             for index, score in scores[kind].items()
         ]

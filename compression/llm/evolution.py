@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from compression.allocation import Cost
 from compression.config import AtLeast, Settings
 from compression.runtime import UserError, log
 from compression.saved_parts import Cached
@@ -54,18 +55,18 @@ class Part:
     Args:
         layer: its layer's index.
         kind: of its structures.
-        parameters: of one structure.
+        cost: of its structures, in whole numbers.
         counts: how many structures it may keep, from fewest to most.
     """
 
     layer: int
     kind: str
-    parameters: int
+    cost: Cost
     counts: tuple[int, ...]
 
-    def cost(self, level: int) -> int:
-        """Parameters at a level, an index of `counts`."""
-        return self.parameters * self.counts[level]
+    def cost_at(self, level: int) -> float:
+        """What it costs at a level, an index of `counts`."""
+        return self.cost.of(self.counts[level])
 
 
 def levels_of(start: int, every: int, least: int, levels: int, multiple: int = 1) -> tuple[int, ...]:
@@ -84,23 +85,23 @@ def levels_of(start: int, every: int, least: int, levels: int, multiple: int = 1
     return tuple(sorted({start, every, least} | {count for count in between if least < count}))
 
 
-def child(parts: list[Part], levels: list[int], budget: int, draw: random.Random) -> list[int]:
+def child(parts: list[Part], levels: list[int], budget: float, draw: random.Random) -> list[int]:
     """Levels of which a few are one lower and others, where the budget allows, one higher.
 
     Args:
-        budget: parameters that all parts together may keep.
+        budget: what all parts together may cost.
     """
     changed = list(levels)
     lower = [place for place, level in enumerate(levels) if level > 0]
     lowered = draw.sample(lower, min(draw.randint(1, MOST_SWITCHES), len(lower)))
     for place in lowered:
         changed[place] -= 1
-    left = budget - sum(part.cost(level) for part, level in zip(parts, changed, strict=True))
+    left = budget - sum(part.cost_at(level) for part, level in zip(parts, changed, strict=True))
     others = [place for place in range(len(parts)) if place not in lowered]
     for place in draw.sample(others, len(others)):
         part, level = parts[place], changed[place]
-        if level + 1 < len(part.counts) and part.cost(level + 1) - part.cost(level) <= left:
-            left -= part.cost(level + 1) - part.cost(level)
+        if level + 1 < len(part.counts) and part.cost_at(level + 1) - part.cost_at(level) <= left:
+            left -= part.cost_at(level + 1) - part.cost_at(level)
             changed[place] += 1
     return changed
 
@@ -141,7 +142,7 @@ def evolve(
     """Search from a start on; the result is never worse than it on all windows.
 
     Args:
-        start: the levels that the search begins with; no candidate keeps more parameters.
+        start: the levels that the search begins with; no candidate costs more.
         fitness: of levels on a number of windows, the lower the better.
         rungs: see `rungs_of`.
         cached: by the number of a generation.
@@ -149,7 +150,7 @@ def evolve(
     Raises:
         UserError: the start's fitness is not finite.
     """
-    budget = sum(part.cost(level) for part, level in zip(parts, start, strict=True))
+    budget = sum(part.cost_at(level) for part, level in zip(parts, start, strict=True))
     first = cached(
         "0", lambda: {"start": torch.tensor([fitness(start, count) for count in (rungs[0], rungs[-1])]).double()}
     )

@@ -1,7 +1,7 @@
 """H-GSP: hybrid global structural pruning of LLaMA-class models, in depth and in width at once.
 
 Every GQA group (a key-value head with its query heads) and every MLP channel gets a score; the scores of all layers
-compete for one parameter budget, and layers of which too little would be left go altogether.
+compete for one budget, of parameters or of measured time, and layers of which too little would be left go altogether.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from compression.allocation import Pool, all_but_least, keep_or_drop_layers
+from compression.allocation import Cost, Pool, all_but_least, keep_or_drop_layers
 from compression.decoder import decoder_of
 from compression.hooks import hooked
 from compression.llm.evolution import Search
@@ -25,12 +25,16 @@ from compression.llm.repair import LocalChoice, LocalRanking, repairing
 from compression.llm.score_passes import labels_behind, score_structures
 from compression.llm.scoring import SCORES, LossName, ScoreName, loss_of
 from compression.llm.search import AllocationSearch, Kept, Space
+from compression.llm.speed import Target
 from compression.llm.text import CalibrationText
 from compression.offload import Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
 from compression.saved_parts import Cached
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of, spread
 from compression.surgery import shrink_decoder, stock_group_counts, write_shrunk_decoder
+
+PRUNING_RATIO = 0.5
+"""Share of the layers' parameters that goes where nothing says how much."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,15 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much goes, where from, in which steps, and whether what stays is repaired."""
+    """How much goes, where from, in which steps, and whether what stays is repaired.
 
-    pruning_ratio: float
+    Attributes:
+        pruning_ratio: share of the layers' parameters to remove; None: `PRUNING_RATIO`.
+        target: instead of it, the share of the layers' time in a phase that may stay.
+    """
+
+    pruning_ratio: float | None
+    target: Target | None
     epsilon: float
     protect_first: int
     protect_last: int
@@ -73,6 +83,23 @@ class Budget:
     uniform: bool
     round_to: int
 
+    @property
+    def share(self) -> float:
+        """The share of what the layers cost that goes."""
+        if self.target is not None:
+            return 1 - self.target[1]
+        return PRUNING_RATIO if self.pruning_ratio is None else self.pruning_ratio
+
+    @property
+    def flag(self) -> str:
+        """What says how much goes, for error texts."""
+        return f"--pruning_ratio {self.share:g}" if self.target is None else "--target {} {:g}".format(*self.target)
+
+    @property
+    def milder(self) -> str:
+        """How another value of it would be that removes less."""
+        return "lower" if self.target is None else "higher"
+
 
 class GlobalPruning:
     """One model on its way to the budget.
@@ -84,6 +111,7 @@ class GlobalPruning:
         store: where an offloaded model's smaller forms go.
         search: whether and how the allocation is searched for.
         train: given the smaller model and the step, from 1, trains it and gives it back; None: it stays as it is.
+        costs: by kind and layer what structures cost, in the unit of the budget; None: their parameters.
 
     Attributes:
         table: of each structure of the dense model what it is, its score, and when it went.
@@ -105,6 +133,7 @@ class GlobalPruning:
         store: Store = no_store,
         search: Search | None = None,
         train: Callable[[PreTrainedModel, int], PreTrainedModel] | None = None,
+        costs: dict[str, list[Cost]] | None = None,
     ):
         self.train = train
         self.model, self.scoring, self.budget = model, scoring, budget
@@ -115,18 +144,23 @@ class GlobalPruning:
         self.origin = list(range(len(layers)))
         self.places = {kind: [torch.arange(parts.count(kind)) for parts in layers] for kind in DECODER_KINDS}
         self.parameters = {kind: [parts.structure_parameters(kind) for parts in layers] for kind in DECODER_KINDS}
-        self.total = sum(parts.parameters for parts in layers)
+        parameters = {kind: [Cost(each) for each in self.parameters[kind]] for kind in DECODER_KINDS}
+        self.costs = parameters if costs is None else costs
+        whole = [
+            sum(self.costs[kind][index].of(parts.count(kind)) for kind in DECODER_KINDS)
+            for index, parts in enumerate(layers)
+        ]
+        self.total = sum(whole)
         self.depth = len(layers)
         self.table: dict[tuple[int, str, int], dict[str, Any]] = {}
         self.search, self.searches = search or Search(), list[dict[str, Any]]()
         if self.search.search != "none" and offload_of(model) is not None:
             raise UserError(f"--search {self.search.search}: needs the model in memory: --offload none")
-        protected = sum(parts.parameters for index, parts in enumerate(layers) if self._is_protected(index))
-        if budget.pruning_ratio * self.total > self.total - protected:
+        protected = sum(each for index, each in enumerate(whole) if self._is_protected(index))
+        if budget.share * self.total > self.total - protected:
             raise UserError(
-                f"--pruning_ratio {budget.pruning_ratio}: with {budget.protect_first} and {budget.protect_last} "
-                f"protected layers at most {1 - protected / self.total:.3f} can go; set --protect_first and "
-                "--protect_last lower"
+                f"{budget.flag}: with {budget.protect_first} and {budget.protect_last} protected layers at most "
+                f"{1 - protected / self.total:.3f} can go; set --protect_first and --protect_last lower"
             )
         if budget.keep_attention:
             self._check_attention_can_stay(layers)
@@ -141,7 +175,7 @@ class GlobalPruning:
         if not self.budget.uniform:
             # Where the floors decide, scores do not.
             no_scores = {kind: [torch.zeros(len(places)) for places in self.places[kind]] for kind in DECODER_KINDS}
-            self._allocate(no_scores, self.budget.pruning_ratio, 1.0)
+            self._allocate(no_scores, self.budget.share, 1.0)
 
     def prune(self) -> PreTrainedModel:
         """Remove structures until the budget is met."""
@@ -151,7 +185,7 @@ class GlobalPruning:
             scores = self._cached_by_kind(f"scores_of_step_{step}_of_{steps}", partial(self._score, labels))
             densities = self._densities(scores)
             log_phase("budget")
-            ratio = self.budget.pruning_ratio * step / steps
+            ratio = self.budget.share * step / steps
             choose = partial(self._best_choice, densities, step, ratio)
             kept = self._cached_by_kind(f"kept_in_step_{step}_of_{steps}", choose)
             self._note(scores, densities)
@@ -180,8 +214,8 @@ class GlobalPruning:
         fixed = {index for index in layers if self._is_protected(self.origin[index])}
         if self.budget.keep_attention:
             fixed |= {index for index in layers if not kept[GROUPS][index].any()}  # these go whole
-        parameters = {kind: [self.parameters[kind][layer] for layer in self.origin] for kind in DECODER_KINDS}
-        space = Space(densities, parameters, frozenset(fixed), self.budget.keep_attention, self.budget.round_to)
+        costs = {kind: [self.costs[kind][layer] for layer in self.origin] for kind in DECODER_KINDS}
+        space = Space(densities, costs, frozenset(fixed), self.budget.keep_attention, self.budget.round_to)
         search = AllocationSearch(
             self.model,
             space,
@@ -263,11 +297,11 @@ class GlobalPruning:
         return choices[min(perplexities, key=perplexities.__getitem__)]
 
     def _densities(self, scores: Kept) -> Kept:
-        """Scores per parameter, corrected and on the scale on which layers compete."""
+        """Scores per unit of cost, corrected and on the scale on which layers compete."""
         densities: Kept = {kind: [] for kind in DECODER_KINDS}
         for kind in DECODER_KINDS:
             for layer, score in zip(self.origin, scores[kind], strict=True):
-                density = score.cpu() / max(self.parameters[kind][layer], 1) * self._correction(layer, kind)
+                density = score.cpu() / max(self.costs[kind][layer].one, 1) * self._correction(layer, kind)
                 if self.scoring.normalization == "layer" and len(density):
                     density = density / density.mean().clamp_min(torch.finfo(density.dtype).tiny)
                 densities[kind].append(density)
@@ -285,26 +319,26 @@ class GlobalPruning:
         return torch.tensor(value).log1p().pow(self.scoring.temperature).item()
 
     def _allocate(self, densities: Kept, ratio: float, attention_factor: float) -> Kept:
-        """What stays when a share `ratio` of the dense layers' parameters is gone in all."""
+        """What stays when a share `ratio` of what the dense layers cost is gone in all."""
         layers = []
         for index, layer in enumerate(self.origin):
             pools = []
             for kind, factor, multiple in ((GROUPS, attention_factor, 1), (CHANNELS, 1.0, self.budget.round_to)):
                 density = densities[kind][index]
                 least = self._least(layer, kind, len(density))
-                pools.append(Pool(density * factor, self.parameters[kind][layer], least, multiple))
+                pools.append(Pool(density * factor, self.costs[kind][layer], least, multiple))
             layers.append(pools)
         # Of a layer that goes its biases stay, and with them a layer without attention.
         biased = {index for index, parts in enumerate(layers_of(self.model)) if parts.biased}
         lasting = biased if self.budget.keep_attention else frozenset[int]()
-        left = sum(pool.parameters * len(pool.scores) for pools in layers for pool in pools)
+        left = sum(pool.whole for pools in layers for pool in pools)
         target = max(0.0, 1 - (1 - ratio) * self.total / left)
         try:
             kept = keep_or_drop_layers(layers, target, self.budget.epsilon, lasting)
         except ValueError:
             raise UserError(
-                f"--pruning_ratio {self.budget.pruning_ratio}: out of reach with --keep_attention; choose a lower one, "
-                "or remove more layers whole: set --epsilon higher, --protect_first and --protect_last lower"
+                f"{self.budget.flag}: out of reach with --keep_attention; choose a {self.budget.milder} one, or remove "
+                "more layers whole: set --epsilon higher, --protect_first and --protect_last lower"
             ) from None
         return {kind: [stay[place] for stay in kept] for place, kind in enumerate(DECODER_KINDS)}
 

@@ -261,6 +261,7 @@ class Run:
     Args:
         kind: what its records say it is.
         config: of the script.
+        inputs: what it reads besides the model and texts, by role, as `checkpoint.identify` gives it.
 
     Attributes:
         model, tokenizer: the dense ones, loaded.
@@ -277,13 +278,13 @@ class Run:
     dense: dict[str, Any]
     dense_states: Tensor | None
 
-    def __init__(self, kind: str, config: RunConfig):
+    def __init__(self, kind: str, config: RunConfig, inputs: dict[str, dict[str, str]] | None = None):
         self.kind, self.config, run = kind, config, config.run
         self.base = ensure_llm(run.base_model, run.models_dir / LLM_FOLDER.name)
         require_unquantized(self.base, "--base_model")
         config.evaluation.check_zero_shot(config.data_dir)
         config.agreement.check_unseen([text.name for text in config.calibration.texts])
-        self.inputs = {"parent": identify(self.base)}
+        self.inputs = {"parent": identify(self.base)} | (inputs or {})
         self.output = Output(run.folder, "--output_name", kind, RUN_FILE)
         self._check_output()
         seed_everything(run.seed)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compression.allocation import Pool, all_but_least, keep
+from compression.allocation import Cost, Pool, all_but_least, keep
 from compression.llm.agreement import divergence, last_states
 from compression.llm.evolution import Found, Part, Search, evolve, levels_of, rungs_of
 from compression.llm.repair import LocalChoice
@@ -29,15 +29,15 @@ class Space:
     """What a search may choose.
 
     Args:
-        densities: by kind, of each layer the score per parameter [structures].
-        parameters: by kind, of each layer those of one structure.
+        densities: by kind, of each layer the score per unit of cost [structures].
+        costs: by kind, of each layer.
         fixed: layers whose sizes stay as they are.
         keep_attention: a layer that has attention keeps some.
         round_to: what numbers of channels are multiples of.
     """
 
     densities: Kept
-    parameters: dict[str, list[int]]
+    costs: dict[str, list[Cost]]
     fixed: frozenset[int]
     keep_attention: bool
     round_to: int
@@ -51,7 +51,7 @@ class Space:
                     least = int(kind == GROUPS and self.keep_attention)
                     multiple = self.round_to if kind == CHANNELS else 1
                     sizes = levels_of(count, every, least, levels, multiple)
-                    yield Part(layer, kind, self.parameters[kind][layer], sizes)
+                    yield Part(layer, kind, self.costs[kind][layer], sizes)
 
     def stays(self, layer: int, kind: str, count: int) -> Tensor:
         """The structures of largest score of a layer, bool [structures]."""
@@ -64,13 +64,13 @@ class Space:
             kind: [self.stays(layer, kind, sizes[kind]) for layer, sizes in enumerate(counts)] for kind in DECODER_KINDS
         }
 
-    def cost(self, counts: Counts) -> int:
-        """Parameters that stay."""
+    def cost(self, counts: Counts) -> float:
+        """What stays costs."""
         return sum(
-            self.parameters[kind][layer] * count for layer, sizes in enumerate(counts) for kind, count in sizes.items()
+            self.costs[kind][layer].of(count) for layer, sizes in enumerate(counts) for kind, count in sizes.items()
         )
 
-    def filled(self, counts: Counts, budget: int) -> Counts:
+    def filled(self, counts: Counts, budget: float) -> Counts:
         """The allocation with as many more channels as the budget allows, in MLPs of which some are gone: those of
         largest score."""
         filled = [dict(sizes) for sizes in counts]
@@ -79,18 +79,11 @@ class Space:
             for layer, sizes in enumerate(counts)
             if layer not in self.fixed and 0 < sizes[CHANNELS] < len(self.densities[CHANNELS][layer])
         ]
-        pools = [
-            Pool(
-                self.densities[CHANNELS][layer],
-                self.parameters[CHANNELS][layer],
-                counts[layer][CHANNELS],
-                self.round_to,
-            )
-            for layer in some
-        ]
+        densities, costs = self.densities[CHANNELS], self.costs[CHANNELS]
+        pools = [Pool(densities[layer], costs[layer], counts[layer][CHANNELS], self.round_to) for layer in some]
         if pools:
-            every = sum(pool.parameters * len(pool.scores) for pool in pools)
-            mine = sum(pool.parameters * pool.minimum for pool in pools)
+            every = sum(pool.whole for pool in pools)
+            mine = sum(pool.cost.of(pool.minimum) for pool in pools)
             gone = max(0.0, 1 - (mine + budget - self.cost(counts)) / every)
             for layer, stays in zip(some, keep(pools, gone), strict=True):
                 filled[layer][CHANNELS] = int(stays.sum())
