@@ -98,6 +98,14 @@ CASES = {
             )
         ),
     ),
+    "layer_times": (
+        "--base_model {world}/llm --dtype float32 --hardware_length 16",
+        [],
+        lambda found: (
+            all(list(parts["attention"]) == ["1", "2", "3", "4"] for parts in found["parts"].values())
+            and list(found["parts"]) == list(found["rest"]) == ["prefill", "decode"]
+        ),
+    ),
     "llm_pruning_methods": (
         f"{LLM} {CALIBRATION} --ratios 0.3 --length 16 --unseen none --zeroshot_tasks none",
         ["--methods", DEFAULT, WHOLE],
