@@ -107,6 +107,8 @@ class GradualPruningWithFinetuningConfig(Config):
     of a layer go as a whole where that costs least."""
     min_part_share: Annotated[float, Between(0, 1)] = 0.05
     """Least share of its heads or neurons that a part keeps with --target, if it stays at all."""
+    drop_parts: bool = True
+    """With --target a layer's attention or FFN may go whole."""
     enable_multi_granularity: bool = True
     """MSP: rank heads and neurons apart, each to its own target; off: one ranking by score per parameter."""
     head_final_sparsity: Annotated[float, Between(0, 0.99)] = 0.30
@@ -175,7 +177,7 @@ def make_target(model: Any, config: GradualPruningWithFinetuningConfig, budget: 
     if budget is None:
         return pick(SeparateTargets, config, floors=floors).check(layers)
     widest = {kind: max(parts.count(kind) for parts in layers) for kind in ENCODER_KINDS}
-    return OneBudget(floors, config.min_part_share, widest, budget).check(layers)
+    return OneBudget(floors, config.min_part_share, config.drop_parts, widest, budget).check(layers)
 
 
 def make_lesson(teacher_logits: Any, config: GradualPruningWithFinetuningConfig) -> Lesson:

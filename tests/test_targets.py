@@ -139,7 +139,7 @@ def scores_of(model):
 def test_latency_chooses_widths_that_were_measured():
     model = tiny_bert()
     layers = layers_of(model)
-    target = OneBudget(Floors(1, 1), 0.0, WIDEST, latency_budget(0.5, model, TABLE))
+    target = OneBudget(Floors(1, 1), 0.0, True, WIDEST, latency_budget(0.5, model, TABLE))
     kept = target.choose(layers, scores_of(model), 1.0)
     widths = {kind: [int(mask.sum()) for mask in masks.values()] for kind, masks in kept.items()}
     assert all(width in (0, *TABLE.parts[kind]) for kind in ENCODER_KINDS for width in widths[kind])
@@ -167,7 +167,31 @@ def test_a_budget_for_less_than_one_attention_is_refused(quantity, share, messag
         budget = (
             latency_budget(share, model, TABLE) if quantity == "latency" else macs_budget(share, model, model, LENGTH)
         )
-        OneBudget(Floors(1, 8), 0.25, WIDEST, budget).check(layers_of(model))
+        OneBudget(Floors(1, 8), 0.25, True, WIDEST, budget).check(layers_of(model))
+
+
+@pytest.mark.parametrize("drop_parts", [True, False])
+def test_parts_go_whole_only_where_they_may(drop_parts):
+    model = tiny_bert()
+    target = OneBudget(Floors(1, 8), 0.0, drop_parts, WIDEST, macs_budget(0.3, model, model, LENGTH))
+    layers = layers_of(model)
+    # By its score the first layer is worth nothing at all.
+    scores = {kind: {i: torch.full((p.count(kind),), float(i)) for i, p in enumerate(layers)} for kind in ENCODER_KINDS}
+    kept = target.check(layers).choose(layers, scores, 1.0)
+    widths = [int(kept[kind][index].sum()) for index in range(len(layers)) for kind in ENCODER_KINDS]
+    assert min(widths) == (0 if drop_parts else 1)
+    assert drop_parts or widths[:2] == [1, 8]
+    every = {kind: [kept[kind][index] for index in range(len(layers))] for kind in ENCODER_KINDS}
+    assert target.reached(layers, every)["mac_share"] <= 0.3
+
+
+def test_a_budget_for_less_than_something_of_each_part_is_refused():
+    model = tiny_bert()
+    budget = macs_budget(0.1, model, model, LENGTH)
+    OneBudget(Floors(1, 8), 0.0, True, WIDEST, budget).check(layers_of(model))
+    message = r"--target mac 0.1: allowed is at least 0.\d+, which the least of every part takes .*: --drop_parts"
+    with pytest.raises(UserError, match=message):
+        OneBudget(Floors(1, 8), 0.0, False, WIDEST, budget).check(layers_of(model))
 
 
 @pytest.mark.parametrize("share", [0.0, -0.5, 1.2])

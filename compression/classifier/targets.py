@@ -43,6 +43,10 @@ class Target(Protocol):
         """What belongs beside a result, JSON by file name."""
 
 
+# What the dynamic program may add to costs when it rounds them, see `allocation.best_widths`.
+ROUNDED_UP = 1.005
+
+
 @dataclass(frozen=True)
 class Floors:
     """What stays in every part that is not taken out."""
@@ -119,16 +123,19 @@ class SeparateTargets:
 class OneBudget:
     """One budget for heads, neurons and whole parts: the choice that costs least by the scores of what goes.
 
-    The loss that a choice adds is taken to be the sum of the scores of all that goes. A part that stays keeps at least
+    The loss that a choice adds is taken to be the sum of the scores of all that goes, which is less than what a whole
+    part is worth: its structures can stand in for each other until the last. A part that stays keeps at least
     `min_part_share` of the structures that the widest one had: parts that are nearly empty cost more time than they are
     worth.
 
     Args:
+        drop_parts: whether parts may go whole.
         widest: by kind the number of structures of the widest part, before anything was pruned.
     """
 
     floors: Floors
     min_part_share: float
+    drop_parts: bool
     widest: dict[str, int]
     budget: Budget
 
@@ -136,20 +143,25 @@ class OneBudget:
         """This target, if the layers allow it.
 
         Raises:
-            UserError: the least that has to stay, one attention, takes more than the budget.
+            UserError: the least that has to stay, one attention or something of each part, takes more than the budget.
         """
-        least = min(
-            float(self._widths(HEADS, parts, torch.zeros(parts.count(HEADS))).costs[1])
-            for parts in layers
-            if parts.count(HEADS)
-        )
-        if least > self.budget.final:
-            lowest = math.ceil(1e4 * (self.budget.base + least) / self.budget.whole) / 1e4
+        least = {kind: self._least_costs(kind, layers) for kind in ENCODER_KINDS}
+        taken = min(least[HEADS]) if self.drop_parts else ROUNDED_UP * sum(sum(costs) for costs in least.values())
+        if taken > self.budget.final:
+            lowest = math.ceil(1e4 * (self.budget.base + taken) / self.budget.whole) / 1e4
+            fields = f"--min_part_share {self.min_part_share}, --min_heads {self.floors.min_heads}"
+            what = f"one attention takes ({fields})"
+            if not self.drop_parts:
+                what = f"the least of every part takes ({fields}); lower these, or let parts go whole: --drop_parts"
             raise UserError(
-                f"--target {self.budget.quantity} {self.budget.share}: allowed is at least {lowest}, which one "
-                f"attention takes (--min_part_share {self.min_part_share}, --min_heads {self.floors.min_heads})"
+                f"--target {self.budget.quantity} {self.budget.share}: allowed is at least {lowest}, which {what}"
             )
         return self
+
+    def _least_costs(self, kind: str, layers: list[LayerParts]) -> list[float]:
+        """What each part of a kind costs at least, if it stays."""
+        counted = [(parts, torch.zeros(parts.count(kind))) for parts in layers if parts.count(kind)]
+        return [float(self._widths(kind, parts, none).costs[int(self.drop_parts)]) for parts, none in counted]
 
     @property
     def rankings(self) -> list[tuple[str, ...]]:
@@ -159,7 +171,8 @@ class OneBudget:
         places = [(kind, index) for kind in ENCODER_KINDS for index in scores[kind]]
         losses = [scores[kind][index] * layers[index].structure_parameters(kind) for kind, index in places]
         widths = [self._widths(kind, layers[at], loss) for (kind, at), loss in zip(places, losses, strict=True)]
-        self._keep_one_attention(places, widths)
+        if self.drop_parts:
+            self._keep_one_attention(places, widths)
         chosen = best_widths(widths, self.budget.allowed(progress))
         kept: Kept = {kind: {} for kind in ENCODER_KINDS}
         for (kind, index), width, which in zip(places, widths, chosen, strict=True):
@@ -182,7 +195,8 @@ class OneBudget:
         count, (minimum, multiple) = len(losses), self.floors.of(kind)
         least = max(minimum, math.ceil(self.min_part_share * self.widest[kind]))
         least = min(-(-least // multiple) * multiple, count)
-        counts = torch.tensor(sorted({0, *range(least, count, multiple), count}))
+        none = [0] if self.drop_parts else []
+        counts = torch.tensor(sorted({*none, *range(least, count, multiple), count}))
         added = torch.cat([torch.zeros(1), losses.double().cpu().sort().values.cumsum(0)])
         return Widths(counts, added[count - counts], self.budget.costs(parts, kind)[counts])
 
