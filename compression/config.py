@@ -53,8 +53,10 @@ def AtLeast(low: float) -> Between:  # noqa: N802 (reads as Between does)
 class FolderName:
     """A plain folder name, no path."""
 
-    def check(self, name: str, value: str) -> None:
-        """Raise UserError for anything else."""
+    def check(self, name: str, value: str | None) -> None:
+        """Raise UserError for anything else; None is not looked at."""
+        if value is None:
+            return
         if value in ("", ".", "..") or Path(value).name != value or not value.isprintable():
             raise UserError(f"--{name} {value!r}: allowed is a plain folder name")
 
@@ -220,6 +222,11 @@ class Config(Settings):
         """The preset for quick iteration."""
         return cls.preset("fast")
 
+    @classmethod
+    def expanded(cls, arguments: list[str]) -> list[str]:
+        """A command line with what a file that it names stands for in the file's place; by default as it is."""
+        return arguments
+
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -234,7 +241,7 @@ def parse(config_class: type[AnyConfig], arguments: Sequence[str], description: 
         UserError: a value outside its allowed range, or an unknown preset.
         SystemExit: tyro's own exit on an unknown flag (status 2) or `--help` (status 0).
     """
-    names, rest = _split_presets(list(arguments))
+    names, rest = _split_presets(config_class.expanded(list(arguments)))
     default = config_class.preset(*names)
     if presets := ", ".join(sorted(config_class.presets)):
         description += f"\nPresets, which any flag beside them overrides: --fast, --preset NAME (NAME: {presets})."

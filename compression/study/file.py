@@ -1,0 +1,69 @@
+"""A study's file: the flags of the command, as YAML."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compression.config import Config
+from compression.runtime import UserError
+from compression.study.scripts import find_file
+
+FLAG = "--config"
+ASSIGNED = ("grid", "fixed")
+"""Settings that have a mapping in the file."""
+
+
+def with_file(config_class: type[Config], arguments: list[str]) -> list[str]:
+    """A command line with the settings of the file that it names before its own flags, which win therefore.
+
+    Raises:
+        UserError: the file is not there, or says what is no setting.
+    """
+    given = [word.partition("=") for word in arguments]
+    place = next((place for place, (flag, _, _) in enumerate(given) if flag == FLAG), None)
+    if place is None:
+        return arguments
+    name = given[place][2] or (arguments[place + 1] if place + 1 < len(arguments) else "")
+    if not name:
+        return arguments  # the parser says what is missing
+    path = find_file(name, FLAG, "a study, such as studies/importance_modes.yaml")
+    settings = _read(path, {entry.name for entry in fields(config_class)} - {"config"})
+    script = [str(settings.pop("script"))] if "script" in settings and not _is_positional(arguments) else []
+    settings.pop("script", None)
+    words = [word for name, value in ({"name": path.stem} | settings).items() for word in _words(path, name, value)]
+    return [*script, *words, *arguments]
+
+
+def _is_positional(arguments: list[str]) -> bool:
+    """Whether a command line begins with the script."""
+    return bool(arguments) and not arguments[0].startswith("-")
+
+
+def _read(path: Path, known: set[str]) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{FLAG} {path}: is no YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{FLAG} {path}: holds a {type(found).__name__}; allowed is NAME: VALUE on each line")
+    if unknown := [str(name) for name in found if name not in known]:
+        raise UserError(f"{FLAG} {path}: {unknown[0]} is no setting; there are {', '.join(sorted(known))}")
+    return found
+
+
+def _words(path: Path, name: str, value: Any) -> list[str]:
+    """A setting of the file as words of a command line."""
+    if name in ASSIGNED:
+        if not isinstance(value, dict):
+            raise UserError(f"{FLAG} {path}: {name} holds a {type(value).__name__}; allowed is FIELD: VALUE on each line")
+        return [f"--{name}", *(f"{field}={_assigned(each)}" for field, each in value.items())]
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+def _assigned(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list) else str(value)
