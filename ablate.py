@@ -27,11 +27,12 @@ from compression.files import locked
 from compression.integrity import digest_of
 from compression.runtime import MODELS, RESULTS, UserError, log, shown
 from compression.study.file import with_file
+from compression.study.outcome import Outcome, read_outcome
 from compression.study.plan import Plan, make_plan
 from compression.study.scripts import SEED, load_script
 from compression.study.shared import SharedStudy, make_sampler, open_storage
 from compression.study.space import read_axes, read_fixed
-from compression.study.tables import Outcome, read_outcome, write_outcome
+from compression.study.tables import write_outcome
 from compression.study.workers import Goal, Work, work_through
 
 
@@ -54,7 +55,7 @@ class AblationConfig(Config):
     """Scripts that follow in each run, each with its flags in quotes. They read what the script wrote; {run} stands for
     the run's folder."""
     search: Literal["none", "tpe", "nsga2"] = "none"
-    """none: every combination; else points are drawn, by tree-structured Parzen estimators or by a genetic algorithm."""
+    """none: every combination; else points are drawn, by tree-structured Parzen estimators or a genetic algorithm."""
     trials: Annotated[int, AtLeast(1)] = 40
     """Number of points that are drawn."""
     maximize: tuple[str, ...] = ()
@@ -165,16 +166,17 @@ def main(config: AblationConfig) -> None:
 
     writing = threading.Lock()
 
-    def write(pictures: bool = False) -> Outcome:
+    def write(last: bool = False) -> Outcome:
         with writing:
-            outcome = read_outcome(study, about, config.goals, points)
-            write_outcome(folder, outcome, pictures)
+            outcome = read_outcome(study, about, config.goals, points, explained=last and points is None)
+            write_outcome(folder, outcome, pictures=last)
         return outcome
 
     count = config.trials if points is None else len(points)
     log.info("Study %s of %s: %d trials, %d at a time", config.study_name, plan.script.name, count, config.jobs)
-    work_through(Work(plan, study, config.goals, points, config.trials, folder, config.discard_models, write), config.jobs)
-    outcome = write(pictures=True)
+    work = Work(plan, study, config.goals, points, config.trials, folder, config.discard_models, noted=write)
+    work_through(work, config.jobs)
+    outcome = write(last=True)
     log.info("-> %s", shown(folder / ("table.md" if outcome.rows else "study.json")))
     if outcome.failed:
         log.info("%d failed; run them again with --retry_failed", len(outcome.failed))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import KEPT, WORDS, bytes_tokenizer, letters, save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
 from scripts import ROOT, run_script, start_script
+from test_ablate import SCRIPT
 
 from compression.checkpoint import describe_stage, save_checkpoint
 from compression.quantization import Format, pack
@@ -65,14 +66,6 @@ CASES = {
         "--base_model {world}/llm --length 16 --dtype float32",
         ["--ways", "fisher", "Taylor, all gradients kept"],
         lambda found: len(found["ways"]) == 2,
-    ),
-    "importance_modes": (
-        f"{TRAIN} --modes fisher --repairs none events --mac_shares 0.4 --seeds 1",
-        [],
-        lambda found: (
-            list(found["results"]) == ["mac 0.4, fisher", "mac 0.4, fisher, repair events"]
-            and all(row["mean"] == row["accuracies"][0] for row in found["results"].values())
-        ),
     ),
     "integrity_cost": (
         "--data_dir {world} --teacher {world}/bert --student {world}/distilbert --work_dir {out}/work",
@@ -144,6 +137,14 @@ CASES = {
         [],
         lambda found: found["largest_relative_difference"] < 1e-5,
     ),
+    "study_workers": (
+        "--script {world}/fake.py --storages journal sqlite --seeds 1 --no_timed --fixed layers=2",
+        ["--grid", "size=0.1,0.2,0.3,0.4"],
+        lambda found: all(
+            storage == {"runs": 4, "starts": [1, 1, 1, 2], "taken_up_again": 1, "twice": False}
+            for storage in found["killed"].values()
+        ),
+    ),
     "streamed_pruning": (
         "--base_model {world}/llm --data_dir {world} --length 16 --dtype float32",
         ["--ways", "memory", "disk"],
@@ -165,6 +166,7 @@ def world(tmp_path_factory, tokenizer):
     for name in ("wikitext2/wiki.train.raw", "wikitext2/wiki.valid.raw", "wikitext2/wiki.test.raw", "ptb/ptb.test.txt"):
         (world / name).parent.mkdir(exist_ok=True)
         (world / name).write_text(letters(1500))
+    (world / "fake.py").write_text(SCRIPT)
     save_decoder(world / "llm", tiny_decoder(max_position_embeddings=512, num_hidden_layers=6, attention_bias=False))
     for name, kept in (("bytes", 64), ("bytes_pruned", 32)):
         model = tiny_decoder(vocab_size=340, intermediate_size=kept, max_position_embeddings=128)
@@ -208,6 +210,9 @@ class Started:
     def send_signal(self, number):
         os.kill(self.running.pid, number)
 
+    def poll(self):
+        return self.running.process.exitcode
+
     def kill(self):
         self.running.process.kill()
 
@@ -240,6 +245,7 @@ def quick_processes(monkeypatch):
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_benchmark_runs_and_writes_what_it_measures(name, world, tmp_path, monkeypatch, quick_processes):
     monkeypatch.setattr("compression.runtime.RESULTS", tmp_path)
+    monkeypatch.setenv("FAKE_SLEEP", "1")
     flags, more, holds = CASES[name]
     run_script(f"benchmarks/{name}.py", *flags.format(world=world, out=tmp_path).split(), *more)
     found = json.loads((tmp_path / f"{name}.json").read_text())

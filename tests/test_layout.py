@@ -12,7 +12,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "compression").rglob("*.py")
 }
-TRACKS = ("compression.classifier", "compression.llm", "compression.export")
+TRACKS = ("compression.classifier", "compression.llm", "compression.export", "compression.study")
 PURE = ("compression.structures", "compression.importance", "compression.schedule", "compression.allocation")
 # Disks, trainers and command lines.
 WORLD = [f"compression.{name}" for name in ("files", "outputs", "integrity", "checkpoint", "training", "config")]

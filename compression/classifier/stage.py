@@ -31,12 +31,17 @@ from compression.classifier.parts import Split, TaskData
 from compression.classifier.tasks import Task, check_labels
 from compression.classifier.teacher import teacher_logits
 from compression.config import Between, Flat, Settings, group
+from compression.flops import count_macs, count_parameters
 from compression.hub import Publishing
 from compression.integrity import digest_of
 from compression.outputs import STATES_END, Output, fresh_path, owned
 from compression.runtime import UserError, from_main_process, log, pick_device, processes, seed_everything, shown
-from compression.structures import ENCODERS
+from compression.structures import ENCODERS, positions_of
 from compression.training import Recipe, Training, clean_up, fit
+
+
+COST_LENGTH = 128
+"""Tokens per sequence that a stage counts its model's GFLOPs at, as stage 7 does by default."""
 
 
 @dataclass
@@ -84,6 +89,13 @@ class TokenizedTask:
 
     def _score(self, model: PreTrainedModel, encoded: Encoded) -> float:
         return score(self.predict(model, encoded), encoded.labels, self.task)
+
+
+def cost(model: PreTrainedModel) -> dict[str, int | float]:
+    """Parameters, and GFLOPs of one sequence of `COST_LENGTH` tokens (or as many as the model has positions for)."""
+    count = count_macs(model, min(COST_LENGTH, positions_of(model.config)))
+    parameters = count_parameters(model)["total"]
+    return {"parameters": parameters, "gflops": count.gflops, "sequence_length": count.sequence_length}
 
 
 def require_classifier(folder: Path, flag: str, command: str) -> None:
@@ -295,7 +307,7 @@ class Stage:
         Args:
             files: JSON files beside it, by name.
         """
-        metrics = task.evaluate(model) | metrics
+        metrics = task.evaluate(model) | {"cost": cost(model)} | metrics
         added = len(self.training_rows) - len(self.own_rows)
         data = self.data.describe() | ({"added": added} if added else {})
         stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, data)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,24 @@ def with_file(config_class: type[Config], arguments: list[str]) -> list[str]:
         return arguments  # the parser says what is missing
     path = find_file(name, FLAG, "a study, such as studies/importance_modes.yaml")
     settings = _read(path, {entry.name for entry in fields(config_class)} - {"config"})
-    script = [str(settings.pop("script"))] if "script" in settings and not _is_positional(arguments) else []
-    settings.pop("script", None)
-    words = [word for name, value in ({"name": path.stem} | settings).items() for word in _words(path, name, value)]
-    return [*script, *words, *arguments]
+    script = [str(settings.pop("script"))] if "script" in settings else []
+    if not arguments[0].startswith("-"):
+        script, arguments = arguments[:1], arguments[1:]
+    for name in ASSIGNED:
+        _check_assigned(path, name, settings.get(name, {}))
+        arguments, settings = _merged(arguments, name, settings)
+    words = [word for name, value in ({"name": path.stem} | settings).items() for word in _words(name, value)]
+    return [*script, *words, *arguments]  # the script first: flags that take several words would take it, too
 
 
-def _is_positional(arguments: list[str]) -> bool:
-    """Whether a command line begins with the script."""
-    return bool(arguments) and not arguments[0].startswith("-")
+def _merged(arguments: list[str], name: str, settings: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Of a flag that takes NAME=VALUE, those of the file beside those given: of one name the given one."""
+    if f"--{name}" not in arguments or name not in settings:
+        return arguments, settings
+    place = arguments.index(f"--{name}") + 1
+    given = {word.partition("=")[0] for word in takewhile(lambda word: not word.startswith("-"), arguments[place:])}
+    kept = [f"{field}={_assigned(value)}" for field, value in settings[name].items() if field not in given]
+    return [*arguments[:place], *kept, *arguments[place:]], {n: v for n, v in settings.items() if n != name}
 
 
 def _read(path: Path, known: set[str]) -> dict[str, Any]:
@@ -54,11 +64,15 @@ def _read(path: Path, known: set[str]) -> dict[str, Any]:
     return found
 
 
-def _words(path: Path, name: str, value: Any) -> list[str]:
+def _check_assigned(path: Path, name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise UserError(f"{FLAG} {path}: {name} holds a {found}; allowed is FIELD: VALUE on each line")
+
+
+def _words(name: str, value: Any) -> list[str]:
     """A setting of the file as words of a command line."""
     if name in ASSIGNED:
-        if not isinstance(value, dict):
-            raise UserError(f"{FLAG} {path}: {name} holds a {type(value).__name__}; allowed is FIELD: VALUE on each line")
         return [f"--{name}", *(f"{field}={_assigned(each)}" for field, each in value.items())]
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no_{name}"]

@@ -13,7 +13,7 @@ from compression.runtime import UserError
 from compression.sources import LLM_FOLDER
 from compression.study.runs import RUN_FOLDER, Run, Step
 from compression.study.scripts import FAST, OWN, SEED, Script, load_script
-from compression.study.space import Axis, Choices, Point, points
+from compression.study.space import Axis, Point, points
 
 LINKED = {
     "bert-local": None,
@@ -57,10 +57,6 @@ class Plan:
         """Every point of the grid; of ranges the ends."""
         return points(self.axes)
 
-    @property
-    def is_grid(self) -> bool:
-        return all(isinstance(axis, Choices) for axis in self.axes)
-
     def settings(self, point: Point, seed: int) -> dict[str, Any]:
         """All that the script is told of its fields, in the order of a command line."""
         seeded = {SEED: seed} if SEED in self.script.types else {}
@@ -90,7 +86,9 @@ class Plan:
     @property
     def signature(self) -> str:
         """A hash of what all runs have in common, and of what may differ between them: settings, axes, inputs."""
-        taken = {name: value for point in self.points() for name, value in self._inputs(self.settings(point, 0)).items()}
+        taken: dict[str, str] = {}
+        for point in self.points():
+            taken |= self._inputs(self.settings(point, 0))
         then = [list(step.words) for step in self.then]
         return digest_of(repr([self._names, self.fixed, then, self.axes, sorted(taken.items())]))
 
@@ -109,7 +107,7 @@ class Plan:
         given = {name: value for name, value in settings.items() if name in self.script.types}
         return _of_result(self.script.config(settings).result_fields()) | given
 
-    def _inputs(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def _inputs(self, settings: dict[str, Any]) -> dict[str, str]:
         """The contents of the models that scripts find by name, and of files and folders that settings name."""
         found = list(self._links.values())
         if BASE in self.script.types and (fetched := self.models_dir / LLM_FOLDER.name).is_dir():
@@ -122,7 +120,13 @@ class Plan:
 
 
 def make_plan(
-    script: Script, then: Sequence[str], axes: Sequence[Axis], fixed: dict[str, Any], fast: bool, seeds: int, models: Path
+    script: Script,
+    then: Sequence[str],
+    axes: Sequence[Axis],
+    fixed: dict[str, Any],
+    fast: bool,
+    seeds: int,
+    models: Path,
 ) -> Plan:
     """A plan whose settings have been checked.
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, cached_property
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -33,13 +34,17 @@ class Script:
     def name(self) -> str:
         return self.path.stem
 
-    @property
+    @cached_property
     def types(self) -> dict[str, Any]:
         return _types(self.config_class)
 
     def default(self, name: str) -> Any:
         """The default of a field; of a name that is no field None."""
-        return _defaults(self.config_class).get(name)
+        return self._defaults.get(name)
+
+    @cached_property
+    def _defaults(self) -> dict[str, Any]:
+        return self.config_class().as_dict()
 
     def check_name(self, name: str, flag: str) -> None:
         """Raise UserError for what a study cannot set of this script."""
@@ -112,9 +117,14 @@ class Script:
         except UserError as problem:
             raise UserError(f"{flag} {self.path.name}: {problem}") from None
         except SystemExit:
-            lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-            text = " ".join(lines).split(" ───")[0]
-            raise UserError(f"{flag} {self.path.name}: {text or 'its flags are refused'}") from None
+            raise UserError(f"{flag} {self.path.name}: {_in_one_line(said.getvalue())}") from None
+
+
+def _in_one_line(box: str) -> str:
+    """What the parser says in a box, up to the line in it under which it gives advice."""
+    lines = [line.strip("│| ") for line in box.splitlines() if line.startswith(("│", "|"))]
+    said = takewhile(lambda line: not line or line.strip("─-"), lines)
+    return " ".join(filter(None, said)) or "its flags are refused"
 
 
 def load_script(name: str | Path, flag: str) -> Script:
@@ -157,7 +167,6 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-@cache
 def _types(settings: type[Settings]) -> dict[str, Any]:
     """The type of each field that is no group, those of groups included."""
     found: dict[str, Any] = {}
@@ -166,11 +175,6 @@ def _types(settings: type[Settings]) -> dict[str, Any]:
         hint = hints[entry.name]
         found |= _types(hint) if isinstance(hint, type) and issubclass(hint, Settings) else {entry.name: hint}
     return found
-
-
-@cache
-def _defaults(config_class: type[Config]) -> dict[str, Any]:
-    return config_class().as_dict()
 
 
 # Values.
@@ -185,7 +189,11 @@ def _words(hint: Any, given: Any) -> tuple[str, ...]:
     text = str(given)
     if hint is bool:
         return (text.capitalize(),)
-    return tuple(text.split()) if isinstance(given, str) and any(get_origin(arm) is tuple for arm in _arms(hint)) else (text,)
+    return (
+        tuple(text.split())
+        if isinstance(given, str) and any(get_origin(arm) is tuple for arm in _arms(hint))
+        else (text,)
+    )
 
 
 @cache

@@ -24,6 +24,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from compression.integrity import digest_of
 from compression.runtime import UserError, first_line, log
@@ -32,6 +33,8 @@ from compression.study.space import Axis, Choices, Point, Range
 
 POINT, ALIVE, RESULTS, ERROR = "point", "alive", "results", "error"
 WITHDRAWN, INSTEAD_OF = "withdrawn", "instead_of"
+ATTEMPTS = 5
+"""How often a database is tried."""
 BEATS = 4
 """Signs of life in the time after which a worker without one counts as killed."""
 
@@ -50,12 +53,17 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
         options = {"connect_args": {"timeout": 60}}  # writers wait for each other
-    try:
-        return RDBStorage(url, engine_kwargs=options)
-    except ModuleNotFoundError as error:
-        raise UserError(f"--storage {_public(url)}: needs the package {error.name}; install it with pip") from None
-    except Exception as error:  # of whatever driver
-        raise UserError(f"--storage {_public(url)}: cannot be used ({first_line(error)})") from None
+    for attempt in range(ATTEMPTS):
+        try:
+            return RDBStorage(url, engine_kwargs=options)
+        except ModuleNotFoundError as error:
+            raise UserError(f"--storage {_public(url)}: needs the package {error.name}; install it with pip") from None
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            # Of workers that start at once one makes the tables, and the others fail for a moment.
+            if attempt + 1 == ATTEMPTS or isinstance(error, ArgumentError):
+                raise UserError(f"--storage {_public(url)}: cannot be used ({first_line(error)})") from None
+            time.sleep(0.2)
+    raise AssertionError("unreachable")
 
 
 def _public(url: str) -> str:
@@ -104,9 +112,7 @@ class SeededByTrial(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self.make(trial.number).before_trial(study, trial)
 
-    def after_trial(
-        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self.make(trial.number).after_trial(study, trial, state, values)
 
 

@@ -164,4 +164,3 @@ def visible_gpus() -> list[str]:
     if GPUS in os.environ:
         return [name.strip() for name in os.environ[GPUS].split(",") if name.strip()]
     return [str(index) for index in range(torch.cuda.device_count())]
-
