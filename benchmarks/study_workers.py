@@ -1,6 +1,6 @@
 """Two workers share a study, one of them is killed: is every run done, none twice, and how much faster are two?
 
-    python benchmarks/study_workers.py [--storages journal sqlite postgresql] [--fixed data_dir=SST2 train_fraction=0.02]
+    python benchmarks/study_workers.py [--storages journal sqlite postgresql] [--fixed data_dir=SST2]
 
 For each storage, two processes of ablate.py start the same study; once both are on a run, one is killed. Every run's
 log says how often its script was started. Then the study is timed on a journal file, by one process and by two, each

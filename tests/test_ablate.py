@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import tiny_bert, tiny_distilbert
 from optuna.trial import TrialState
-from scripts import run_script, start_script, wait_until
+from scripts import ROOT, run_script, start_script, wait_until
 
 from compression.checkpoint import describe_stage, save_checkpoint
 from compression.runtime import UserError
@@ -546,3 +546,13 @@ def test_stage_8_and_9_of_this_repository_can_be_studied(tmp_path, tokenizer):
     rows = found(tmp_path, "8_pruning_with_finetuning")["rows"]
     gflops = [row["goals"]["gflops"]["mean"] for row in rows]
     assert gflops[0] > gflops[1] > 0 and all(row["goals"]["bytes_after.total"]["mean"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_this_repository_are_as_their_scripts_allow(path):
+    assert run_script("ablate.py", "--config", path, "--dry_run").stderr == ""
+    more = ["--fixed", "batch_size=8"] if "8_pruning" in path.read_text() else ["--fixed", "num_samples=2"]
+    assert run_script("ablate.py", "--config", path, *more, "--dry_run").stderr == ""
+    assert (
+        "no field of" in run_script("ablate.py", "--config", path, "--fixed", "nothing=1", "--dry_run", expect=2).stderr
+    )

@@ -16,15 +16,9 @@ FOLDER = ROOT / "examples" / "cluster"
 SBATCH, SKY = sorted(FOLDER.glob("*.sbatch")), sorted(FOLDER.glob("*.sky.yaml"))
 # What a directive of Slurm may say here.
 SIZE, COUNT = r"0|\d+[GM]", r"\d+"
-DIRECTIVES = {
-    "job-name": r"\w+",
-    "array": r"\d+-\d+",
-    "nodes": COUNT,
-    "ntasks": COUNT,
-    "ntasks-per-node": COUNT,
-    "gpus-per-node": COUNT,
-}
+DIRECTIVES = {"job-name": r"\w+", "nodes": COUNT, "ntasks": COUNT, "ntasks-per-node": COUNT, "gpus-per-node": COUNT}
 DIRECTIVES |= {"cpus-per-task": COUNT, "mem": SIZE, "time": r"\d+:\d\d:\d\d", "output": r"[\w%.]+", "requeue": ""}
+DIRECTIVES |= {"array": r"\d+-\d+"}
 VALUES = {"MODEL": "model", "model": "model", "NAME": "made", "name": "made", "RATIO": "0.5"}
 VALUES |= {"study": "studies/importance_modes.yaml"}
 

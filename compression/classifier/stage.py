@@ -39,7 +39,6 @@ from compression.runtime import UserError, from_main_process, log, pick_device, 
 from compression.structures import ENCODERS, positions_of
 from compression.training import Recipe, Training, clean_up, fit
 
-
 COST_LENGTH = 128
 """Tokens per sequence that a stage counts its model's GFLOPs at, as stage 7 does by default."""
 

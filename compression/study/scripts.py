@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
-from itertools import takewhile
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -121,10 +121,10 @@ class Script:
 
 
 def _in_one_line(box: str) -> str:
-    """What the parser says in a box, up to the line in it under which it gives advice."""
-    lines = [line.strip("│| ") for line in box.splitlines() if line.startswith(("│", "|"))]
-    said = takewhile(lambda line: not line or line.strip("─-"), lines)
-    return " ".join(filter(None, said)) or "its flags are refused"
+    """What the parser says in a box: behind its title, and up to the line in it under which it gives advice."""
+    lines = [line.strip("│| ") for line in box.splitlines()][1:]
+    sections = [list(group) for ruled, group in groupby(lines, lambda line: not line.strip("─-")) if not ruled]
+    return " ".join(sections[0]) if sections else "its flags are refused"
 
 
 def load_script(name: str | Path, flag: str) -> Script:
