@@ -30,7 +30,7 @@ from compression.study.file import with_file
 from compression.study.outcome import Outcome, read_outcome
 from compression.study.plan import Plan, make_plan
 from compression.study.scripts import SEED, load_script
-from compression.study.shared import SharedStudy, make_sampler, open_storage
+from compression.study.shared import SharedStudy, make_sampler, open_storage, without_password
 from compression.study.space import read_axes, read_fixed
 from compression.study.tables import write_outcome
 from compression.study.workers import Goal, Work, work_through
@@ -158,12 +158,21 @@ def open_study(config: AblationConfig) -> SharedStudy:
     return study
 
 
+def described(config: AblationConfig) -> dict[str, Any]:
+    """The command and its settings, as they may be shown to anyone."""
+    words, settings = sys.argv[1:], config.as_dict()
+    if config.storage:
+        settings["storage"] = without_password(config.storage)
+        words = [word.replace(config.storage, settings["storage"]) for word in words]
+    command = shlex.join(["python", Path(sys.argv[0]).name, *words])
+    return {"command": command, "config": settings}
+
+
 def main(config: AblationConfig) -> None:
     plan, points, folder = config.plan, config.points, config.folder
     folder.mkdir(parents=True, exist_ok=True)
     study = open_study(config)
-    about = {"name": config.title, "command": f"python {shlex.join(sys.argv)}", "config": config.as_dict()}
-
+    about = {"name": config.title} | described(config)
     writing = threading.Lock()
 
     def write(last: bool = False) -> Outcome:

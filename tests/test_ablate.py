@@ -140,7 +140,7 @@ def test_a_grid_with_seeds_gives_tables_and_every_run_its_record(work):
     assert "| 1 | plain | 0.2 | 2 | 0.21 ± 0.014 |  | 0.4 ± 0 |" in page, "two rows have as few gflops: none is best"
     assert "| accuracy | mode | better | 4 | 0.415 | +0.105 ± 0.0029 |" in page
     assert (folder / "pareto.png").stat().st_size > 10_000 and "![pareto](pareto.png)" in page
-    assert found(work)["front"] == [2, 3]
+    assert found(work)["front"] == [2, 3] and found(work)["command"].startswith("python ablate.py ")
     records = list(folder.glob("runs/*/models/fake0/stage.json"))
     assert len(records) == 8 and said.count("accuracy 0.") == 8
     assert all("--fast" in flags and "--resume" in flags for (flags,) in calls(work).values())
@@ -252,14 +252,14 @@ def test_two_workers_share_a_study_and_do_no_run_twice(work, storage):
 def test_jobs_run_at_once_with_the_cores_divided(work, monkeypatch):
     monkeypatch.setenv("FAKE_SLEEP", "0.2")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
     study(work, "--grid", "size=0.1,0.2,0.3,0.4", "--jobs", 2)
     assert [len(lines) for lines in calls(work).values()] == [1] * 4
     assert {lines[0][1] for lines in calls(work).values()} == {"4"}
 
 
 def test_gpus_and_cores_are_divided_among_workers(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def shares(visible, jobs):
@@ -449,6 +449,15 @@ def test_figures_are_found_by_a_part_of_their_name():
         UserError, match="--minimize flops: no such figure; there are pruned.accuracy, pruned.cost.gflops"
     ):
         look_up(steps, "flops", "--minimize")
+
+
+def test_passwords_of_databases_are_not_shown():
+    for url, shown in (
+        ("postgresql+psycopg://me:secret@host:5432/db", "postgresql+psycopg://me:***@host:5432/db"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("sqlite:///study.db", "sqlite:///study.db"),
+    ):
+        assert shared.without_password(url) == shown
 
 
 # What is refused.

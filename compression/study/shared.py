@@ -57,16 +57,18 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
         try:
             return RDBStorage(url, engine_kwargs=options)
         except ModuleNotFoundError as error:
-            raise UserError(f"--storage {_public(url)}: needs the package {error.name}; install it with pip") from None
+            raise UserError(
+                f"--storage {without_password(url)}: needs the package {error.name}; install it with pip"
+            ) from None
         except (SQLAlchemyError, ImportError, ValueError) as error:
             # Of workers that start at once one makes the tables, and the others fail for a moment.
             if attempt + 1 == ATTEMPTS or isinstance(error, ArgumentError):
-                raise UserError(f"--storage {_public(url)}: cannot be used ({first_line(error)})") from None
+                raise UserError(f"--storage {without_password(url)}: cannot be used ({first_line(error)})") from None
             time.sleep(0.2)
     raise AssertionError("unreachable")
 
 
-def _public(url: str) -> str:
+def without_password(url: str) -> str:
     """A database's address without the password."""
     head, at, tail = url.rpartition("@")
     return f"{head.rpartition(':')[0]}:***@{tail}" if at and ":" in head.partition("://")[2] else url

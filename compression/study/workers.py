@@ -153,7 +153,7 @@ def environments(jobs: int) -> list[dict[str, str]]:
     own = dict(os.environ)
     if jobs == 1:
         return [own]
-    threads = own.get(THREADS) or str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    threads = own.get(THREADS) or str(max(1, torch.get_num_threads() // jobs))
     gpus = visible_gpus()
     shares = [gpus[job::jobs] or gpus[job % len(gpus) : job % len(gpus) + 1] if gpus else [] for job in range(jobs)]
     return [own | {THREADS: threads} | ({GPUS: ",".join(share)} if share else {}) for share in shares]
