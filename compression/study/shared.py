@@ -53,19 +53,21 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
         options = {"connect_args": {"timeout": 60}}  # writers wait for each other
-    for attempt in range(ATTEMPTS):
+    for left in reversed(range(ATTEMPTS)):
         try:
             return RDBStorage(url, engine_kwargs=options)
         except ModuleNotFoundError as error:
-            raise UserError(
-                f"--storage {without_password(url)}: needs the package {error.name}; install it with pip"
-            ) from None
+            raise _unusable(url, f"it needs the package {error.name}; install it with pip") from None
         except (SQLAlchemyError, ImportError, ValueError) as error:
             # Of workers that start at once one makes the tables, and the others fail for a moment.
-            if attempt + 1 == ATTEMPTS or isinstance(error, ArgumentError):
-                raise UserError(f"--storage {without_password(url)}: cannot be used ({first_line(error)})") from None
+            if not left or isinstance(error, ArgumentError):
+                raise _unusable(url, first_line(error)) from None
             time.sleep(0.2)
-    raise AssertionError("unreachable")
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _unusable(url: str, reason: str) -> UserError:
+    return UserError(f"--storage {without_password(url)}: cannot be used ({reason}); name another, or leave it out")
 
 
 def without_password(url: str) -> str:
