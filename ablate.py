@@ -105,7 +105,7 @@ class AblationConfig(Config):
             if figure in self.minimize:
                 raise UserError(f"--maximize {figure}: is in --minimize, too; give one of the two")
         fixed = read_fixed(script, self.fixed)
-        return make_plan(script, self.then, axes, fixed, self.fast, self.seeds, self.models_dir)
+        return make_plan(script, self.then, axes, fixed, self.fast, self.seeds, self.models_dir, self.studies)
 
     @property
     def goals(self) -> tuple[Goal, ...]:
@@ -121,7 +121,12 @@ class AblationConfig(Config):
     @property
     def folder(self) -> Path:
         """Where the study goes."""
-        return self.results_dir.resolve() / "studies" / self.title
+        return self.studies / self.title
+
+    @property
+    def studies(self) -> Path:
+        """The folder of all studies."""
+        return self.results_dir.resolve() / "studies"
 
     @property
     def points(self) -> list[dict[str, Any]] | None:

@@ -1,6 +1,5 @@
 """Which runs a study has: the scripts of each, their settings and inputs, and the folder that follows from both."""
 
-import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ class Plan:
         fixed: settings of the script that are the same in all runs.
         seeds: number of runs at each point.
         models_dir: where the inputs are that are not named.
+        studies: the folder of all studies, which is no input of any.
     """
 
     script: Script
@@ -44,6 +44,7 @@ class Plan:
     fixed: dict[str, Any]
     seeds: int
     models_dir: Path
+    studies: Path
 
     def __post_init__(self) -> None:
         if self.seeds > 1 and SEED not in self.script.types:
@@ -115,8 +116,18 @@ class Plan:
         words = [str(value) for value in settings.values() if isinstance(value, str)]
         words += [word for step in self.then for word in step.words]
         paths = {word: Path(word).expanduser() for word in words if not word.startswith("-")}
-        named = {word: _contents(path.resolve()) for word, path in paths.items() if path.exists()}
-        return {path.name: _contents(path) for path in found} | named
+        named = {word: self._contents(path.resolve()) for word, path in paths.items() if path.exists()}
+        return {path.name: self._contents(path) for path in found} | named
+
+    def _contents(self, path: Path) -> str:
+        """A hash of a file, of a checkpoint's weights, or of all files of a folder."""
+        if path.is_file():
+            return sha256_of(path)
+        if any(path.glob("*.safetensors")):
+            return identify(path)["sha256"]
+        files = [name for name in files_in(path) if (path / name).is_file()]
+        own = [name for name in files if not (path / name).is_relative_to(self.studies)]
+        return digest_of([[name, sha256_of(path / name)] for name in own])
 
 
 def make_plan(
@@ -127,6 +138,7 @@ def make_plan(
     fast: bool,
     seeds: int,
     models: Path,
+    studies: Path,
 ) -> Plan:
     """A plan whose settings have been checked.
 
@@ -139,7 +151,7 @@ def make_plan(
     if PRUNED in script.types and PRUNED not in [*settings, *(axis.name for axis in axes)]:
         if (newest := find_newest(models, "pruned")) is not None:
             settings[PRUNED] = str(newest)
-    return Plan(script, _later_steps(then, fast), tuple(axes), settings, seeds, models)
+    return Plan(script, _later_steps(then, fast), tuple(axes), settings, seeds, models, studies)
 
 
 def _later_steps(commands: Sequence[str], fast: bool) -> tuple[Step, ...]:
@@ -157,12 +169,3 @@ def _later_steps(commands: Sequence[str], fast: bool) -> tuple[Step, ...]:
 
 def _of_result(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in (*OWN, SEED)}
-
-
-def _contents(path: Path) -> str:
-    """A hash of a checkpoint's weights, of a file, or of all files of a folder."""
-    if path.is_file():
-        return sha256_of(path)
-    if any(path.glob("*.safetensors")):
-        return identify(path)["sha256"]
-    return digest_of(json.dumps([[name, sha256_of(path / name)] for name in files_in(path)]))
