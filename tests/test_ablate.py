@@ -545,16 +545,16 @@ class Forked:
     """Stands in for subprocess.Popen of a script: a process that skips the imports."""
 
     def __init__(self, command, **_):
-        self.process = start_script(*command[1:]).process
+        self.running = start_script(*command[1:])
 
     def poll(self):
-        return self.process.exitcode
+        return self.running.process.exitcode
 
     def wait(self, timeout):
-        self.process.join(timeout)
-        if self.process.exitcode is None:
+        self.running.process.join(timeout)
+        if self.poll() is None:
             raise subprocess.TimeoutExpired("", timeout)
-        return self.process.exitcode
+        return self.poll()
 
 
 def test_stages_8_and_9_of_this_repository_can_be_studied(tmp_path, tokenizer, monkeypatch):
