@@ -544,7 +544,7 @@ def test_a_figure_that_is_not_there_ends_the_study_and_its_runs_are_kept(work):
 class Forked:
     """Stands in for subprocess.Popen of a script: a process that skips the imports."""
 
-    def __init__(self, command, **_):
+    def __init__(self, command):
         self.running = start_script(*command[1:])
 
     def poll(self):
@@ -558,7 +558,11 @@ class Forked:
 
 
 def test_stages_8_and_9_of_this_repository_can_be_studied(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("compression.study.runs.subprocess.Popen", Forked)
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        "subprocess.Popen",
+        lambda command, **options: Forked(command) if command[0] == sys.executable else start(command, **options),
+    )
     for name in ("train.tsv", "dev.tsv"):
         rows = [f"{letter} a b{' c' * index}\t{index % 2}" for index, letter in enumerate("abcdefghijklmnopqrst")]
         (tmp_path / name).write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
