@@ -61,11 +61,16 @@ every_stage() {
     "$1" evaluate_plot.py "${fast[@]}" "${everywhere[@]}"
 }
 
+times=()
 work() {
+    local started=$SECONDS
     echo "--- $1"
     run python "$repository/$1" "${@:2}"
+    local took=$((SECONDS - started))
+    times+=("$(printf '%4d:%02d  %s' $((took / 60)) $((took % 60)) "$1")")
 }
 
 every_stage plan
 check_plan
 every_stage work
+printf '%s\n' "--- minutes of each stage" "${times[@]}" "Report: $repository/results/report.html"

@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from compression.progress import progress
+
 
 class TrainingData(Protocol):
     """What the training loop needs of its data: rows of token ids, however they came about."""
@@ -56,9 +58,15 @@ def model_inputs(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor
     return {name: tensor for name, tensor in batch.items() if name in takes}
 
 
-def batches(encoded: TrainingData, batch_size: int, pad_token_id: int) -> Iterator[dict[str, Tensor]]:
-    """Batches for evaluation, in the order of length; `rows` says which rows of `encoded` each one holds."""
-    for rows in encoded.lengths.argsort(stable=True).split(batch_size):
+def batches(
+    encoded: TrainingData, batch_size: int, pad_token_id: int, description: str = "predictions"
+) -> Iterator[dict[str, Tensor]]:
+    """Batches for evaluation, in the order of length; `rows` says which rows of `encoded` each one holds.
+
+    Args:
+        description: of what is done with them, for the progress bar.
+    """
+    for rows in progress(encoded.lengths.argsort(stable=True).split(batch_size), description):
         yield encoded.collate(rows.tolist(), pad_token_id) | {"rows": rows}
 
 

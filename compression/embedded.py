@@ -1,19 +1,19 @@
 """Embedded defaults: real pretrained models and real text that ship inside packages for pip."""
 
 import hashlib
-import io
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from compression.integrity import digest_of
+from compression.progress import bars_of_libraries
 from compression.runtime import UserError, log, processes
 from compression.sources import (
     LLM,
@@ -142,7 +142,7 @@ def make_embedded_llm(folder: Path) -> None:
         with TemporaryDirectory(dir=temporary) as scratch:
             _unpack(LLM_PACKAGE, Path(scratch))
             file = Path(LLM_PACKAGE.members[0]).name
-            with redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # it has a progress bar
+            with bars_of_libraries():
                 loaded = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file, dtype="float32")
             # The loaded model counts as quantized, which cannot be saved; an ordinary one with its weights can.
             values = loaded.config.to_dict()

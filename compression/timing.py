@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from compression.integrity import WEIGHT_FILES
 from compression.outputs import exports_of
+from compression.progress import progress
 
 WARM_UP_CALLS = 3
 
@@ -43,7 +44,7 @@ def interleaved_times(
             prepare(name)
             calls[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
+    for turn in progress(range(rounds), "timing"):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             for _ in range(untimed):

@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.batching import TrainingData, length_grouped_order
 from compression.config import NO_EFFECT, AtLeast, Between, Settings
 from compression.files import remove_folder
 from compression.health import Health
+from compression.progress import progress
 from compression.runtime import UserError, log, processes, seed_step
 from compression.saved_states import SavedStates
 from compression.schedule import SCHEDULES, EarlyStopping, ScheduleName
@@ -336,15 +336,7 @@ class _Run:
         self.wrapped.train()
         order = length_grouped_order(train.lengths, training.batch_size, training.seed, self.epoch)
         done = self.step - (self.epoch - 1) * len(order)
-        progress = tqdm(
-            order[done:],
-            initial=done,
-            total=len(order),
-            desc=f"epoch {self.epoch}",
-            leave=False,
-            disable=None if self.accelerator.is_main_process else True,
-        )
-        for rows in progress:
+        for rows in progress(order[done:], f"epoch {self.epoch}", len(order), done):
             self._step(train, rows, pad_token_id)
             if self.step % training.save_steps == 0 and self.step < self.epoch * len(order):
                 self.save()

@@ -1,6 +1,7 @@
 """What the shell scripts run, with which flags, from where; and what becomes of signals."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -95,6 +96,16 @@ def test_stages_run_in_order_and_only_what_changed(commands):
         "7_evaluate_and_generate_report.py --fast",
         "evaluate_plot.py --fast",
     ]
+
+
+def test_the_end_tells_the_time_of_each_stage_and_where_the_report_is(commands, project):
+    result, lines = commands("--fast")
+    *_, title = result.stdout.split("--- ")
+    title, *table, report = title.splitlines()
+    assert title == "minutes of each stage"
+    for row, line in zip(table, stages(lines), strict=True):
+        assert re.fullmatch(rf" +\d+:\d\d  {re.escape(line.split()[0])}", row)
+    assert report == f"Report: {project}/results/report.html"
 
 
 def test_fresh_runs_everything_again(commands):

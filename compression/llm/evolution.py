@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from compression.allocation import Cost
 from compression.config import AtLeast, Settings
+from compression.progress import progress
 from compression.runtime import UserError, log
 from compression.saved_parts import Cached
 
@@ -161,8 +161,7 @@ def evolve(
         )
     levels, best = start, on_all
     history: list[dict[str, float | None]] = [{"best": 1.0, "mean": 1.0}]
-    progress = tqdm(range(1, settings.search_generations + 1), desc="search", leave=False, disable=None)
-    for generation in progress:
+    for generation in progress(range(1, settings.search_generations + 1), "search"):
 
         def make(generation: int = generation, parent: list[int] = levels, best: float = best) -> dict[str, Tensor]:
             draw = random.Random(f"{settings.search_seed} {generation}")

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.allocation import all_but_least, largest_ratio, split_budget, spread_rates
@@ -24,6 +23,7 @@ from compression.llm.score_passes import labels_behind, score_layer
 from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.llm.text import CalibrationText
 from compression.offload import LayerWriter, Store, no_store, offload_of
+from compression.progress import progress
 from compression.runtime import UserError, log, log_phase
 from compression.saved_parts import Cached
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, LayerParts, layers_of
@@ -357,7 +357,7 @@ class LayerwisePruning:
             streams.append(LayerStream(self.model, self.text.repair, self.text.batch_size))
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
-        for index in tqdm(range(last + 1), desc="layers", leave=False, disable=None):
+        for index in progress(range(last + 1), "layers"):
             with scored.decoder.present(index) as layer:
                 if self.rates[index]:
                     left = layers_of(self.model)[index].parameters

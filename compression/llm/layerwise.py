@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
+from compression.progress import progress
 from compression.runtime import own_share, processes
 from compression.sharding import is_spread
 
@@ -95,7 +95,7 @@ def streams(model: PreTrainedModel, windows: Tensor, batch_size: int, descriptio
     """
     places = own_batches(windows, batch_size)
     parts = [[place] for place in places] if decoder_of(model).offload is None else [places]
-    for part in tqdm(parts, desc=description, leave=False, disable=None):
+    for part in progress(parts, description):
         yield LayerStream(model, windows, batch_size, places=part)
 
 
@@ -114,7 +114,7 @@ def final_states(
     decoder = decoder_of(model)
     if decoder.offload is None:
         mine = own_batches(windows, batch_size)
-        for place in tqdm(mine, desc=description, leave=False, disable=None):
+        for place in progress(mine, description):
             ids = windows[place : place + batch_size].to(model.device)
             yield place, ids, decoder.final_states(ids)
         batches = -(-len(windows) // batch_size)

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
@@ -26,6 +25,7 @@ from compression.importance import contributions, keep_in_rounds
 from compression.least_squares import refit
 from compression.llm.layerwise import LayerStream
 from compression.llm.perplexity import broken_weight, suspect
+from compression.progress import progress
 from compression.runtime import UserError, sum_over_processes
 from compression.structures import DECODER_KINDS, GROUPS, layers_of, spread
 
@@ -99,7 +99,7 @@ def repairing(
         projection has no finite solution.
     """
     stream = LayerStream(model, windows, batch_size)
-    progress = tqdm(total=len(layers_of(model)), desc="repair", leave=False, disable=None)
+    bar = progress(None, "repair", len(layers_of(model)))
 
     def step(index: int) -> None:
         with stream.decoder.present(index):
@@ -107,7 +107,7 @@ def repairing(
             stream.advance()
         for kind in DECODER_KINDS:
             kept[kind][index] = stays[kind]
-        progress.update()
+        bar.update()
 
     return step
 

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
@@ -23,6 +22,7 @@ from compression.llm.perplexity import check_losses, suspect, token_losses
 from compression.llm.scoring import SCORES, Score, ScoreName, Scores
 from compression.llm.text import CalibrationText
 from compression.offload import States
+from compression.progress import progress
 from compression.runtime import UserError, sum_over_processes
 from compression.saved_parts import Cached
 from compression.structures import DECODER_KINDS, LayerParts, layers_of
@@ -277,7 +277,7 @@ def _forward(
     for number, (_, state, _) in enumerate(stream):
         entering.put((stream.layer, number), state)
     with torch.no_grad():
-        for index in tqdm(range(stream.layer, depth), desc="calibration forward", leave=False, disable=None):
+        for index in progress(range(stream.layer, depth), "calibration forward"):
             with decoder.present(index) as layer:
                 for number, options in enumerate(stream.options):
                     entering.put((index + 1, number), layer(entering.get((index, number)), **options[index]))
@@ -298,7 +298,7 @@ def _scores_on_the_way_back(
 ) -> dict[int, Scores]:
     decoder, found, first = stream.decoder, {}, min(numbered)
     layers = range(first, len(decoder.layers))
-    for index in tqdm(reversed(layers), total=len(layers), desc="calibration backward", leave=False, disable=None):
+    for index in progress(reversed(layers), "calibration backward", len(layers)):
         with decoder.present(index) as layer:
             one = score(model, [numbered[index]] if index in numbered else [])
             goes_on = index > first or score.through_activations

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression import importance
 from compression.config import choice_of
+from compression.progress import progress
 from compression.runtime import UserError
 from compression.structures import DECODER_KINDS, LayerParts, Rows
 from compression.tables import Column, markdown_table
@@ -172,7 +172,7 @@ class ObsCost(Score):
         return [total for totals in self.curvature.values() for total in totals]
 
     def finish(self, batches: int, tokens: int) -> None:
-        for scores, linear, _ in tqdm(self.output_projections, desc="removal costs", leave=False, disable=None):
+        for scores, linear, _ in progress(self.output_projections, "removal costs"):
             inputs, gradients = (total / tokens for total in self.curvature.pop(linear))
             try:
                 costs = importance.removal_costs(linear.weight, inputs, gradients, len(scores))

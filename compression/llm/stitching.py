@@ -13,12 +13,12 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
 from compression.llm.layerwise import LayerStream
 from compression.llm.repair import LocalChoice, moments_of, refitted
+from compression.progress import progress
 from compression.saved_parts import Cached
 from compression.structures import DECODER_KINDS, layers_of, spread
 from compression.surgery import cut_layer
@@ -64,7 +64,7 @@ def solutions_of(
                 stream.advance()
         return _solve(model, index, choices[index], path[index], stream, choice)
 
-    for index in tqdm(range(len(choices)), desc="sizes of layers", leave=False, disable=None):
+    for index in progress(range(len(choices)), "sizes of layers"):
         found.append(cached(str(index), partial(make, index)))
     return found
 

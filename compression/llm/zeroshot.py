@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compression.progress import bars_of_libraries
 from compression.runtime import UserError
 from compression.text_files import read_json_lines
 
@@ -166,14 +167,15 @@ def zero_shot(
         if data_dir is not None:
             specs = [str(_with_local_data(task, manager, data_dir, Path(folder))) for task in tasks]
         try:
-            found = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=specs,
-                task_manager=manager,
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=False,
-            )
+            with bars_of_libraries():
+                found = simple_evaluate(
+                    HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                    tasks=specs,
+                    task_manager=manager,
+                    limit=limit,
+                    bootstrap_iters=0,
+                    log_samples=False,
+                )
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             files = ", ".join(str(_local_data(task, data_dir)) for task in tasks) if data_dir else "the hub's data"
             raise UserError(
