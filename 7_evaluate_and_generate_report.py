@@ -20,7 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import check_positions, find_all, find_exports, load_classifier, load_tokenizer, read_stage
 from compression.classifier.data import DatasetSettings, encode, load_data_for
-from compression.classifier.metrics import classification_metrics, describe_task, paired_difference, predict
+from compression.classifier.metrics import (
+    classification_metrics,
+    describe_task,
+    disagreements,
+    paired_difference,
+    predict,
+)
 from compression.classifier.models import EVALUATED, baseline_of
 from compression.classifier.parts import TaskData
 from compression.classifier.report import (
@@ -122,7 +128,7 @@ def pytorch(model: PreTrainedModel) -> dict[str, str]:
 
 
 def measure(name: str, candidate: Candidate, validation, task: Task, max_length: int) -> tuple[Entry, Tensor]:
-    """Quality and size of one model; and which sentences it gets right."""
+    """Quality and size of one model; and its logits."""
     encoded = encode(candidate.tokenizer, validation, max_length)
     logits = predict(candidate.model, encoded, candidate.tokenizer.pad_token_id, task)
     entry = {
@@ -132,7 +138,7 @@ def measure(name: str, candidate: Candidate, validation, task: Task, max_length:
         "quality": classification_metrics(logits, encoded.labels, task),
         "size": candidate.size,
     }
-    return entry, logits.argmax(-1) == encoded.labels
+    return entry, logits
 
 
 def count_work(candidates: dict[str, Candidate], sequence_length: int) -> dict[str, Entry]:
@@ -173,10 +179,13 @@ def build_report(found: dict[str, Path], missing: list[Entry], data: TaskData, c
         config.seed,
     )
     entries = {name: entry | work[name] | lineages[name] | timings[name] for name, (entry, _) in measured.items()}
-    for name, entry in entries.items():
-        if baseline in entries:
-            paired = paired_difference(measured[name][1], measured[baseline][1])
+    if baseline in entries:
+        labels, expected = torch.tensor(data.validation.labels), measured[baseline][1]
+        for name, entry in entries.items():
+            logits = measured[name][1]
+            paired = paired_difference(logits.argmax(-1) == labels, expected.argmax(-1) == labels)
             entry["relative"] = paired | relative_figures(entry, entries[baseline])
+            entry["disagreements"] = disagreements(data.validation, logits, expected)
     return {
         "task": describe_task(task),
         "data": {"name": data.name, "source": data.source, "n": len(data.validation), "duplicates": data.duplicates},

@@ -1,5 +1,7 @@
 """What all figures share: palette, markers, canvas, and how one is saved. No display is needed."""
 
+from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
+from matplotlib.transforms import Affine2D
 
 from compression.files import new_file
 
@@ -17,6 +21,31 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "h")
 SPARE_MARKERS = ("X", "p", "*", "<", ">", "d")
 """For what is drawn beside that which has a marker of its own."""
 DPI = 200
+OUTLINE_SCALE = 100
+"""By how much markers are enlarged for their outlines, in which curves become lines about one unit long."""
+
+
+def spare_markers() -> Iterator[str]:
+    """`SPARE_MARKERS`, then numbers: none comes twice."""
+    return chain(SPARE_MARKERS, (f"${number}$" for number in count(1)))
+
+
+def marker_outline(marker: str) -> list[np.ndarray]:
+    """A marker that is drawn with `s=1`, as polygons [points, 2] around the origin, in points."""
+    style = MarkerStyle(marker)
+    path = style.get_path().transformed(style.get_transform() + Affine2D().scale(OUTLINE_SCALE))
+    return [polygon / OUTLINE_SCALE for polygon in path.to_polygons()]
+
+
+def unit_area(marker: str) -> float:
+    """Area in square points of a marker that is drawn with `s=1`: those drawn with the same `s` differ in area."""
+    return abs(sum(map(_signed_area, marker_outline(marker))))
+
+
+def _signed_area(polygon: np.ndarray) -> float:
+    """Holes have the other sign."""
+    x, y = polygon.T
+    return 0.5 * float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -17,7 +17,6 @@ from compression.classifier.metrics import describe_task
 from compression.classifier.models import BASELINE, EVALUATED, looks
 from compression.classifier.plots import (
     LARGEST_MARKER,
-    _unit_area,
     pareto_front,
     plot_confusion_matrices,
     plot_quality_against_cost,
@@ -34,7 +33,7 @@ from compression.classifier.tasks import METRICS, SST2
 from compression.files import write_json
 from compression.flops import count_macs
 from compression.llm.plots import plot_removal
-from compression.plots import COLOURS, MARKERS, save_figure
+from compression.plots import COLOURS, MARKERS, save_figure, unit_area
 from compression.runtime import ROOT, UserError
 from compression.surgery import shrink
 
@@ -314,10 +313,10 @@ def test_marker_area_is_proportional_to_size_whatever_the_shape(report):
     assert len(set(shapes)) == 3
     for axes in plot_quality_against_cost(report).axes:
         areas = [
-            marks.get_sizes()[0] * _unit_area(shape) for marks, shape in zip(drawn_models(axes), shapes, strict=True)
+            marks.get_sizes()[0] * unit_area(shape) for marks, shape in zip(drawn_models(axes), shapes, strict=True)
         ]
         assert areas == pytest.approx([LARGEST_MARKER, LARGEST_MARKER / 2, LARGEST_MARKER * 150 / 400])
-    assert (_unit_area("s"), _unit_area("o")) == (pytest.approx(1), pytest.approx(torch.pi / 4, rel=1e-3))
+    assert (unit_area("s"), unit_area("o")) == (pytest.approx(1), pytest.approx(torch.pi / 4, rel=1e-3))
 
 
 def test_a_model_keeps_its_looks_whatever_else_there_is():
@@ -336,6 +335,36 @@ def test_a_model_keeps_its_looks_whatever_else_there_is():
     markers = {newest[1], older[1], oldest[1], quantized[1]}
     assert len(markers) == 4 and not {older[1], oldest[1]} & set(MARKERS)
     assert next(looks(["none of them"])) not in list(zip(COLOURS, MARKERS, strict=True))
+
+
+def many_models(report, count):
+    """The report, of so many models: checkpoints of one kind, with long names."""
+    names = [EVALUATED[4].name] + [f"{EVALUATED[4].name}, pruning_with_finetuning_{i}" for i in range(count - 1)]
+    more = (entry(name, 0.9 - 0.001 * i, 5 + 0.01 * i, 100, 100) for i, name in enumerate(names))
+    return report | {"models": [*report["models"], *more]}
+
+
+def test_no_two_of_thirty_checkpoints_look_alike(report):
+    found = list(looks([one["name"] for one in many_models(report, 30)["models"]]))
+    assert len(set(found)) == 33
+    assert len({marker for _, marker in found[3:]}) == 30, "in grey print, too"
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_labels_of_the_picture_are_inside_it_and_apart(report, count):
+    report = many_models(report, count)
+    figure = plot_quality_against_cost(report)
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
+    texts = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        texts += [axis.label, *(tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)]
+    boxes = [text.get_window_extent() for text in texts if text.get_text() and text.get_visible()]
+    assert len(boxes) > 10 + len(report["models"])
+    assert all(0 <= b.x0 and b.x1 <= width and 0 <= b.y0 and b.y1 <= height for b in boxes)
+    for place, box in enumerate(boxes):
+        assert box.count_overlaps(boxes[place + 1 :]) == 0
 
 
 def test_commands_name_the_data_where_their_script_reads_any():

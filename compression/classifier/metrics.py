@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from compression.batching import batches, model_inputs
 from compression.checkpoint import check_positions
 from compression.classifier.data import Encoded
+from compression.classifier.parts import Split
 from compression.classifier.tasks import METRICS, Metric, Task, listed
 from compression.runtime import UserError
 
@@ -77,6 +78,40 @@ def classification_metrics(logits: Tensor, labels: Tensor, task: Task) -> dict[s
         "roc_auc": float(roc_auc_score(truth, logits.softmax(-1)[:, 1].numpy())) if has_auc else None,
         "confusion_matrix": confusion_matrix(truth, predicted, labels=list(places)).tolist(),
     }
+
+
+LISTED_DISAGREEMENTS, LISTED_CHARACTERS = 20, 400
+"""Of the rows on which two models disagree so many are listed at most, each up to so many characters."""
+
+
+def disagreements(split: Split, logits: Tensor, baseline: Tensor) -> dict[str, Any]:
+    """On which rows a model's class is another than the baseline's.
+
+    Args:
+        logits, baseline: [rows, labels], of the model and of the baseline.
+
+    Returns:
+        n: how many; examples: those of them whose probabilities are furthest apart, with the text (a pair's joined by
+        " | "), and the class by its place: the true one, the model's, the baseline's.
+    """
+    predicted, expected = logits.argmax(-1), baseline.argmax(-1)
+    apart = (logits.softmax(-1) - baseline.softmax(-1)).abs().sum(-1)
+    rows = sorted((predicted != expected).nonzero().flatten().tolist(), key=lambda row: -apart[row].item())
+    examples = [
+        {
+            "text": _clipped(split.sentences[row]),
+            "label": split.labels[row],
+            "predicted": int(predicted[row]),
+            "baseline": int(expected[row]),
+        }
+        for row in rows[:LISTED_DISAGREEMENTS]
+    ]
+    return {"n": len(rows), "examples": examples}
+
+
+def _clipped(text: str | tuple[str, ...]) -> str:
+    whole = text if isinstance(text, str) else " | ".join(text)
+    return whole if len(whole) <= LISTED_CHARACTERS else f"{whole[: LISTED_CHARACTERS - 1]}…"
 
 
 def paired_difference(correct: Tensor, baseline_correct: Tensor) -> dict[str, float]:

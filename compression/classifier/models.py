@@ -3,10 +3,9 @@
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import cycle
 
 from compression.classifier.data import DatasetSettings
-from compression.plots import COLOURS, MARKERS, SPARE_MARKERS
+from compression.plots import COLOURS, MARKERS, spare_markers
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,9 @@ def looks(checkpoints: Sequence[str], models: Sequence[EvaluatedModel] = EVALUAT
     """Colour and marker of each checkpoint, by what it is called.
 
     A model's newest checkpoint has the model's own, which do not depend on what else there is. Its older ones share the
-    colour and have markers that no model has; what is none of the models is grey.
+    colour and have markers that nothing else has; what is none of the models is grey.
     """
-    spare, seen = cycle(SPARE_MARKERS), set()
+    spare, seen = spare_markers(), set()
     for checkpoint in checkpoints:
         model = next((model for model in models if model.names(checkpoint)), None)
         colour = model.colour if model else "0.5"

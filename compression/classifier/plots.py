@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import cycle
 from math import ceil
 from textwrap import fill
 from typing import Any
@@ -12,14 +12,14 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.markers import MarkerStyle
-from matplotlib.transforms import Affine2D
 
 from compression.classifier.models import EVALUATED, EvaluatedModel, looks
-from compression.plots import bar_style, new_figure, open_frame, require_finite
+from compression.plots import bar_style, new_figure, open_frame, require_finite, unit_area
 
 LARGEST_MARKER = 450.0
 """Area of the largest marker in square points; the others are to scale."""
+CAPS = (3.0, 4.5, 6.0, 7.5, 9.0, 10.5)
+"""Widths of the ends of error bars in points: those of neighbours differ, so that equal bars are told apart."""
 LEGEND_MARKER = 90.0
 LEGEND_WIDTH = 42
 """Characters of a model's name on a line."""
@@ -107,7 +107,7 @@ def _legend_name(entry: dict[str, Any]) -> str:
 def _legend_marker(axes: Axes, entry: dict[str, Any], quality: str, colour: str, shape: str) -> PathCollection:
     megabytes = entry["size"]["weights_bytes"] / 1e6
     label = f"{_legend_name(entry)}\n{quality}, {entry['macs']['gflops']:.2f} GFLOPs, {megabytes:.1f} MB"
-    return axes.scatter([], [], s=LEGEND_MARKER / _unit_area(shape), label=label, **_style(colour, shape))
+    return axes.scatter([], [], s=LEGEND_MARKER / unit_area(shape), label=label, **_style(colour, shape))
 
 
 def _draw_models(
@@ -118,11 +118,11 @@ def _draw_models(
     front = pareto_front(costs, quality.values)
     axes.plot(*zip(*front, strict=True), color="0.6", linestyle="--", linewidth=1, drawstyle="steps-post", zorder=1)
     for entry, (colour, shape), cost, value, error, cap in zip(
-        entries, styles, costs, quality.values, quality.errors, count(3, 1.5), strict=False
+        entries, styles, costs, quality.values, quality.errors, cycle(CAPS), strict=False
     ):
         area = LARGEST_MARKER * entry["size"]["weights_bytes"] / largest
         axes.errorbar(cost, value, yerr=error, color=colour, elinewidth=1, capsize=cap, zorder=2)
-        axes.scatter(cost, value, s=area / _unit_area(shape), zorder=3, **_style(colour, shape))
+        axes.scatter(cost, value, s=area / unit_area(shape), zorder=3, **_style(colour, shape))
     axes.margins(x=0.12, y=0.12)
     axes.set_xlim(left=0)
     axes.grid(color="0.9", linewidth=0.7)
@@ -143,7 +143,7 @@ def _add_legends(axes: Axes, models: list[PathCollection], largest: float) -> No
     """The models by shape and colour, and below them what a marker's area means (sizes in MB)."""
     sizes = [float(f"{share * largest:.2g}") for share in (0.25, 0.5, 1)]
     circles = [
-        axes.scatter([], [], s=LARGEST_MARKER * size / largest / _unit_area("o"), color="0.75", label=f"{size:g} MB")
+        axes.scatter([], [], s=LARGEST_MARKER * size / largest / unit_area("o"), color="0.75", label=f"{size:g} MB")
         for size in sizes
     ]
     common = {"frameon": False, "alignment": "left", "fontsize": 9, "title_fontsize": 9}
@@ -158,15 +158,6 @@ def _add_legends(axes: Axes, models: list[PathCollection], largest: float) -> No
         borderpad=1.8,
         **common,
     )
-
-
-def _unit_area(shape: str) -> float:
-    """Area in square points of a marker drawn with `s=1`: shapes drawn with the same `s` differ in area."""
-    marker = MarkerStyle(shape)
-    # Enlarged, because curves become polygons with segments of about one unit.
-    outline = marker.get_path().transformed(marker.get_transform() + Affine2D().scale(1000))
-    x, y = np.transpose(outline.to_polygons()[0])
-    return 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))) / 1000**2
 
 
 def plot_model_comparison(
