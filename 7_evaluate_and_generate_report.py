@@ -3,8 +3,8 @@
     python 7_evaluate_and_generate_report.py [--fast]
 
 Reads what exists of MODELS_TO_EVALUATE under models/, their ONNX exports, and the validation sentences; writes
-results/final_report.json, .md and .png, of more than two classes also confusion_matrix.png. A model that is missing is
-listed with the command that makes it.
+results/final_report.json, .md and .png, of more than two classes confusion_matrix.png too, and report.html, the page of
+all results. A model that is missing is listed with the command that makes it.
 """
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
@@ -44,6 +44,7 @@ from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.export.onnx import PRECISIONS, OnnxClassifier
 from compression.flops import count_macs, count_parameters, count_thop
 from compression.outputs import check_files
+from compression.page import PAGE, write_page
 from compression.quantization import bytes_by_part, compute_type
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device, shown
 from compression.timing import measure_latency, size_on_disk
@@ -212,9 +213,10 @@ def main(config: EvaluationConfig) -> None:
         command = missing[0]["command"]
         raise UserError(f"--models_dir {config.models_dir}: no model to evaluate; make the first with: {command}")
     data = load_data_for(found.values(), config.dataset)
-    check_files(config.output_dir, report_files(data.task.labels), "--output_dir")
+    check_files(config.output_dir, (*report_files(data.task.labels), PAGE), "--output_dir")
     report = build_report(found, missing, data, config)
     paths = write_report(report, config.output_dir, MODELS_TO_EVALUATE)
+    paths.append(write_page(config.models_dir, config.output_dir, "--output_dir"))
     for section in (results_table(report), missing_section(report), "Written: " + ", ".join(map(shown, paths))):
         if section:
             log.info("\n%s", section)

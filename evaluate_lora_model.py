@@ -34,8 +34,9 @@ from compression.llm.evaluate import (
 from compression.llm.lora import load_adapter, require_adapter
 from compression.model_card import data_of
 from compression.outputs import check_files, new_files
+from compression.page import update_page
 from compression.quantization import nf4_base
-from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype, shown
+from compression.runtime import MODELS, RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype, shown
 from compression.tables import Column, at, text_table
 
 DENSE, BASE, ADAPTED, MERGED, QUANTIZED = "dense", "base", "base+adapter", "merged", "quantized"
@@ -98,6 +99,8 @@ def main(config: LoraEvaluationConfig) -> None:
     with new_files(folder, [name], "--output_file") as temporary:
         write_json(temporary / name, result)
     log.info("\n%s\n-> %s", table(figures), shown(config.output_file))
+    if folder.resolve() == RESULTS:
+        update_page(MODELS, RESULTS)
 
 
 def check_models(config: LoraEvaluationConfig) -> None:

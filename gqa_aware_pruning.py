@@ -41,6 +41,7 @@ from compression.llm.perplexity import perplexity
 from compression.llm.plots import plot_rates
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
+from compression.page import update_page
 from compression.plots import save_figure
 from compression.runtime import UserError, log
 from compression.structures import layers_of
@@ -173,6 +174,7 @@ def main(config: GQAAwarePruningConfig) -> None:
             partial(write_analysis, pruning, trials.removal, trials.perplexities),
             lambda results: {"ratio": ratio, "reduction": results["reduction"] | {"selected_layers": removed}},
         )
+    update_page(config.run.models_dir, config.run.results_dir)
 
 
 class Trials:

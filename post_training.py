@@ -17,7 +17,8 @@ from compression.hub import Publishing
 from compression.llm.evaluate import FAST_EVALUATION, Evaluation
 from compression.llm.recovery import Recovery, recover
 from compression.outputs import check_place
-from compression.runtime import RESULTS, Dtype
+from compression.page import update_page
+from compression.runtime import MODELS, RESULTS, Dtype
 from compression.schedule import ScheduleName
 from compression.training import Training
 
@@ -129,6 +130,8 @@ def main(config: PostTrainingConfig) -> None:
     recovery = pick(Recovery, config)
     recover(recovery, config.pruned_model, output, flag, config.data_dir, config.overwrite, config.as_dict())
     config.publishing.publish(output)
+    if config.output_dir is None:
+        update_page(MODELS, config.results_dir)
 
 
 if __name__ == "__main__":

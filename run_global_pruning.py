@@ -29,6 +29,7 @@ from compression.llm.repair import LocalRanking
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.llm.speed import SPEED_TABLE, Hardware, Speed, Target, check_target, table_files
+from compression.page import update_page
 from compression.plots import save_figure
 from compression.runtime import UserError
 from compression.surgery import to_stock
@@ -161,6 +162,7 @@ def main(config: GlobalPruningConfig) -> None:
         if speed is not None:
             found["speed"] = run.saved.json("speed", lambda: speed.compare(small, run.load))
         run.finish(small, partial(write_analysis, pruning, removal, speed), lambda _: found)
+    update_page(config.run.models_dir, config.run.results_dir)
 
 
 def write_analysis(pruning: GlobalPruning, removal: dict[str, Any] | None, speed: Speed | None, folder: Path) -> None:

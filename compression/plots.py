@@ -34,7 +34,7 @@ def marker_outline(marker: str) -> list[np.ndarray]:
     """A marker that is drawn with `s=1`, as polygons [points, 2] around the origin, in points."""
     style = MarkerStyle(marker)
     path = style.get_path().transformed(style.get_transform() + Affine2D().scale(OUTLINE_SCALE))
-    return [polygon / OUTLINE_SCALE for polygon in path.to_polygons()]
+    return [np.asarray(polygon) / OUTLINE_SCALE for polygon in path.to_polygons()]
 
 
 def unit_area(marker: str) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import check_positions
 from compression.config import AtLeast, Settings
@@ -15,12 +15,16 @@ from compression.flops import count_macs, count_parameters
 from compression.llm.perplexity import perplexity
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.llm.zeroshot import check_tasks, zero_shot
+from compression.offload import offload_of
+from compression.quantization import compute_type
 from compression.runtime import UserError, from_main_process, log
 from compression.sharding import is_spread
 from compression.structures import layers_of
 from compression.timing import measure_generation
 
 NEW_TOKENS = 32
+SAMPLES = 3
+"""Windows of each text whose beginnings a model goes on from, to be read side by side."""
 
 
 EVALUATIONS = ("ppl", "zeroshot", "efficiency")
@@ -107,7 +111,7 @@ def measure(
     data_dir: str | None = None,
     batch_size: int = 1,
 ) -> dict[str, Any]:
-    """Parameters, sizes of the layers, perplexity on each text, zero-shot accuracy where it is asked for.
+    """Parameters, sizes of the layers, perplexity and samples on each text, zero-shot accuracy where it is asked for.
 
     Args:
         tests: see `evaluation_windows`.
@@ -115,11 +119,14 @@ def measure(
         batch_size: windows per forward pass.
     """
     found: dict[str, Any] = sizes(model) | {
+        "computes_in": compute_type(model),
         "perplexity": {name: perplexity(model, ids, batch_size) for name, ids in tests.items()},
         "perplexity_windows": {name: list(ids.shape) for name, ids in tests.items()},
     }
     for name, value in found["perplexity"].items():
         log.info("Perplexity on %s (%d windows of %d tokens): %.2f", name, *tests[name].shape, value)
+    if tests and not is_spread(model) and offload_of(model) is None:  # there, each token would fetch all layers
+        found["samples"] = from_main_process(lambda: samples(model, tokenizer, tests))
     if evaluation.evaluates("zeroshot"):
         limit = evaluation.eval_zeroshot_limit or None
         answer = partial(zero_shot, model, tokenizer, evaluation.tasks, data_dir, limit)
@@ -131,6 +138,32 @@ def measure(
         for task, figures in found["zeroshot"].items():
             accuracy, error = figures["acc"], figures["acc_standard_error"]
             log.info("%s: %.1f ± %.1f %% of %d", task, 100 * accuracy, 100 * error, figures["n"])
+    return found
+
+
+@torch.inference_mode()
+def samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tests: dict[str, Tensor]
+) -> list[dict[str, str]]:
+    """How a model goes on from the beginnings of the first windows of each text, by its likeliest token each time.
+
+    Returns:
+        text: its name; prompt; continuation, of `NEW_TOKENS` tokens at most.
+    """
+    found = []
+    for name, ids in tests.items():
+        begin = min(NEW_TOKENS, ids.shape[1] // 2)
+        prompts = ids[:SAMPLES, :begin].to(model.device)
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(NEW_TOKENS, ids.shape[1] - begin),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        generate: Any = model.generate
+        made = generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=greedy)
+        said, more = (tokenizer.batch_decode(part, skip_special_tokens=True) for part in (prompts, made[:, begin:]))
+        found += [{"text": name, "prompt": a, "continuation": b} for a, b in zip(said, more, strict=True)]
     return found
 
 
