@@ -138,7 +138,7 @@ def scatter(rows: Sequence[Row], costs: Sequence[Axis], qualities: Sequence[Axis
     )
     points = base.transform_filter("isValid(datum.x) && isValid(datum.y)")
     across = alt.X("x:Q", title=None, scale=alt.Scale(zero=True, nice=True), axis=alt.Axis(tickCount=8))
-    up = alt.Y("y:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=6))
+    up = alt.Y("y:Q", title=None, scale=alt.Scale(zero=False, padding=10), axis=alt.Axis(tickCount=6))
     colour = alt.Color("colour:N", scale=None, legend=None)
     # Between two models of the front the worse one is the best that its cost buys.
     steps = alt.ExprRef(f"({signs}[cost]) < 0 ? 'step-after' : 'step-before'")
@@ -160,7 +160,7 @@ def scatter(rows: Sequence[Row], costs: Sequence[Axis], qualities: Sequence[Axis
     spread = {"strokeWidth": 1.2, "opacity": 0.75}
     bars_up = points.transform_filter("isValid(datum.y_low)").mark_rule(**spread)
     bars_across = points.transform_filter("isValid(datum.x_low)").mark_rule(**spread)
-    marks = points.mark_point(size=150, filled=True, fillOpacity=0.4, strokeWidth=1.6, opacity=1).encode(
+    marks = points.mark_point(size=120, filled=True, fillOpacity=0.4, strokeWidth=1.6, opacity=1).encode(
         across,
         up,
         color=colour,
@@ -313,7 +313,7 @@ def _course_of(title: str, names: tuple[str, ...], epochs: tuple[float, ...]) ->
     tooltips += [alt.Tooltip("value:Q", title="Value", format=".5~g"), alt.Tooltip("phase:N", title="Phase")]
     base = alt.Chart(ROWS).encode(
         alt.X("epoch:Q", title="Epoch", axis=alt.Axis(values=ticks, format="d"), scale=alt.Scale(zero=False)),
-        alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
+        alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=alt.Axis(format=".3~g")),
         tooltip=tooltips,
     )
     looks = series("what", names)
