@@ -5,16 +5,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_bert, tiny_decoder
+from conftest import VOCABULARY, letters_tokenizer, tiny_bert, tiny_decoder
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from compression import timing as efficiency
 from compression.batching import batches
 from compression.classifier.data import Encoded, Split, encode
-from compression.classifier.metrics import classification_metrics, describe_task, paired_difference, predict, score
+from compression.classifier.metrics import (
+    LISTED_DISAGREEMENTS,
+    classification_metrics,
+    describe_task,
+    disagreements,
+    paired_difference,
+    predict,
+    score,
+)
 from compression.classifier.tasks import METRICS, SST2
-from compression.llm.evaluate import Evaluation, check_positions, evaluation_windows
+from compression.llm.evaluate import Evaluation, check_positions, evaluation_windows, samples
 from compression.runtime import UserError
 from compression.timing import interleaved_times, measure_latency, size_on_disk
 
@@ -34,6 +42,33 @@ def test_metrics_of_a_small_example():
     assert metrics["f1_macro"] == pytest.approx((2 * 4 / 10 + 2 * 2 / 6) / 2)
     # Of the 3 * 5 pairs, the negative at 1.0 is wrong against the positives at -1.0 and 0.5.
     assert metrics["roc_auc"] == pytest.approx(13 / 15)
+
+
+def test_texts_on_which_two_models_disagree_come_by_how_far_they_are_apart():
+    split = Split([f"text {place}" for place in range(24)] + [("a" * 300, "b" * 300)], [0] * 24 + [1])
+    baseline = torch.tensor([[1.0, 0.0]] * 25)
+    logits = torch.stack([torch.zeros(25), torch.arange(25) / 10], 1)
+    logits[:2] = baseline[:2]  # the same class here, and that of a tie is the first
+    found = disagreements(split, logits, baseline)
+    assert found["n"] == 23 and len(found["examples"]) == LISTED_DISAGREEMENTS == 20
+    pair, second, *_ = found["examples"]
+    assert second == {"text": "text 23", "label": 0, "predicted": 1, "baseline": 0}
+    assert pair["label"] == 1 and pair["text"].startswith("a" * 300 + " | bbb") and len(pair["text"]) == 400
+    assert disagreements(split, baseline, baseline) == {"n": 0, "examples": []}
+
+
+def test_samples_are_the_likeliest_words_behind_each_texts_beginning():
+    model, words = tiny_decoder(eos_token_id=2), letters_tokenizer()
+    windows = torch.randint(4, 30, (5, 24), generator=torch.Generator().manual_seed(3))
+    found = samples(model, words, {"one": windows, "other": windows[3:]})
+    assert [sample["text"] for sample in found] == ["one"] * 3 + ["other"] * 2
+    ids = windows[0, :12].tolist()
+    assert found[0]["prompt"] == words.decode(ids)
+    for _ in range(12):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == 2:
+            break
+    assert found[0]["continuation"] == words.decode(ids[12:], skip_special_tokens=True)
 
 
 THREE = replace(

@@ -130,6 +130,7 @@ def test_report_lists_what_is_there_and_what_is_missing(models, common, tmp_path
     assert "python 2_distill_student.py --variant soft_labels" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {
         ".written.json",
+        "report.html",
         *(f"final_report.{end}" for end in ("json", "md", "png")),
     }
     assert (tmp_path / "final_report.png").stat().st_size > 20_000

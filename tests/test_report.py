@@ -461,7 +461,7 @@ def config_of(script, models_dir, dataset, output_dir):
 def test_script_measures_every_model_there_is(script, models_dir, dataset, tmp_path):
     config = config_of(script, models_dir, dataset, tmp_path / "results")
     script.main(config)
-    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES
+    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES | {"report.html"}
     report = json.loads((tmp_path / "results" / "final_report.json").read_text())
     assert report["config"] == config.as_dict()
     assert report["data"] == {"name": "SST-2 (GLUE)", "source": "a local folder", "n": 20, "duplicates": 20}
@@ -480,6 +480,10 @@ def test_script_measures_every_model_there_is(script, models_dir, dataset, tmp_p
     assert pruned["relative"]["macs"] == pytest.approx(pruned["macs"]["total"] / student["macs"]["total"])
     assert pruned["lineage"]["parent"] == read_stage(models_dir / "pruned_model")["parent"]
     assert all(sum(map(sum, model["quality"]["confusion_matrix"])) == 20 for model in report["models"])
+
+    assert student["disagreements"] == {"n": 0, "examples": []}
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert "Where it and Distilled Student (Baseline) disagree" in page or not pruned["disagreements"]["n"]
 
     (warning,) = report["warnings"]
     assert warning.startswith("Teacher ") and "review sentences" in warning
@@ -533,7 +537,7 @@ def test_script_on_three_classes_of_a_users_own(script, tokenizer, tmp_path):
     save_checkpoint(tmp_path / "models" / "student", model, tokenizer, about)
     dataset = DatasetSettings(dataset=str(tmp_path / "topics.csv"), validation_fraction=0.3)
     script.main(config_of(script, tmp_path / "models", dataset, tmp_path / "results"))
-    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES | {"confusion_matrix.png"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == FILES | {"confusion_matrix.png", "report.html"}
     report = json.loads((tmp_path / "results" / "final_report.json").read_text())
     assert report["task"]["labels"] == list(names.values()) and report["task"]["primary"] == "accuracy"
     quality = report["models"][0]["quality"]
