@@ -84,7 +84,7 @@ class Page:
         self.specs: dict[str, Spec] = {}
         self.hrefs: dict[Path, str] = {}
         task = as_object(records.report.get("task"))
-        self.labels = [str(label) for label in dig(task, "labels") or []]
+        self.labels = [str(label) for label in listed(dig(task, "labels"))]
         metrics = dig(task, "metrics")
         self.metrics: dict[str, str] = {"accuracy": "Accuracy"} | (metrics if isinstance(metrics, dict) else {})
         self.primary = str(dig(task, "primary") or "accuracy")
@@ -320,6 +320,11 @@ QUALITIES: dict[str, Callable[[str], str]] = {
 }
 
 
+def listed(value: Any) -> list[Any]:
+    """A value where it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
 def _short(value: Any) -> str:
     found = number(value)
     return "not measured" if found is None else f"{found:.4g}" if abs(found) < 1e4 else f"{found:,.0f}"
@@ -494,8 +499,10 @@ def build(records: Records) -> str:
         "data": as_object(records.report.get("data")),
         "machine": as_object(records.report.get("environment")),
         "device": records.report.get("device"),
-        "warnings": [str(line) for line in dig(records.report, "warnings") or []],
-        "missing": [as_object(one) for one in dig(records.report, "missing") or []],
+        "warnings": [str(line) for line in listed(records.report.get("warnings"))],
+        "missing": [
+            one for one in map(as_object, listed(records.report.get("missing"))) if {"name", "command"} <= one.keys()
+        ],
         "classifiers": classifiers,
         "overview": overview,
         "lineage": lineage,
