@@ -304,7 +304,7 @@ def test_a_half_written_file_is_named_and_all_else_shown(tmp_path, broken, said,
     problems = page.text[page.text.index("Not shown, because") :]
     assert said in problems
     assert "smol50: pruned" in page.text
-    assert ("Teacher" in page.text) and ("smol20: pruned" in page.text) == ("evaluation_results" not in broken)
+    assert "teacher_model" in page.text and ("smol20: pruned" in page.text) == ("evaluation_results" not in broken)
 
 
 @pytest.mark.parametrize("bad", [None, 7, [1, None, {"name": 3}], {"name": EVIL}], ids=str)

@@ -270,7 +270,7 @@ def _pruning_run(records: Records, folder: Path) -> LanguageResult | None:
         models,
         as_object(found.get("reduction")),
         _removal(records, folder / "analysis"),
-        kept if isinstance(kept, list) else None,
+        kept if isinstance(kept, list) and all(isinstance(place, int) for place in kept) else None,
         folder / "models",
     )
 
