@@ -25,6 +25,7 @@ import tyro
 from compression.config import AtLeast, Between, Config, FolderName, run_script
 from compression.files import locked
 from compression.integrity import digest_of
+from compression.page import update_page
 from compression.runtime import MODELS, RESULTS, UserError, log, shown
 from compression.study.file import with_file
 from compression.study.outcome import Outcome, read_outcome
@@ -191,6 +192,7 @@ def main(config: AblationConfig) -> None:
     work = Work(plan, study, config.goals, points, config.trials, folder, config.discard_models, noted=write)
     work_through(work, config.jobs)
     outcome = write(last=True)
+    update_page(config.models_dir, config.results_dir)
     log.info("-> %s", shown(folder / ("table.md" if outcome.rows else "study.json")))
     if outcome.failed:
         log.info("%d failed; run them again with --retry_failed", len(outcome.failed))
