@@ -138,7 +138,7 @@ class GradualPruningWithFinetuningConfig(Config):
         "half": dict(target=("mac", 0.5)) | DEEP,
         "fifth": dict(target=("mac", 0.2)) | DEEP,
         "tenth": dict(target=("mac", 0.1)) | DEEP,
-        "twentieth": dict(target=("mac", 0.05), min_part_share=0.02, drop_parts=False) | DEEP,
+        "twentieth": dict(target=("mac", 0.05)) | DEEP,
     }
 
     @classmethod

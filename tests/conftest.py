@@ -50,6 +50,7 @@ from transformers import (
 from compression import structures
 from compression.checkpoint import save_checkpoint
 from compression.llm.repair import repairing
+from compression.outputs import WRITTEN_FILE
 from compression.runtime import ROOT, log
 
 # Tests that a script starts in the background ignore Ctrl-C, and what they start would inherit that.
@@ -246,6 +247,11 @@ def pruning_flags(base, output):
     places = ["--base_model", base, "--results_dir", output, "--dataset", text, "--eval_ppl_datasets", text]
     lengths = ["--sequence_length", "32", "--analysis_length", "16", "--eval_length", "32", "--agreement_text", "none"]
     return [*places, *lengths, "--fast", "--dtype", "float32"]
+
+
+def leftovers(folder):
+    """What is hidden in a folder of results, but for the list of the files that were written there."""
+    return [path for path in folder.glob(".*") if path.name != WRITTEN_FILE]
 
 
 def load_script(name):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import WORDS, pruning_flags, tiny_decoder
+from conftest import WORDS, leftovers, pruning_flags, tiny_decoder
 from scripts import run_killed, run_script
 from transformers import AutoModelForCausalLM
 
@@ -449,7 +449,7 @@ def test_killed_run_goes_on_to_the_same_result(base, tmp_path):
     names = ("models/model.safetensors", "analysis/global_group_table.csv", "models/config.json")
     for name in names:
         assert (tmp_path / "killed" / "one" / name).read_bytes() == (tmp_path / "whole" / "one" / name).read_bytes()
-    assert not list((tmp_path / "killed").glob(".*")), "what was kept to resume from is gone"
+    assert not leftovers(tmp_path / "killed"), "what was kept to resume from is gone"
 
 
 def test_finetune_trains_the_pruned_model_and_measures_it_again(base, tmp_path):

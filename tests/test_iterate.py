@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import pruning_flags, tiny_decoder
+from conftest import leftovers, pruning_flags, tiny_decoder
 from scripts import run_script
 from test_training import Killed
 from transformers import AutoModelForCausalLM
@@ -76,7 +76,7 @@ def test_killed_while_it_trains_and_resumed_equals_undisturbed(whole, base, tmp_
         assert (tmp_path / "one" / name).read_bytes() == (whole[0] / name).read_bytes(), name
     found, expected = (folder / "evaluation" / "evaluation_results.json" for folder in (tmp_path / "one", whole[0]))
     assert json.loads(found.read_text())["recovery"] == json.loads(expected.read_text())["recovery"]
-    assert not list(tmp_path.glob(".*")), "what was kept to resume from is gone"
+    assert not leftovers(tmp_path), "what was kept to resume from is gone"
 
 
 def test_weights_change_their_type_and_rotary_tables_do_not():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import pruning_flags
+from conftest import leftovers, pruning_flags
 from scripts import run_distributed, run_script
 
 from compression.files import read_json
@@ -33,7 +33,7 @@ def compare(base, tmp_path, script, *flags):
     for which in ("dense", "pruned"):
         mine, other = (result[which]["perplexity"] for result in results)
         assert mine == pytest.approx(other, rel=1e-4)
-    assert not list(tmp_path.glob(".*"))
+    assert not leftovers(tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -13,6 +13,8 @@ from test_global_pruning import run as prune
 from test_global_pruning import words_of
 
 from compression.checkpoint import describe_stage, read_stage, save_checkpoint
+from compression.outputs import WRITTEN_FILE
+from compression.page import PAGE
 
 LETTERS = "abcdefghijklmnopqrst"
 
@@ -154,7 +156,7 @@ def test_model_analysis_and_evaluation_are_of_one_run(base, tmp_path):
     model, evaluation, finetuned = state()
     assert model == evaluation != first[0] and finetuned
     assert (tmp_path / "one" / "finetuned" / "adapter_model.safetensors").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert {path.name for path in tmp_path.iterdir()} == {"one", PAGE, WRITTEN_FILE}
 
 
 # Writes a folder as process number one, and dies halfway where it is told to.

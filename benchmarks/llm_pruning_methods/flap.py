@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compression.allocation import Pool, keep
+from compression.allocation import Cost, Pool, keep
 from compression.decoder import decoder_of
 from compression.structures import DECODER_KINDS, layers_of, spread
 from compression.surgery import cut_layer
@@ -55,12 +55,12 @@ def moments_of(model: PreTrainedModel, windows: Tensor) -> Moments:
 def chosen(model: PreTrainedModel, moments: Moments, ratio: float) -> Kept:
     """What stays when structures of least standardised fluctuation go, the biases' share of the parameters too."""
     layers, hidden = layers_of(model), model.config.hidden_size
-    places = [(kind, index) for kind in DECODER_KINDS for index in range(len(layers))]
     pools = [
-        Pool(fluctuation(layers[index], kind, moments[kind, index][1]), layers[index].structure_parameters(kind), 0)
-        for kind, index in places
+        Pool(fluctuation(parts, kind, moments[kind, index][1]), Cost(parts.structure_parameters(kind)), 0)
+        for kind in DECODER_KINDS
+        for index, parts in enumerate(layers)
     ]
-    biases = hidden * len(places)
+    biases = hidden * len(pools)
     stays = iter(keep(pools, ratio + biases / layer_parameters(model)))
     return {kind: [next(stays) for _ in layers] for kind in DECODER_KINDS}
 
