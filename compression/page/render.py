@@ -12,16 +12,14 @@ from compression.classifier.models import looks
 from compression.classifier.report import RELATIVE_COLUMNS, results_columns
 from compression.files import json_text
 from compression.lineage import Record, as_object
-from compression.outputs import new_files
 from compression.page import charts
 from compression.page.charts import Axis, Spec, colour_on_page, path_of
 from compression.page.commands import command_of, made_from
-from compression.page.records import Checkpoint, LanguageResult, Records, dig, number, read_records
+from compression.page.records import Checkpoint, LanguageResult, Records, dig, number
 from compression.plots import COLOURS, MARKERS
-from compression.runtime import UserError, fingerprint, log, processes, relative_path, shown
+from compression.runtime import fingerprint, relative_path
 from compression.tables import Column
 
-PAGE = "report.html"
 HERE = Path(__file__).resolve().parent
 UNREADABLE = (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError)
 """What a column of the report raises where an entry is not as stage 7 writes it."""
@@ -528,29 +526,3 @@ def _study_table(study: Any) -> Table:
         return Cell(text if value is None else f"{value:.6g}", text if value is None else value)
 
     return Table(study.titles, [TableRow([cell(text) for text in row]) for row in study.rows])
-
-
-def write_page(models_dir: Path, results_dir: Path, flag: str = "--results_dir") -> Path:
-    """Write the page of what lies in the folders of models and results now; its path.
-
-    Args:
-        flag: what named the folder of results, for error texts.
-
-    Raises:
-        UserError: a file of that name is there that this project did not write, or the disk takes no more.
-    """
-    text = build(read_records(models_dir, results_dir))
-    with new_files(results_dir, [PAGE], flag) as temporary:
-        (temporary / PAGE).write_text(text, encoding="utf-8")
-    return Path(results_dir) / PAGE
-
-
-def update_page(models_dir: Path, results_dir: Path) -> None:
-    """Write the page anew behind a run, on the first process; the run is done, so that a page that cannot be written
-    is only said."""
-    if processes().is_main_process:
-        try:
-            log.info("The page of all results: %s", shown(write_page(models_dir, results_dir)))
-        except UserError as problem:
-            log.warning("The page of all results was not written: %s", problem)
-    processes().wait_for_everyone()
