@@ -58,8 +58,6 @@ from compression.training import clean_up, fit
 STAGE_2 = runpy.run_path(str(ROOT / "2_distill_student.py"))
 # Share of the epochs at whose end stage 8 has removed everything, as in its presets.
 PRUNED_BY = 1 / 3
-# Its presets of deep compression, by the share of MACs that they remove.
-PRESETS = {0.5: "half", 0.8: "fifth", 0.9: "tenth", 0.95: "twentieth"}
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ class Bench:
             shutil.copytree(kept, models / kept.name, dirs_exist_ok=True)
         flags = config.stage_flags | {
             "finetuning_learning_rate": config.learning_rate,
-            "preset": PRESETS[min(PRESETS, key=lambda share: abs(share - ratio))],  # its target is another
+            "preset": "half",  # what the presets of deep compression share; the target is another
             "teacher_path": config.teacher_path.resolve(),
             "models_dir": models,
             "seed": self.seed,
