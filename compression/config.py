@@ -81,6 +81,13 @@ class Originally:
     value: Any
 
 
+def flag_words(name: str, value: Any) -> list[str]:
+    """A setting, as plain JSON, as words of a command line."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
 def choice_of(entries: Mapping[str, Any], what: str) -> Any:
     """The type of a field whose values are the names of a registry; its help says the `help` of each entry."""
     listed = "; ".join(f"{name}: {entry.help}" for name, entry in entries.items())

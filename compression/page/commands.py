@@ -1,8 +1,8 @@
 """The command that makes a checkpoint again, from its record: the script, and every setting that was recorded."""
 
 import shlex
-from typing import Any
 
+from compression.config import flag_words
 from compression.lineage import as_object
 from compression.outputs import is_export
 from compression.page.records import Checkpoint
@@ -41,14 +41,8 @@ def command_of(checkpoint: Checkpoint) -> str | None:
     words = ["python", script]
     for name, value in checkpoint.settings.items():
         if value is not None and name not in HOW:
-            words += _flag(name, value)
+            words += flag_words(name, value)
     return shlex.join(words)
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no_{name}"]
-    return [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}", str(value)]
 
 
 def made_from(checkpoint: Checkpoint) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from compression.config import Config
+from compression.config import Config, flag_words
 from compression.runtime import UserError
 from compression.study.scripts import find_file
 
@@ -74,9 +74,7 @@ def _words(name: str, value: Any) -> list[str]:
     """A setting of the file as words of a command line."""
     if name in ASSIGNED:
         return [f"--{name}", *(f"{field}={_assigned(each)}" for field, each in value.items())]
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no_{name}"]
-    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flag_words(name, value)
 
 
 def _assigned(value: Any) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.checkpoint import find_newest, identify
+from compression.config import flag_words
 from compression.integrity import digest_of, files_in, sha256_of
 from compression.runtime import UserError
 from compression.sources import LLM_FOLDER
@@ -79,7 +80,8 @@ class Plan:
             "then": [[step.resolved, list(step.words)] for step in self.then],
             "inputs": self._inputs(settings),
         }
-        steps = (Step(self.script, tuple(self.script.flags(settings))), *self.then)
+        words = tuple(word for name, value in settings.items() for word in flag_words(name, value))
+        steps = (Step(self.script, words), *self.then)
         identity = digest_of(described, 12)
         place = folder / RUN_FOLDER / identity
         return Run(identity, place, steps, self._links, self.models_dir, dict(point), seed, described)

@@ -94,16 +94,6 @@ class Script:
         except UserError as problem:
             raise UserError(f"{self.path.name}: {problem}") from None
 
-    def flags(self, settings: Mapping[str, Any]) -> list[str]:
-        """The command-line flags of settings as `config` takes them."""
-        words = []
-        for name, value in settings.items():
-            if isinstance(value, bool):
-                words += [f"--{name}"] if value else [f"--no_{name}"] * (name != FAST)
-            else:
-                words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-        return words
-
     def parsed(self, words: Sequence[str], flag: str) -> Config:
         """The configuration of a command line.
 
