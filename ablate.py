@@ -25,6 +25,7 @@ import tyro
 from compression.config import AtLeast, Between, Config, FolderName, run_script
 from compression.files import locked
 from compression.integrity import digest_of
+from compression.outputs import STUDIES
 from compression.page import update_page
 from compression.runtime import MODELS, RESULTS, UserError, log, shown
 from compression.study.file import with_file
@@ -127,7 +128,7 @@ class AblationConfig(Config):
     @property
     def studies(self) -> Path:
         """The folder of all studies."""
-        return self.results_dir.resolve() / "studies"
+        return self.results_dir.resolve() / STUDIES
 
     @property
     def points(self) -> list[dict[str, Any]] | None:

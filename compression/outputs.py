@@ -37,6 +37,12 @@ KEPT_LOGITS = ".teacher_logits_"
 KEPT_TIMES = ".latency_"
 """The beginning of the hidden folders that hold how long parts of a model take, measured once."""
 EXPORT_FORMATS = ("onnx", "gguf")
+HISTORY_FILE = "training_history.json"
+"""Beside a trained model: what each epoch gave."""
+EVALUATION_FILE = Path("evaluation", "evaluation_results.json")
+"""In the folder of a language model's pruning run: what was measured."""
+STUDIES = "studies"
+"""The folder of studies among the results."""
 FETCHED = "fetched"
 """The kind of every folder with a `source.json`, wherever it came from."""
 

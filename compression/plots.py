@@ -1,6 +1,6 @@
 """What all figures share: palette, markers, canvas, and how one is saved. No display is needed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -75,3 +75,13 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure whole or not at all."""
     with new_file(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format=Path(path).suffix[1:])
+
+
+def undominated(points: Sequence[tuple[float, ...]], maximize: Sequence[bool]) -> list[int]:
+    """The places of the points that no other one is better than in one figure and at least as good in all."""
+    signed = [tuple(v if up else -v for v, up in zip(point, maximize, strict=True)) for point in points]
+
+    def beaten(one: tuple[float, ...]) -> bool:
+        return any(other != one and all(a >= b for a, b in zip(other, one, strict=True)) for other in signed)
+
+    return [place for place, point in enumerate(signed) if not beaten(point)]

@@ -14,13 +14,14 @@ from optuna.trial import TrialState
 from scripts import ROOT, run_script, start_script, wait_until
 
 from compression.checkpoint import describe_stage, save_checkpoint
+from compression.plots import undominated
 from compression.runtime import UserError
 from compression.study import shared
 from compression.study.figures import look_up
 from compression.study.runs import Processes
 from compression.study.shared import SharedStudy, make_sampler, open_storage
 from compression.study.space import Choices, Range
-from compression.study.summary import Row, best_row, effects, pareto_front, summarize
+from compression.study.summary import Row, best_row, effects, summarize
 from compression.study.workers import environments
 
 # As a module it has the project's configuration, as a command it needs no library and takes no time.
@@ -437,7 +438,7 @@ def test_effects_compare_runs_that_are_alike_otherwise():
 
 def test_the_front_has_what_nothing_beats():
     points = [(1, 1), (2, 3), (3, 3), (3, 2), (0, 0), (1, 1)]
-    assert pareto_front(points, [True, False]) == [3, 4, 0, 5] or pareto_front(points, [True, False]) == [0, 3, 4, 5]
+    assert undominated(points, [True, False]) == [3, 4, 0, 5] or undominated(points, [True, False]) == [0, 3, 4, 5]
 
 
 def test_figures_are_found_by_a_part_of_their_name():

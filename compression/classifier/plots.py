@@ -14,7 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from compression.classifier.models import EVALUATED, EvaluatedModel, looks
-from compression.plots import bar_style, new_figure, open_frame, require_finite, unit_area
+from compression.plots import bar_style, new_figure, open_frame, require_finite, undominated, unit_area
 
 LARGEST_MARKER = 450.0
 """Area of the largest marker in square points; the others are to scale."""
@@ -132,11 +132,8 @@ def _draw_models(
 
 def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[tuple[float, float]]:
     """The points (cost, quality), by rising cost, than which no other is both as cheap and better."""
-    front: list[tuple[float, float]] = []
-    for cost, quality in sorted(zip(costs, qualities, strict=True), key=lambda point: (point[0], -point[1])):
-        if not front or quality > front[-1][1]:
-            front.append((cost, quality))
-    return front
+    points = list(zip(costs, qualities, strict=True))
+    return sorted({points[place] for place in undominated(points, [False, True])})
 
 
 def _add_legends(axes: Axes, models: list[PathCollection], largest: float) -> None:

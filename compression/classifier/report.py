@@ -21,7 +21,8 @@ from compression.plots import save_figure
 from compression.runtime import ROOT, UserError, relative_path
 from compression.tables import Column, at, markdown_table
 
-REPORT_FILES = ("final_report.json", "final_report.md", "final_report.png")
+REPORT_FILE = "final_report.json"
+REPORT_FILES = (REPORT_FILE, "final_report.md", "final_report.png")
 CONFUSION_FILE = "confusion_matrix.png"
 """Of more than two labels."""
 MATRIX_LABELS = 3

@@ -34,7 +34,7 @@ from compression.config import Between, Flat, Settings, group
 from compression.flops import count_macs, count_parameters
 from compression.hub import Publishing
 from compression.integrity import digest_of
-from compression.outputs import STATES_END, Output, fresh_path, owned
+from compression.outputs import HISTORY_FILE, STATES_END, Output, fresh_path, owned
 from compression.runtime import UserError, from_main_process, log, pick_device, processes, seed_everything, shown
 from compression.structures import ENCODERS, positions_of
 from compression.training import Recipe, Training, clean_up, fit
@@ -311,7 +311,7 @@ class Stage:
         data = self.data.describe() | ({"added": added} if added else {})
         stage = describe_stage(self.name, self.config.as_dict(), self.inputs, metrics, data)
         output = fresh_path(self.config.models_dir, self.prefix) if self.prefix else self.output.path
-        files = {"training_history.json": history} | (files or {})
+        files = {HISTORY_FILE: history} | (files or {})
         save_checkpoint(output, model, task.tokenizer, stage, files, new=self.prefix is not None)
         clean_up(self.work_dir)
         title, value, sentences = self.task.title, metrics[self.task.primary], len(task.validation)

@@ -55,7 +55,7 @@ from compression.llm.rows import (
 from compression.llm.spread import load_unfilled, save_spread, spread
 from compression.llm.teacher import KeptTeacher, LiveTeacher, Teacher, keep_largest
 from compression.llm.text import FILES, load_corpus, sample_windows, tokenize, windows
-from compression.outputs import KEPT_LOGITS, STATES_END, Output, owned
+from compression.outputs import HISTORY_FILE, KEPT_LOGITS, STATES_END, Output, owned
 from compression.quantization import nf4_base
 from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.saved_parts import SavedParts
@@ -317,7 +317,7 @@ def recover(
         model.eval()
         metrics = {"before": before, "after": figures(), "trained": trained}
         stage = describe_stage("recovery", (record or {}) | recovery.as_dict(), inputs, metrics, data)
-        student.save(output, tokenizer, stage, {"training_history.json": history})
+        student.save(output, tokenizer, stage, {HISTORY_FILE: history})
         clean_up(work_dir)
         saved.remove()
     log.info("-> %s", shown(output))

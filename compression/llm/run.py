@@ -46,7 +46,7 @@ from compression.llm.recovery import EVALUATIONS, Recovery, recover
 from compression.llm.removal import removal_perplexities
 from compression.llm.text import CalibrationText
 from compression.offload import OffloadName, all_weights, offload_of, pick_offload
-from compression.outputs import STATES_END, Output, owned
+from compression.outputs import EVALUATION_FILE, STATES_END, Output, owned
 from compression.runtime import (
     MODELS,
     RESULTS,
@@ -406,7 +406,7 @@ class Run:
                     torch.save(all_weights(model), models / "pruned_model.bin")
                 write_analysis(folder / "analysis")
                 evaluation = results | {"data": data, "environment": stage["environment"]}
-                write_json(folder / "evaluation" / "evaluation_results.json", evaluation)
+                write_json(folder / EVALUATION_FILE, evaluation)
         processes().wait_for_everyone()
         if self.config.finetuning.finetune:
             self._finetune()
@@ -434,7 +434,7 @@ class Run:
                 anew = shutil.ignore_patterns("logs", RUN_FILE)
                 shutil.copytree(run.folder, folder, ignore=anew, copy_function=link_or_copy, dirs_exist_ok=True)
                 shutil.copytree(trained, folder / "finetuned", copy_function=link_or_copy)
-                path = folder / "evaluation" / "evaluation_results.json"
+                path = folder / EVALUATION_FILE
                 write_json(path, read_json(path) | {"finetuned": metrics["after"]})
         processes().wait_for_everyone()
 

@@ -8,14 +8,14 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from compression.classifier.report import REPORT_FILE
 from compression.files import read_json, read_object
 from compression.integrity import RUN_FILE, SOURCE_FILE, STAGE_FILE, read_record
 from compression.lineage import Record, as_object
 from compression.model_card import kind_of
+from compression.outputs import EVALUATION_FILE, HISTORY_FILE, STUDIES
 from compression.runtime import ROOT, UserError, first_line, relative_path
 
-REPORT_FILE, STUDIES = "final_report.json", "studies"
-EVALUATION_FILE = Path("evaluation", "evaluation_results.json")
 RECOVERED = "recovered"
 DEPTH = 3
 """Folders of checkpoints are at most so many levels below those that are looked through."""
@@ -202,7 +202,7 @@ def _record_folders(parent: Path) -> Iterator[Path]:
 def _add(records: Records, folder: Path) -> Checkpoint:
     if folder not in records.checkpoints:
         record = next((found for name in (STAGE_FILE, SOURCE_FILE) if (found := _record(records, folder, name))), {})
-        config, history = folder / "config.json", folder / "training_history.json"
+        config, history = folder / "config.json", folder / HISTORY_FILE
         epochs = records.noted(read_json, history) if history.is_file() else None
         records.checkpoints[folder] = Checkpoint(
             folder,

@@ -8,10 +8,11 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from compression.plots import undominated
 from compression.study.scripts import SEED
 from compression.study.shared import ERROR, POINT, RESULTS, SharedStudy
 from compression.study.space import Point
-from compression.study.summary import Effect, Figure, Row, effects, pareto_front, summarize
+from compression.study.summary import Effect, Figure, Row, effects, summarize
 from compression.study.workers import Goal
 
 LEAST_FOR_IMPORTANCE = 4
@@ -73,7 +74,7 @@ class Outcome:
         """The lines of the Pareto front of some goals' means."""
         lines = self.lines()
         means = [tuple(line.figures[goal.figure].mean for goal in goals) for line in lines]
-        return [lines[place] for place in pareto_front(means, [goal.maximize for goal in goals])]
+        return [lines[place] for place in undominated(means, [goal.maximize for goal in goals])]
 
 
 def read_outcome(

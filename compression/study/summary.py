@@ -137,13 +137,3 @@ def effects(rows: Sequence[Row], name: str) -> list[Effect]:
             difference = paired(first, numbers) if place else None
             found.append(Effect(field, value, len(numbers), mean(numbers.values()), difference))
     return found
-
-
-def pareto_front(points: Sequence[tuple[float, ...]], maximize: Sequence[bool]) -> list[int]:
-    """The places of the points that no other one is better than in one figure and at least as good in all."""
-    signed = [tuple(v if up else -v for v, up in zip(point, maximize, strict=True)) for point in points]
-
-    def beaten(one: tuple[float, ...]) -> bool:
-        return any(other != one and all(a >= b for a, b in zip(other, one, strict=True)) for other in signed)
-
-    return [place for place, point in enumerate(signed) if not beaten(point)]
