@@ -76,7 +76,7 @@ def formerly(name: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Originally:
-    """What records that do not name the field were made with, where that is not its default."""
+    """What records that do not name the field were made with, where it has no default, or another one."""
 
     value: Any
 
@@ -129,6 +129,10 @@ class Settings:
         """Those values that the result depends on."""
         values = self.as_dict()
         return {name: values[name] for name, _, notes in _leaves(self) if NO_EFFECT not in notes}
+
+    def originals(self) -> dict[str, Any]:
+        """What older records were made with that lack a field, where that is noted, see `Originally`."""
+        return {name: note.value for name, _, notes in _leaves(self) for note in notes if isinstance(note, Originally)}
 
     def updated(self, **values: Any) -> Self:
         """A copy with other values, named as on the command line.
@@ -215,13 +219,12 @@ class Config(Settings):
     @classmethod
     def modernized(cls, noted: dict[str, Any]) -> dict[str, Any]:
         """The settings of an older record under today's names; what did not exist then has its default."""
-        settings = cls().as_dict() | noted
-        for name, _, notes in _leaves(cls()):
+        default = cls()
+        settings = default.as_dict() | default.originals() | noted
+        for name, _, notes in _leaves(default):
             for note in notes:
                 if isinstance(note, _Formerly) and note.name in noted:
                     settings[name] = noted[note.name]
-                if isinstance(note, Originally) and name not in noted:
-                    settings[name] = note.value
         return settings
 
     @classmethod

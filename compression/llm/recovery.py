@@ -31,7 +31,7 @@ from compression.checkpoint import (
     save_checkpoint,
     save_folder,
 )
-from compression.config import NO_EFFECT, AtLeast, Between, Settings
+from compression.config import NO_EFFECT, AtLeast, Between, Originally, Settings
 from compression.decoder import decoder_of
 from compression.distillation import relative_errors
 from compression.files import read_object
@@ -67,9 +67,6 @@ from compression.training import Recipe, Training, clean_up, fit
 RANK_FLAG = "--lora_rank_by_share"
 EVALUATIONS = ("ppl", "zeroshot")
 """What can be measured before and after."""
-LATER: dict[str, Any] = {"teacher_cache": 0, "tokens": None, "schedule": "linear", "packing": False}
-LATER |= {"hidden_weight": 0.0, "lora_rank_by_share": False}
-"""Settings that older records do not have, with what was done then."""
 
 
 @dataclass
@@ -78,28 +75,28 @@ class Recovery(Settings):
 
     finetune_method: Literal["lora", "full"]
     finetune_samples: int
-    tokens: int | None
+    tokens: Annotated[int | None, Originally(None)]
     dataset: str
     train_on_inputs: bool
     max_length: int
-    packing: bool
+    packing: Annotated[bool, Originally(False)]
     validation_dataset: str | None
     validation_samples: int
     lora_r: int
     lora_alpha: float
     lora_dropout: float
     lora_projections: str
-    lora_rank_by_share: bool
+    lora_rank_by_share: Annotated[bool, Originally(False)]
     load_in_4bit: bool
     dtype: Dtype
     kd_weight: float
     kd_temperature: float
-    hidden_weight: float
+    hidden_weight: Annotated[float, Originally(0.0)]
     teacher: Annotated[Path | None, NO_EFFECT]
     teacher_offload: Annotated[Literal["none", "cpu", "disk"], NO_EFFECT]
-    teacher_cache: Annotated[int, AtLeast(0)]
+    teacher_cache: Annotated[int, AtLeast(0), Originally(0)]
     shard: Annotated[bool, NO_EFFECT]
-    schedule: ScheduleName
+    schedule: Annotated[ScheduleName, Originally("linear")]
     training: Training
     evaluation: Evaluation
 
@@ -283,7 +280,7 @@ def recover(
     model, tokenizer = load_student(recovery, pruned, device)
     train, data = training_data(recovery, data_dir, tokenizer, model)
     inputs["data"] = {"name": data["name"], "sha256": train.digest()}
-    same = is_made_from(output, recovery.result_fields(), inputs, modernized=lambda noted: LATER | noted)
+    same = is_made_from(output, recovery.result_fields(), inputs, modernized=lambda noted: recovery.originals() | noted)
     if recovery.training.skip_existing and same and (earlier := read_stage(output)):
         log.info("%s exists and matches configuration and inputs: skipped", shown(output))
         return earlier["metrics"]
