@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from compression.config import AtLeast, Config, run_script
 from compression.files import read_json, remove_folder, write_json
 from compression.runtime import MODELS, RESULTS, ROOT, UserError, fingerprint, log
-from compression.study.runs import LOG, RUN_FOLDER
+from compression.study.runs import LOG, RUN_FOLDER, RUN_RECORD
 
 NAME = "study_workers"
 STORAGES = ("journal", "sqlite", "postgresql")
@@ -72,6 +72,11 @@ class Workers:
         text = {path.parent.name: path.read_text(encoding="utf-8", errors="replace") for path in logs}
         return {name: sum(line.startswith("$ ") for line in said.splitlines()) for name, said in text.items()}
 
+    def underway(self) -> int:
+        """Runs whose script was started and that have no result yet."""
+        records = (self.folder / RUN_FOLDER / name / RUN_RECORD for name in self.starts())
+        return sum("figures" not in read_json(record) for record in records)
+
     def done(self) -> int:
         """Runs with a result."""
         return sum(len(row["runs"]) for row in read_json(self.folder / "study.json")["rows"])
@@ -81,9 +86,9 @@ def killed(config: WorkersConfig, name: str, *flags: str) -> dict[str, Any]:
     """What comes of a study of two workers of which one is killed while both are on a run."""
     workers = Workers(config, name, *flags, "--grace_seconds", "5")
     first, second = workers.start(), workers.start()
-    while len(workers.starts()) < 2:
+    while workers.underway() < 2:
         if first.poll() is not None or second.poll() is not None:
-            raise UserError(f"--storages {name}: a worker ended before there were two runs")
+            raise UserError(f"--storages {name}: a worker ended before both were on a run")
         time.sleep(POLL_SECONDS)
     first.kill()
     first.wait()
