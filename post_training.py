@@ -54,8 +54,8 @@ class PostTrainingConfig(Config):
     data_dir: Annotated[str | None, NO_EFFECT] = None
     """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""
     dataset: str = "wikitext2"
-    """wikitext2, ptb, c4, fineweb-edu, plots, reviews, a text file (of each the train part), or a .json or .jsonl file
-    of instructions."""
+    """Texts, as for pruning (wikitext2:2,ptb,mine.txt; of each the train part), or a .json or .jsonl file of
+    instructions."""
     finetune_samples: Annotated[int, AtLeast(1)] = 500
     """Windows of text, or rows of instructions, that are trained on."""
     tokens: Annotated[int | None, AtLeast(1)] = None
@@ -67,7 +67,7 @@ class PostTrainingConfig(Config):
     train_on_inputs: bool = False
     """With instructions: predict the prompts too, and not the responses alone."""
     validation_dataset: str | None = None
-    """Text whose validation part gives the perplexity after each epoch; by default --dataset, else wikitext2."""
+    """Texts whose validation part gives the perplexity after each epoch; by default --dataset, else wikitext2."""
     validation_samples: Annotated[int, AtLeast(1)] = 16
     """Windows of it."""
 

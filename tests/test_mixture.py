@@ -130,6 +130,24 @@ def test_a_text_that_is_too_short_gives_what_it_has(tmp_path, tokenizer, caplog)
         mixture.sample("scores", 64, 2, seed=1)
 
 
+def test_a_text_that_is_too_short_comes_again_in_training(tmp_path, tokenizer):
+    texts = [Weighted(write(tmp_path, "a.txt", "a", 50)), Weighted(write(tmp_path, "b.txt", "b"))]
+    mixture = Mixture(texts, "train", None, tokenizer)
+    windows = mixture.repeated("training", 16, 8, seed=1)
+    assert len(windows) == 8 and len(set(windows[:, 0].tolist())) == 2
+    assert [text["windows"] for text in mixture.describe()] == [{"training": 4}] * 2
+
+
+def test_of_one_text_every_window_comes_before_any_comes_again(tmp_path, tokenizer):
+    (tmp_path / "one.txt").write_text(letters(4000, 1))
+    mixture = Mixture([Weighted(str(tmp_path / "one.txt"))], "train", None, tokenizer)
+    count = len(mixture.sample("all", 16, 1000, seed=1))
+    twice = mixture.repeated("training", 16, 2 * count, seed=1)
+    first, second = (set(map(tuple, half.tolist())) for half in twice.split(count))
+    assert len(first) == count and first == second
+    assert not torch.equal(*twice.split(count))
+
+
 def test_two_names_of_one_text_are_refused(tmp_path, tokenizer, monkeypatch):
     """Where there is no hub, film plots stand in for WikiText-2."""
     monkeypatch.setattr("compression.llm.mixture.load_corpus", lambda name, part, *_, **__: plots)
@@ -183,7 +201,10 @@ def test_one_text_alone_gives_the_windows_that_it_gave_by_its_name(base, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset", "ptb,plots", "--finetune"], "--finetune: trains on one text, and --dataset ptb,plots names 2;"),
+        (
+            ["--dataset", "ptb,plots", "--finetune", "--finetune_samples", "1"],
+            "--finetune_samples 1: allowed is at least 2, for a window of each text of --dataset",
+        ),
         (["--dataset", "ptb:0"], "the weight of ptb is '0'; allowed is a number above 0"),
         (["--dataset", "ptb,plots", "--num_samples", "1"], "--num_samples 1: allowed is at least 2"),
         (["--dataset", "fineweb-edu"], "text fineweb-edu: it is read from the hub, which is not reachable; give a fol"),
@@ -200,3 +221,25 @@ def test_a_single_text_with_a_weight_is_trained_on_too(base, tmp_path):
     flags[flags.index("--dataset") + 1] = f"{base.parent / 'text.txt'}:2"
     run_script("run_global_pruning.py", *flags)
     assert read_json(tmp_path / "tuned" / "finetuned" / "stage.json")["data"]["name"] == "text.txt"
+
+
+def test_a_mixture_is_trained_on_by_its_weights(base, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(letters(9000, seed=5))
+    flags = [
+        "--pruned_model",
+        base,
+        "--results_dir",
+        tmp_path,
+        "--output_name",
+        "tuned",
+        "--eval_ppl_datasets",
+        "plots",
+    ]
+    flags += ["--dataset", f"{base.parent / 'text.txt'}:3,{other}", "--max_length", "16", "--run_evaluation", "none"]
+    run_script("post_training.py", *flags, "--tokens", "100", "--finetune_method", "full")
+    found = read_json(tmp_path / "tuned" / "stage.json")["data"]
+    assert (found["name"], found["source"], found["tokens"]) == ("text.txt, other.txt", "a local file", 100)
+    assert [text["windows"]["training"] for text in found["texts"]] == [5, 2]
+    few = run_script("post_training.py", *flags, "--tokens", "15", "--overwrite", expect=2)
+    assert "--tokens 15: allowed is at least 16, for a window of each text of --dataset" in few.stderr

@@ -233,7 +233,7 @@ def test_training_reads_the_train_part_and_judges_by_the_validation_part(folder,
         asked.append(part)
         return load_corpus(name, part, data_dir, **options)
 
-    monkeypatch.setattr("compression.llm.recovery.load_corpus", watching)
+    monkeypatch.setattr("compression.llm.mixture.load_corpus", watching)
     recover(settings(folder, run_evaluation="none", num_epochs=1), folder / "pruned", tmp_path / "out")
     assert asked == ["train", "validation"]
 
@@ -455,8 +455,8 @@ def training_flags(folder):
         (TRAIN, "--pruned_model nowhere", "--pruned_model nowhere: no checkpoint there; make it with: python run_gl"),
         (TRAIN, "--pruned_model {}/bert", "bert: model type 'bert' is not supported here; supported: "),
         (TRAIN, "--pruned_model {}/quantized", "quantized: is quantized already; name the model it was made from"),
-        (TRAIN, "--dataset none.json", "--dataset none.json: no such file; allowed is a file or one of wikitext2, ptb"),
-        (TRAIN, "--dataset wiki", "--dataset wiki: no such file; allowed is a file or one of wikitext2, ptb, c4"),
+        (TRAIN, "--dataset none.json", "--dataset none.json: no such file; allowed are text files, files of instr"),
+        (TRAIN, "--dataset wiki", "--dataset wiki: no such file; allowed are text files, files of instructi"),
         (TRAIN, "--dataset {}/broken.json", "broken.json: is no valid JSON ("),
         (TRAIN, "--dataset {}/broken.jsonl", "broken.jsonl: is no valid JSON lines ("),
         (TRAIN, "--dataset {}/object.json", "object.json: holds a dict; allowed is a list of rows"),

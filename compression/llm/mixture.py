@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from compression.llm.text import FILES, Part, is_known, load_corpus, sample_windows, tokenize
+from compression.llm.rows import budgeted
+from compression.llm.text import FILES, Part, is_known, load_corpus, sample_windows, tokenize, windows
 from compression.runtime import UserError, log
 
 
@@ -115,6 +116,16 @@ class Mixture:
     def __str__(self) -> str:
         return ", ".join(f"{corpus.name} ({corpus.source})" for corpus in self.corpora)
 
+    @property
+    def name(self) -> str:
+        """What the texts are called."""
+        return ", ".join(corpus.name for corpus in self.corpora)
+
+    @property
+    def source(self) -> str:
+        """Where they come from."""
+        return ", ".join(dict.fromkeys(corpus.source for corpus in self.corpora))
+
     def sample(self, use: str, length: int, count: int, seed: int) -> Tensor:
         """Random windows [count, length], as many of each text as its weight says; none of a text overlap.
 
@@ -127,7 +138,7 @@ class Mixture:
         Raises:
             UserError: a text is shorter than one window.
         """
-        wanted = shares([text.weight for text in self.texts], count)
+        wanted = self._wanted(count)
         parts = [
             sample_windows(ids, length, number, seed, corpus.name)
             for ids, number, corpus in zip(self.ids, wanted, self.corpora, strict=True)
@@ -137,6 +148,22 @@ class Mixture:
                 log.info(
                     "%s has %d windows of %d tokens for %s, %d wanted", corpus.name, len(part), length, use, number
                 )
+        return self._alternating(use, parts)
+
+    def repeated(self, use: str, length: int, count: int, seed: int) -> Tensor:
+        """The same in random order, and always as many as asked for: of a text that is too short for its share none
+        comes twice before each was there once."""
+        parts = []
+        for ids, number, corpus in zip(self.ids, self._wanted(count), self.corpora, strict=True):
+            every = windows(ids, length, corpus.name)
+            order, _ = budgeted(torch.ones(len(every), dtype=torch.long), number, seed)
+            parts.append(every[order])
+        return self._alternating(use, parts)
+
+    def _wanted(self, count: int) -> list[int]:
+        return shares([text.weight for text in self.texts], count)
+
+    def _alternating(self, use: str, parts: list[Tensor]) -> Tensor:
         self.taken[use] = [len(part) for part in parts]
         places = torch.cat([(torch.arange(len(part)) + 0.5) / max(len(part), 1) for part in parts])
         return torch.cat(parts)[places.argsort(stable=True)]

@@ -5,7 +5,6 @@ al. 2023), or all weights are. The loss is that of language modelling, with a sh
 where `kd_weight` asks for it, and a term for its hidden states where `hidden_weight` does.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,12 +38,12 @@ from compression.integrity import digest_of
 from compression.llm.evaluate import Evaluation, evaluation_windows, measure, sizes
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
 from compression.llm.lora import adapter_weights, add_lora, draw_adapter, ranks_by_share, write_adapter
+from compression.llm.mixture import Mixture, parse_mixture
 from compression.llm.origin import kept_layers, pruned_shares
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import (
     Packed,
     Sequences,
-    budgeted,
     is_instruction_file,
     of_instructions,
     of_windows,
@@ -54,7 +53,6 @@ from compression.llm.rows import (
 )
 from compression.llm.spread import load_unfilled, save_spread, spread
 from compression.llm.teacher import KeptTeacher, LiveTeacher, Teacher, keep_largest
-from compression.llm.text import FILES, load_corpus, sample_windows, tokenize, windows
 from compression.outputs import HISTORY_FILE, KEPT_LOGITS, STATES_END, Output, owned
 from compression.quantization import nf4_base
 from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
@@ -65,6 +63,8 @@ from compression.structures import DECODERS
 from compression.training import Recipe, Training, clean_up, fit
 
 RANK_FLAG = "--lora_rank_by_share"
+TRAINING = "training"
+"""What windows are taken for, as the record says it."""
 EVALUATIONS = ("ppl", "zeroshot")
 """What can be measured before and after."""
 
@@ -136,12 +136,15 @@ class Recovery(Settings):
             )
 
     def _check_texts(self) -> None:
-        for flag in ("dataset", "validation_dataset"):
-            name = getattr(self, flag)
-            if name is not None and name not in FILES and not os.path.isfile(name):
-                raise UserError(
-                    f"--{flag} {name}: no such file; allowed is a file or one of {', '.join(FILES)}; give its path"
-                )
+        texts = parse_mixture(self.dataset)
+        if self.validation_dataset is not None:
+            parse_mixture(self.validation_dataset, "--validation_dataset")
+        if self.tokens:
+            flag, least = f"--tokens {self.tokens}", (len(texts) - 1) * (self.max_length - 1) + 1
+        else:
+            flag, least = f"--finetune_samples {self.finetune_samples}", len(texts)
+        if len(texts) > 1 and (self.tokens or self.finetune_samples) < least:
+            raise UserError(f"{flag}: allowed is at least {least}, for a window of each text of --dataset")
         if self.packing and not is_instruction_file(self.dataset):
             raise UserError(
                 f"--packing: is for instructions (.json, .jsonl); the windows of --dataset {self.dataset}, a text, are "
@@ -466,11 +469,11 @@ def training_data(
     if is_instruction_file(recovery.dataset):
         rows = read_instructions(Path(recovery.dataset))
         train = _instructions(recovery, tokenizer, rows)
-        described = {"name": Path(recovery.dataset).name, "source": "a local file"}
+        described: dict[str, Any] = {"name": Path(recovery.dataset).name, "source": "a local file"}
     else:
-        corpus = load_corpus(recovery.dataset, "train", data_dir)
-        train = _windows_of(recovery, tokenize(tokenizer, corpus), corpus.name)
-        described = corpus.describe()
+        texts = Mixture(parse_mixture(recovery.dataset), "train", data_dir, tokenizer)
+        train = _windows_of(recovery, texts)
+        described = {"name": texts.name, "source": texts.source, "texts": texts.describe()}
     sizes = {"rows": len(train), "tokens": int(train.weights.sum()), "tokens_read": int(train.lengths.sum())}
     said = (described["name"], described["source"], *sizes.values())
     log.info("Training data: %s (%s), %d rows, %d tokens to predict, %d in all", *said)
@@ -493,23 +496,23 @@ def _instructions(recovery: Recovery, tokenizer: PreTrainedTokenizerBase, rows: 
     return of_instructions(tokenizer, chosen, length, recovery.train_on_inputs)
 
 
-def _windows_of(recovery: Recovery, ids: Tensor, name: str) -> Sequences:
-    """As many windows of a text as are asked for, or as have the tokens that are; see `budgeted` for their order."""
+def _windows_of(recovery: Recovery, texts: Mixture) -> Sequences:
+    """As many windows of the texts as are asked for, or as have the tokens that are; the last of these is cut."""
     length, seed = recovery.max_length, recovery.training.seed
     if not recovery.tokens:
-        return of_windows(sample_windows(ids, length, recovery.finetune_samples, seed, name))
-    every = windows(ids, length, name)
-    order, beyond = budgeted(torch.full([len(every)], length - 1), recovery.tokens, seed)
-    return of_windows(every[order]).shortened(beyond)
+        return of_windows(texts.sample(TRAINING, length, recovery.finetune_samples, seed))
+    count = -(-recovery.tokens // (length - 1))
+    every = of_windows(texts.repeated(TRAINING, length, count, seed))
+    return every.shortened(count * (length - 1) - recovery.tokens)
 
 
 def validation_windows(recovery: Recovery, data_dir: str | None, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Windows [count, length] of the text that each epoch is judged by."""
+    """Windows [count, length] of the texts that each epoch is judged by."""
     default = "wikitext2" if is_instruction_file(recovery.dataset) else recovery.dataset
     flag = "--validation_dataset" if recovery.validation_dataset else "--dataset"
-    corpus = load_corpus(recovery.validation_dataset or default, "validation", data_dir, flag=flag)
-    ids = tokenize(tokenizer, corpus)
-    return sample_windows(ids, recovery.max_length, recovery.validation_samples, recovery.training.seed, corpus.name)
+    names = parse_mixture(recovery.validation_dataset or default, flag)
+    texts = Mixture(names, "validation", data_dir, tokenizer, flag)
+    return texts.sample("validation", recovery.max_length, recovery.validation_samples, recovery.training.seed)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -172,7 +172,7 @@ class Finetuning(Settings):
     """Whether and how the pruned model is trained on, with the defaults of post_training.py otherwise."""
 
     finetune: Annotated[bool, NO_EFFECT] = False
-    """Train the pruned model on, as post_training.py does, and measure it again. Not where --dataset names several."""
+    """Train the pruned model on, as post_training.py does, and measure it again."""
     finetune_method: Annotated[Literal["lora", "full"], NO_EFFECT] = "lora"
     """Train adapters beside the frozen weights, or all weights."""
     finetune_samples: Annotated[int, AtLeast(1), NO_EFFECT] = 500
@@ -203,25 +203,18 @@ class RunConfig(Protocol):
 
 
 def recovery_after(config: RunConfig) -> Recovery:
-    """How a pruned model is trained on: as post_training.py would by default, on the calibration's text.
+    """How a pruned model is trained on: as post_training.py would by default, on the calibration's texts.
 
     Raises:
         UserError: flags that do not go together, or a text that is not there.
     """
     run, finetuning, evaluation = config.run, config.finetuning, config.evaluation
     measured = [what for what in EVALUATIONS if evaluation.evaluates(what)]
-    dataset, *others = config.calibration.texts
-    if others:
-        named = f"--dataset {config.calibration.dataset} names {1 + len(others)}"
-        raise UserError(
-            f"--finetune: trains on one text, and {named}; leave it out, and train afterwards: "
-            "python post_training.py --pruned_model results/NAME/models --dataset TEXT"
-        )
     return Recovery(
         finetune_method=finetuning.finetune_method,
         finetune_samples=finetuning.finetune_samples,
         tokens=None,
-        dataset=dataset.name,
+        dataset=config.calibration.dataset,
         train_on_inputs=False,
         max_length=min(512, config.calibration.sequence_length),
         packing=False,
