@@ -12,8 +12,8 @@ import pytest
 from compression.dry_run import check
 from compression.runtime import ROOT
 
-CHINESE = ROOT / "README.zh-CN.md"
-PAGES = [ROOT / "README.md", CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRANSLATED = [ROOT / "README.md", ROOT / "docs" / "README.md"]
 GENERATE = runpy.run_path(str(ROOT / "docs" / "generate.py"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # Shell scripts whose flags are those of a Python script.
@@ -118,8 +118,9 @@ def test_the_tree_names_what_is_there():
     assert scripts == {name for name in named if "/" not in name}
 
 
-def test_the_chinese_page_says_what_the_english_one_does():
-    pages = PAGES[0], CHINESE
+@pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.parent.name)
+def test_the_chinese_page_says_what_the_english_one_does(page):
+    pages = page, page.with_name("README.zh-CN.md")
 
     def said(pattern, text):
         return re.findall(pattern, text, re.MULTILINE)
@@ -130,10 +131,10 @@ def test_the_chinese_page_says_what_the_english_one_does():
 
     english, chinese = map(commands, pages)
     assert english == chinese
-    trees = [[line.split()[0] for line in blocks(page, "")[0].splitlines()] for page in pages]
+    trees = [[line.split()[0] for tree in blocks(page, "") for line in tree.splitlines()] for page in pages]
     assert trees[0] == trees[1]
     english, chinese = map(prose, pages)
-    for pattern in (r"`([^`]+)`", r"\]\((?!README)([^)]+)\)"):
+    for pattern in (r"`([^`]+)`", r"\]\((?!(?:docs/)?README)([^)]+)\)"):
         spans = [sorted(" ".join(span.split()) for span in said(pattern, text)) for text in (english, chinese)]
         assert spans[0] == spans[1]
     assert len(said(r"^#+ ", english)) == len(said(r"^#+ ", chinese))
