@@ -30,7 +30,7 @@ def draw_pareto(outcome: Outcome) -> Picture:
         axes.annotate(str(line.number), place, xytext=(5, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel(_label(across))
     axes.set_ylabel(_label(up))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # where no point is
     open_frame(axes)
     return figure
 
