@@ -243,3 +243,13 @@ def test_a_mixture_is_trained_on_by_its_weights(base, tmp_path):
     assert [text["windows"]["training"] for text in found["texts"]] == [5, 2]
     few = run_script("post_training.py", *flags, "--tokens", "15", "--overwrite", expect=2)
     assert "--tokens 15: allowed is at least 16, for a window of each text of --dataset" in few.stderr
+
+
+def test_instructions_beside_a_text_are_text_and_alone_are_instructions(base, instructions, tmp_path):
+    flags = ["--pruned_model", base, "--results_dir", tmp_path, "--max_length", "100", "--run_evaluation", "none"]
+    flags += ["--validation_dataset", base.parent / "text.txt", "--finetune_samples", "4", "--num_epochs", "1"]
+    for name, dataset in (("alone", f"{instructions}:2"), ("beside", f"{instructions},{base.parent / 'text.txt'}")):
+        run_script("post_training.py", *flags, "--output_name", name, "--dataset", dataset)
+    alone, beside = (read_json(tmp_path / name / "stage.json")["data"] for name in ("alone", "beside"))
+    assert (alone["name"], alone["rows"]) == ("rows.jsonl", 4) and alone["tokens"] < alone["tokens_read"] - 4
+    assert (beside["name"], beside["tokens"]) == ("rows.jsonl, text.txt", 4 * 99)

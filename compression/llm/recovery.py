@@ -38,7 +38,7 @@ from compression.integrity import digest_of
 from compression.llm.evaluate import Evaluation, evaluation_windows, measure, sizes
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
 from compression.llm.lora import adapter_weights, add_lora, draw_adapter, ranks_by_share, write_adapter
-from compression.llm.mixture import Mixture, parse_mixture
+from compression.llm.mixture import Mixture, Weighted, parse_mixture
 from compression.llm.origin import kept_layers, pruned_shares
 from compression.llm.perplexity import perplexity
 from compression.llm.rows import (
@@ -136,7 +136,7 @@ class Recovery(Settings):
             )
 
     def _check_texts(self) -> None:
-        texts = parse_mixture(self.dataset)
+        texts = self.texts
         if self.validation_dataset is not None:
             parse_mixture(self.validation_dataset, "--validation_dataset")
         if self.tokens:
@@ -145,7 +145,7 @@ class Recovery(Settings):
             flag, least = f"--finetune_samples {self.finetune_samples}", len(texts)
         if len(texts) > 1 and (self.tokens or self.finetune_samples) < least:
             raise UserError(f"{flag}: allowed is at least {least}, for a window of each text of --dataset")
-        if self.packing and not is_instruction_file(self.dataset):
+        if self.packing and self.instructions is None:
             raise UserError(
                 f"--packing: is for instructions (.json, .jsonl); the windows of --dataset {self.dataset}, a text, are "
                 "full without it: leave it out"
@@ -154,6 +154,17 @@ class Recovery(Settings):
             raise UserError(f"--packing: not allowed with --teacher_cache {self.teacher_cache}; leave one out")
         if is_instruction_file(self.validation_dataset or ""):
             raise UserError(f"--validation_dataset {self.validation_dataset}: allowed is plain text, not instructions")
+
+    @property
+    def texts(self) -> list[Weighted]:
+        """What is trained on."""
+        return parse_mixture(self.dataset)
+
+    @property
+    def instructions(self) -> Path | None:
+        """The file of instructions, where nothing else is trained on; beside texts it is one of them."""
+        text, *others = self.texts
+        return Path(text.name) if not others and is_instruction_file(text.name) else None
 
     @property
     def learns(self) -> bool:
@@ -466,12 +477,11 @@ def training_data(
         UserError: windows that are longer than the model's positions, or data that is malformed or not there.
     """
     check_positions(model, "max_length", recovery.max_length)
-    if is_instruction_file(recovery.dataset):
-        rows = read_instructions(Path(recovery.dataset))
-        train = _instructions(recovery, tokenizer, rows)
-        described: dict[str, Any] = {"name": Path(recovery.dataset).name, "source": "a local file"}
+    if (path := recovery.instructions) is not None:
+        train = _instructions(recovery, tokenizer, read_instructions(path))
+        described: dict[str, Any] = {"name": path.name, "source": "a local file"}
     else:
-        texts = Mixture(parse_mixture(recovery.dataset), "train", data_dir, tokenizer)
+        texts = Mixture(recovery.texts, "train", data_dir, tokenizer)
         train = _windows_of(recovery, texts)
         described = {"name": texts.name, "source": texts.source, "texts": texts.describe()}
     sizes = {"rows": len(train), "tokens": int(train.weights.sum()), "tokens_read": int(train.lengths.sum())}
@@ -508,7 +518,7 @@ def _windows_of(recovery: Recovery, texts: Mixture) -> Sequences:
 
 def validation_windows(recovery: Recovery, data_dir: str | None, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Windows [count, length] of the texts that each epoch is judged by."""
-    default = "wikitext2" if is_instruction_file(recovery.dataset) else recovery.dataset
+    default = recovery.dataset if recovery.instructions is None else "wikitext2"
     flag = "--validation_dataset" if recovery.validation_dataset else "--dataset"
     names = parse_mixture(recovery.validation_dataset or default, flag)
     texts = Mixture(names, "validation", data_dir, tokenizer, flag)
