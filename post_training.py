@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, FolderName, group, pick, run_script
 from compression.hub import Publishing
 from compression.llm.evaluate import FAST_EVALUATION, Evaluation
-from compression.llm.recovery import Recovery, recover
+from compression.llm.recovery import LEARNING_RATE, Recovery, recover
 from compression.outputs import check_place
 from compression.page import update_page
 from compression.runtime import MODELS, RESULTS, Dtype
@@ -107,7 +107,7 @@ class PostTrainingConfig(Config):
     schedule: ScheduleName = "linear"
     """How the learning rate falls behind its warm-up: in a line, along a cosine, or in the last fifth alone (wsd)."""
     training: Flat[Training] = group(
-        Training, num_epochs=2, batch_size=8, learning_rate=5e-5, amp="auto", save_steps=100
+        Training, num_epochs=2, batch_size=8, learning_rate=LEARNING_RATE, amp="auto", save_steps=100
     )
     evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
     publishing: Flat[Publishing] = group(Publishing)

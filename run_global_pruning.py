@@ -24,7 +24,7 @@ from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.iterate import TrainingBetween, recovery_between
 from compression.llm.origin import KEPT_LAYERS
 from compression.llm.plots import plot_allocations, plot_removal, plot_retained, plot_search
-from compression.llm.recovery import Recovery
+from compression.llm.recovery import LEARNING_RATE, Recovery
 from compression.llm.repair import LocalRanking
 from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
@@ -62,7 +62,7 @@ class GlobalPruningConfig(Config):
     """Number of steps to the budget, with new scores at each."""
     recover_tokens: Annotated[int, AtLeast(0)] = 0
     """Tokens of the calibration text to predict in training all weights after each step; 0: it is not trained."""
-    recover_learning_rate: Annotated[float, Between(0, 1)] = 5e-5
+    recover_learning_rate: Annotated[float, Between(0, 1)] = LEARNING_RATE
     """Highest learning rate there."""
 
     # What goes: the groups (key-value head with its query heads) and channels of least score per parameter.

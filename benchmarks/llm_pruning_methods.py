@@ -50,6 +50,7 @@ from compression.decoder import decoder_of
 from compression.files import write_json, write_text
 from compression.llm.agreement import Agreement, unseen_text
 from compression.llm.perplexity import perplexity
+from compression.llm.recovery import LEARNING_RATE
 from compression.llm.text import CalibrationText, load_corpus, sample_windows, tokenize, windows
 from compression.llm.zeroshot import check_tasks, zero_shot
 from compression.plots import save_figure
@@ -102,7 +103,7 @@ class MethodsConfig(Config):
     """Tokens of held-out text that all candidates are judged on."""
     recover_tokens: Annotated[int, AtLeast(0)] = 0
     """Tokens of WikiText-2 that each model is trained on after pruning, all weights; 0: it is not trained."""
-    recover_learning_rate: Annotated[float, Between(0, 1)] = 5e-5
+    recover_learning_rate: Annotated[float, Between(0, 1)] = LEARNING_RATE
     """Highest learning rate there."""
     eval_samples: Annotated[int, AtLeast(0)] = 30
     """Windows of each test text; 0: all of it."""

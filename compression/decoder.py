@@ -111,9 +111,13 @@ class Decoder:
         """The final norm."""
         return self.body.norm(state)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """The head, [..., hidden] behind the final norm -> [..., vocabulary]."""
-        head: Any = self.model.lm_head
+    def logits(self, states: Tensor, *, head: nn.Module | None = None) -> Tensor:
+        """The head, [..., hidden] behind the final norm -> [..., vocabulary].
+
+        Args:
+            head: the Linear module of another model of the family; None: the model's own.
+        """
+        head = head or self.model.lm_head
         logits = head(states)
         if (divisor := self._field(self.family.divisor)) is not None:
             logits = logits / divisor

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import leftovers, pruning_flags, tiny_decoder
+from conftest import leftovers, letters, pruning_flags, tiny_decoder
 from scripts import run_script
 from test_training import Killed
 from transformers import AutoModelForCausalLM
@@ -32,14 +32,22 @@ def states_after_few_steps():
 
 
 @pytest.fixture(scope="module")
-def whole(base, tmp_path_factory):
+def unseen(tmp_path_factory):
+    """Flags for a text that nothing is calibrated or trained on."""
+    path = tmp_path_factory.mktemp("unseen") / "unseen.txt"
+    path.write_text(letters(4000, seed=7))
+    return "--agreement_text", path, "--agreement_length", "16", "--agreement_samples", "4"
+
+
+@pytest.fixture(scope="module")
+def whole(base, unseen, tmp_path_factory):
     """A run of two steps that nothing disturbs."""
     folder = tmp_path_factory.mktemp("iterate")
-    result = run_script(*words_of(base, folder, *TOKENS))
+    result = run_script(*words_of(base, folder, *TOKENS, *unseen))
     return folder / "one", result.stdout
 
 
-def test_the_model_is_trained_after_each_step_for_the_tokens(whole, base, tmp_path):
+def test_the_model_is_trained_after_each_step_for_the_tokens(whole, base, unseen, tmp_path):
     folder, said = whole
     assert said.count(" 2000 tokens to predict") == 2 and said.count(" tokens/s in training)") == 2
     found = json.loads((folder / "evaluation" / "evaluation_results.json").read_text())
@@ -47,11 +55,14 @@ def test_the_model_is_trained_after_each_step_for_the_tokens(whole, base, tmp_pa
     assert len(first) == len(second) == 1 and second[0]["validation_perplexity"] < first[0]["validation_perplexity"]
     stage = json.loads((folder / "models" / "stage.json").read_text())
     assert stage["config"]["recover_tokens"] == 2000 and stage["metrics"]["recovery"] == found["recovery"]
-    run_script(*words_of(base, tmp_path))
+    run_script(*words_of(base, tmp_path, *unseen))
     plain = json.loads((tmp_path / "one" / "evaluation" / "evaluation_results.json").read_text())
     assert "recovery" not in plain and plain["reduction"]["structures"] == pytest.approx(0.4, abs=0.05)
     assert found["reduction"]["structures"] == pytest.approx(0.4, abs=0.05)
     assert found["pruned"]["perplexity"]["text.txt"] < 0.9 * plain["pruned"]["perplexity"]["text.txt"]
+    # Training changes the head, and the dense model's predictions are those of its own.
+    dense = [run["agreement"]["perplexity"]["dense"] for run in (found, plain)]
+    assert dense[0] == pytest.approx(dense[1], rel=1e-6)
     model = AutoModelForCausalLM.from_pretrained(folder / "models")
     assert model.num_parameters() == found["pruned"]["parameters"]["total"]
 

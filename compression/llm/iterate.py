@@ -1,5 +1,6 @@
 """Training between the steps of a pruning run: prune a little, train a little, again."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class TrainingBetween:
                 "leave it out, or prune where the model fits"
             )
         self.run, self.recovery = run, recovery
+        run.dense_head = deepcopy(run.model.lm_head)  # what is trained is compared with it in the end
         self.held_out = validation_windows(recovery, run.config.data_dir, run.tokenizer)
         self.histories: list[list[dict[str, Any]]] = []
 

@@ -63,6 +63,8 @@ from compression.structures import DECODERS
 from compression.training import Recipe, Training, clean_up, fit
 
 RANK_FLAG = "--lora_rank_by_share"
+LEARNING_RATE = 4e-4
+"""The default, for adapters and for all weights (docs/results.md)."""
 TRAINING = "training"
 """What windows are taken for, as the record says it."""
 EVALUATIONS = ("ppl", "zeroshot")

@@ -42,7 +42,7 @@ from compression.llm.evaluate import (
     measure_efficiency,
 )
 from compression.llm.mixture import Mixture, Weighted, parse_mixture
-from compression.llm.recovery import EVALUATIONS, Recovery, recover
+from compression.llm.recovery import EVALUATIONS, LEARNING_RATE, Recovery, recover
 from compression.llm.removal import removal_perplexities
 from compression.llm.text import CalibrationText
 from compression.offload import OffloadName, all_weights, offload_of, pick_offload
@@ -238,6 +238,7 @@ def recovery_after(config: RunConfig) -> Recovery:
         training=Training(
             num_epochs=2,
             batch_size=8,
+            learning_rate=LEARNING_RATE,
             amp="auto",
             save_steps=100,
             seed=run.seed,
@@ -261,6 +262,7 @@ class Run:
         text: windows for scores and repair (of the train part) and for choices (of the validation part).
         saved: what a killed run had finished; there while the run is `running`.
         dense: what the dense model is, see `evaluate.measure`; there from then on.
+        dense_head: its head, where pruning does not leave it as it is; else None.
         unseen: text for comparing both models' predictions; None leaves that out.
 
     Raises:
@@ -270,6 +272,7 @@ class Run:
     saved: SavedParts
     dense: dict[str, Any]
     dense_states: Tensor | None
+    dense_head: torch.nn.Module | None = None
 
     def __init__(self, kind: str, config: RunConfig, inputs: dict[str, dict[str, str]] | None = None):
         self.kind, self.config, run = kind, config, config.run
@@ -458,7 +461,8 @@ class Run:
     def _agreement(self, model: PreTrainedModel, unseen: Unseen, dense_states: Tensor) -> dict[str, Any]:
         """How far the pruned model's predictions are from the dense one's on text that calibration has not seen."""
         batch_size = self.config.calibration.gradient_batch_size
-        found = agreement(model, unseen.windows, dense_states, batch_size=batch_size)
+        dense_logits = partial(decoder_of(model).logits, head=self.dense_head)
+        found = agreement(model, unseen.windows, dense_states, dense_logits, batch_size)
         log.info(
             "On %s, not calibrated on (%d windows of %d tokens): KL to the dense model %.3f, same first choice "
             "%.1f %%, perplexity %.2f -> %.2f",
