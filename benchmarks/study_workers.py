@@ -10,6 +10,7 @@ postgresql and `pip install 'psycopg[binary]'`. Writes results/study_workers.jso
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -77,6 +78,13 @@ class Workers:
         records = (self.folder / RUN_FOLDER / name / RUN_RECORD for name in self.starts())
         return sum("figures" not in read_json(record) for record in records)
 
+    def wait(self, worker: Any, count: int) -> None:
+        """Wait until so many runs are underway, for which a worker was started."""
+        while self.underway() < count:
+            if worker.poll() is not None:
+                raise UserError(f"{self.folder}: a worker ended before {count} were on a run")
+            time.sleep(POLL_SECONDS)
+
     def done(self) -> int:
         """Runs with a result."""
         return sum(len(row["runs"]) for row in read_json(self.folder / "study.json")["rows"])
@@ -85,11 +93,11 @@ class Workers:
 def killed(config: WorkersConfig, name: str, *flags: str) -> dict[str, Any]:
     """What comes of a study of two workers of which one is killed while both are on a run."""
     workers = Workers(config, name, *flags, "--grace_seconds", "5")
-    first, second = workers.start(), workers.start()
-    while workers.underway() < 2:
-        if first.poll() is not None or second.poll() is not None:
-            raise UserError(f"--storages {name}: a worker ended before both were on a run")
-        time.sleep(POLL_SECONDS)
+    first = workers.start()
+    workers.wait(first, 1)
+    first.send_signal(signal.SIGSTOP)  # it is on a run for as long as the other one needs to start
+    second = workers.start()
+    workers.wait(second, 2)
     first.kill()
     first.wait()
     if second.wait():

@@ -142,11 +142,15 @@ SCRIPTS = {
 }
 
 
+# Defaults that measurements have changed since (docs/results.md).
+CHANGED = {"post_training": {"learning_rate": 4e-4}}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_that_there_ever_was_still_parses_and_has_its_default(script):
     """tests/flags.json: the flags of the first version, with their defaults."""
     config_class = getattr(load_script(script), SCRIPTS[script])
-    flags = json.loads((ROOT / "tests" / "flags.json").read_text())[f"{script}.py"]
+    flags = json.loads((ROOT / "tests" / "flags.json").read_text())[f"{script}.py"] | CHANGED.get(script, {})
     defaults = config_class.modernized({}) | {"iterative_rounds": 1}
     for name, value in flags.items():
         assert defaults[name] == value, name
