@@ -265,7 +265,7 @@ def other_figures(stage: Record) -> dict[str, float]:
 def data_of(stage: Record) -> list[Record]:
     """What a stage's data is, as its record says; each with a name."""
     data = as_object(stage.get("data"))
-    entries = data["calibration"] if isinstance(data.get("calibration"), list) else [data]
+    entries = next((data[name] for name in ("calibration", "texts") if isinstance(data.get(name), list)), [data])
     return [entry for entry in map(as_object, entries) if isinstance(entry.get("name"), str)]
 
 

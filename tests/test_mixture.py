@@ -12,6 +12,7 @@ from compression.files import read_json
 from compression.llm.mixture import Mixture, Weighted, parse_mixture, shares
 from compression.llm.run import Calibration
 from compression.llm.text import Corpus
+from compression.model_card import data_of
 from compression.runtime import UserError
 
 
@@ -226,19 +227,12 @@ def test_a_single_text_with_a_weight_is_trained_on_too(base, tmp_path):
 def test_a_mixture_is_trained_on_by_its_weights(base, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(letters(9000, seed=5))
-    flags = [
-        "--pruned_model",
-        base,
-        "--results_dir",
-        tmp_path,
-        "--output_name",
-        "tuned",
-        "--eval_ppl_datasets",
-        "plots",
-    ]
+    flags = ["--pruned_model", base, "--results_dir", tmp_path, "--output_name", "tuned"]
     flags += ["--dataset", f"{base.parent / 'text.txt'}:3,{other}", "--max_length", "16", "--run_evaluation", "none"]
     run_script("post_training.py", *flags, "--tokens", "100", "--finetune_method", "full")
-    found = read_json(tmp_path / "tuned" / "stage.json")["data"]
+    stage = read_json(tmp_path / "tuned" / "stage.json")
+    assert [entry["name"] for entry in data_of(stage)] == ["text.txt", "other.txt"], "what is seen is known by its name"
+    found = stage["data"]
     assert (found["name"], found["source"], found["tokens"]) == ("text.txt, other.txt", "a local file", 100)
     assert [text["windows"]["training"] for text in found["texts"]] == [5, 2]
     few = run_script("post_training.py", *flags, "--tokens", "15", "--overwrite", expect=2)
