@@ -1,6 +1,7 @@
 """What the page says of language models: columns of their tables, their charts' rows, what they say."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from compression.lineage import Record, as_object
 from compression.page import charts
@@ -85,16 +86,30 @@ def language_point(entry: Record, look: Look) -> Record:
     point["structures"] = number(dig(entry, "parameters", "structures"), 1e-6)
     point["macs"] = number(dig(entry, "efficiency", "macs", "encoder"), 1e-9)
     for phase in ("prefill", "decode"):
-        for end, part in (("", "median"), ("_low", "p10"), ("_high", "p90")):
-            point[phase + end] = number(dig(entry, "efficiency", phase, f"{part}_tokens_per_second"))
+        point |= _ended(phase, _speed(entry, phase))
     for text, value in as_object(entry.get("perplexity")).items():
         point[f"perplexity:{text}"] = number(value)
-    for task in as_object(entry.get("zeroshot")):
-        value, error = (number(dig(entry, "zeroshot", task, name), 100) for name in ("acc", "acc_standard_error"))
-        point[f"zeroshot:{task}"] = value
-        if value is not None and error is not None:
-            point |= {f"zeroshot:{task}_low": value - error, f"zeroshot:{task}_high": value + error}
+    for task, found in as_object(entry.get("zeroshot")).items():
+        point |= _ended(f"zeroshot:{task}", _accuracy(found))
     return point
+
+
+def _ended(name: str, figure: Record) -> Record:
+    """A figure and its ends under a name."""
+    return {name if key == "value" else f"{name}_{key}": value for key, value in figure.items()}
+
+
+def _accuracy(found: Any) -> Record:
+    """A task's accuracy in %, with one standard error below and above where there is one."""
+    value, error = (number(dig(found, name), 100) for name in ("acc", "acc_standard_error"))
+    ends = {} if value is None or error is None else {"low": value - error, "high": value + error}
+    return {"value": value} | ends
+
+
+def _speed(entry: Record, phase: str) -> Record:
+    """Tokens per second: the median, with the 10th and the 90th percentile."""
+    parts = {"value": "median", "low": "p10", "high": "p90"}
+    return {key: number(dig(entry, "efficiency", phase, f"{p}_tokens_per_second")) for key, p in parts.items()}
 
 
 def bars_of(result: LanguageResult) -> dict[str, list[Record]]:
@@ -105,15 +120,9 @@ def bars_of(result: LanguageResult) -> dict[str, list[Record]]:
         for text, value in as_object(figures.get("perplexity")).items():
             perplexities.append({"role": role, "what": text, "value": number(value)})
         for task, found in as_object(figures.get("zeroshot")).items():
-            value, error = number(dig(found, "acc"), 100), number(dig(found, "acc_standard_error"), 100)
-            ends = {} if value is None or error is None else {"low": value - error, "high": value + error}
-            accuracies.append({"role": role, "what": task, "value": value} | ends)
+            accuracies.append({"role": role, "what": task} | _accuracy(found))
         for phase in ("prefill", "decode"):
-            median, low, high = (
-                number(dig(figures, "efficiency", phase, f"{part}_tokens_per_second"))
-                for part in ("median", "p10", "p90")
-            )
-            speeds.append({"role": role, "what": phase, "value": median, "low": low, "high": high})
+            speeds.append({"role": role, "what": phase} | _speed(figures, phase))
     return rows
 
 
