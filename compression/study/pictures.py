@@ -6,7 +6,9 @@ from compression.plots import COLOURS, new_figure, open_frame
 from compression.study.outcome import Outcome
 from compression.study.workers import Goal
 
-ERRORS = dict(fmt="none", ecolor="#999999", elinewidth=0.8, zorder=1)
+ERRORS = dict(fmt="none", ecolor="#999999", elinewidth=0.8, capsize=2, zorder=1)
+NUMBERED = 12
+"""Rows up to which all have their numbers in the picture, and not those of the front alone."""
 LONGEST_LABEL = 60
 """Characters of a row's name."""
 
@@ -25,9 +27,19 @@ def draw_pareto(outcome: Outcome) -> Picture:
     axes.scatter(xs, ys, facecolors="white", edgecolors=COLOURS[0], zorder=2, label="rows of the table")
     places = sorted((line.figures[across.figure].mean, line.figures[up.figure].mean) for line in front)
     axes.plot(*zip(*places, strict=True), "o-", color=COLOURS[3], zorder=3, label="Pareto front")
-    for line in front:
-        place = line.figures[across.figure].mean, line.figures[up.figure].mean
-        axes.annotate(str(line.number), place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    best = {line.number for line in front}
+    for line in front if len(lines) > NUMBERED else lines:
+        # Beyond the front no point is; the others have their numbers on the side of worse ones.
+        right, above = (goal.maximize == (line.number in best) for goal in (across, up))
+        axes.annotate(
+            str(line.number),
+            (line.figures[across.figure].mean, line.figures[up.figure].mean),
+            xytext=(5 if right else -5, 4 if above else -4),
+            textcoords="offset points",
+            ha="left" if right else "right",
+            va="bottom" if above else "top",
+            fontsize=8,
+        )
     axes.set_xlabel(_label(across))
     axes.set_ylabel(_label(up))
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # where no point is
