@@ -82,7 +82,7 @@ class Workers:
         """Wait until so many runs are underway, for which a worker was started."""
         while self.underway() < count:
             if worker.poll() is not None:
-                raise UserError(f"{self.folder}: a worker ended before {count} were on a run")
+                raise UserError(f"--storages {self.folder.name}: a worker ended before {count} were on a run")
             time.sleep(POLL_SECONDS)
 
     def done(self) -> int:

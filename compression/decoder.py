@@ -117,8 +117,7 @@ class Decoder:
         Args:
             head: the Linear module of another model of the family; None: the model's own.
         """
-        head = head or self.model.lm_head
-        logits = head(states)
+        logits = (self.model.lm_head if head is None else head)(states)
         if (divisor := self._field(self.family.divisor)) is not None:
             logits = logits / divisor
         if (cap := self._field(self.family.cap)) is not None:

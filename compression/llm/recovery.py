@@ -65,8 +65,6 @@ from compression.training import Recipe, Training, clean_up, fit
 RANK_FLAG = "--lora_rank_by_share"
 LEARNING_RATE = 4e-4
 """The default, for adapters and for all weights (docs/results.md)."""
-TRAINING = "training"
-"""What windows are taken for, as the record says it."""
 EVALUATIONS = ("ppl", "zeroshot")
 """What can be measured before and after."""
 
@@ -145,7 +143,7 @@ class Recovery(Settings):
             flag, least = f"--tokens {self.tokens}", (len(texts) - 1) * (self.max_length - 1) + 1
         else:
             flag, least = f"--finetune_samples {self.finetune_samples}", len(texts)
-        if len(texts) > 1 and (self.tokens or self.finetune_samples) < least:
+        if (self.tokens or self.finetune_samples) < least:
             raise UserError(f"{flag}: allowed is at least {least}, for a window of each text of --dataset")
         if self.packing and self.instructions is None:
             raise UserError(
@@ -512,9 +510,9 @@ def _windows_of(recovery: Recovery, texts: Mixture) -> Sequences:
     """As many windows of the texts as are asked for, or as have the tokens that are; the last of these is cut."""
     length, seed = recovery.max_length, recovery.training.seed
     if not recovery.tokens:
-        return of_windows(texts.sample(TRAINING, length, recovery.finetune_samples, seed))
+        return of_windows(texts.sample("training", length, recovery.finetune_samples, seed))
     count = -(-recovery.tokens // (length - 1))
-    every = of_windows(texts.repeated(TRAINING, length, count, seed))
+    every = of_windows(texts.repeated("training", length, count, seed))
     return every.shortened(count * (length - 1) - recovery.tokens)
 
 
