@@ -39,7 +39,8 @@ from compression.llm.gqa_pruning import (
 )
 from compression.llm.perplexity import perplexity
 from compression.llm.plots import plot_rates
-from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
+from compression.llm.run import Run
+from compression.llm.run_settings import FAST, Calibration, Finetuning, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.page import update_page
 from compression.plots import save_figure

@@ -15,7 +15,8 @@ from typing import Annotated, ClassVar, Literal
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, FolderName, group, pick, run_script
 from compression.hub import Publishing
 from compression.llm.evaluate import FAST_EVALUATION, Evaluation
-from compression.llm.recovery import LEARNING_RATE, Recovery, recover
+from compression.llm.recovery import recover
+from compression.llm.recovery_settings import LEARNING_RATE, Recovery
 from compression.outputs import check_place
 from compression.page import update_page
 from compression.runtime import MODELS, RESULTS, Dtype

@@ -24,9 +24,10 @@ from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.iterate import TrainingBetween, recovery_between
 from compression.llm.origin import KEPT_LAYERS
 from compression.llm.plots import plot_allocations, plot_removal, plot_retained, plot_search
-from compression.llm.recovery import LEARNING_RATE, Recovery
+from compression.llm.recovery_settings import LEARNING_RATE, Recovery
 from compression.llm.repair import LocalRanking
-from compression.llm.run import FAST, Calibration, Finetuning, Run, RunSettings, recovery_after
+from compression.llm.run import Run
+from compression.llm.run_settings import FAST, Calibration, Finetuning, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.llm.speed import SPEED_TABLE, Hardware, Speed, Target, check_target, table_files
 from compression.page import update_page

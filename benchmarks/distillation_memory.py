@@ -28,7 +28,8 @@ from compression.distillation import distillation_loss
 from compression.files import write_json
 from compression.llm.head import before_predicted
 from compression.llm.lora import add_lora
-from compression.llm.recovery import LanguageModelling, Recovery
+from compression.llm.recovery import LanguageModelling
+from compression.llm.recovery_settings import Recovery
 from compression.llm.rows import of_windows
 from compression.llm.teacher import LiveTeacher
 from compression.runtime import RESULTS, fingerprint, log, pick_device

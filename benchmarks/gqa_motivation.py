@@ -32,9 +32,11 @@ from compression.importance import l2
 from compression.llm.evaluate import Evaluation, evaluation_windows
 from compression.llm.gqa_pruning import Cuts, LayerwisePruning, layer_rates, select_gqa_groups_to_prune
 from compression.llm.perplexity import perplexity
-from compression.llm.recovery import Recovery, recover
+from compression.llm.recovery import recover
+from compression.llm.recovery_settings import Recovery
 from compression.llm.removal import removal_perplexities
-from compression.llm.run import FAST, Calibration, RunSettings, calibration_text
+from compression.llm.run import calibration_text
+from compression.llm.run_settings import FAST, Calibration, RunSettings
 from compression.runtime import RESULTS, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM_FOLDER
 from compression.structures import CHANNELS, LayerParts, layers_of

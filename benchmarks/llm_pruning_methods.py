@@ -50,7 +50,7 @@ from compression.decoder import decoder_of
 from compression.files import write_json, write_text
 from compression.llm.agreement import Agreement, unseen_text
 from compression.llm.perplexity import perplexity
-from compression.llm.recovery import LEARNING_RATE
+from compression.llm.recovery_settings import LEARNING_RATE
 from compression.llm.text import CalibrationText, load_corpus, sample_windows, tokenize, windows
 from compression.llm.zeroshot import check_tasks, zero_shot
 from compression.plots import save_figure

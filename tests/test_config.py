@@ -10,8 +10,8 @@ import pytest
 from conftest import load_script
 
 from compression.config import Between, Config, FolderName, _leaves, parse, pick
-from compression.llm.recovery import Recovery
-from compression.llm.run import recovery_after
+from compression.llm.recovery_settings import Recovery
+from compression.llm.run_settings import recovery_after
 from compression.runtime import ROOT, UserError
 from gqa_aware_pruning import GQAAwarePruningConfig
 from post_training import PostTrainingConfig

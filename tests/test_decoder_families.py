@@ -21,7 +21,8 @@ from compression.llm.global_pruning import Budget, GlobalPruning, Scoring, maske
 from compression.llm.gqa_pruning import Cuts, LayerwisePruning
 from compression.llm.lora import add_lora, draw_adapter
 from compression.llm.perplexity import perplexity
-from compression.llm.recovery import LanguageModelling, Recovery
+from compression.llm.recovery import LanguageModelling
+from compression.llm.recovery_settings import Recovery
 from compression.llm.rows import of_windows
 from compression.llm.text import CalibrationText
 from compression.llm.zeroshot import zero_shot

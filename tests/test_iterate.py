@@ -109,6 +109,7 @@ def test_trained_weights_keep_the_models_type(base, tmp_path):
     ("flags", "message"),
     [
         (["--recover_tokens", "-1"], "--recover_tokens -1: allowed is at least 0"),
+        (["--dataset", "ptb,plots", "--recover_tokens", "9"], "--recover_tokens 9: allowed is at least 32, for a "),
         (["--recover_tokens", "9", "--recover_learning_rate", "2"], "--recover_learning_rate 2.0: allowed is 0 to 1"),
         (["--recover_tokens", "9", "--offload", "disk"], "--recover_tokens 9: trains the model in memory, and it "),
     ],

@@ -10,7 +10,7 @@ from scripts import run_script
 from compression.checkpoint import load_language_model
 from compression.files import read_json
 from compression.llm.mixture import Mixture, Weighted, parse_mixture, shares
-from compression.llm.run import Calibration
+from compression.llm.run_settings import Calibration
 from compression.llm.text import Corpus
 from compression.model_card import data_of
 from compression.runtime import UserError
@@ -76,7 +76,7 @@ def test_one_file_under_two_names_is_refused(tmp_path):
 @pytest.mark.parametrize("flag", ["num_samples", "repair_samples", "held_out_samples"])
 def test_every_text_needs_a_window(flag):
     Calibration(dataset="ptb,plots,c4", **{flag: 3})
-    with pytest.raises(UserError, match=f"--{flag} 2: allowed is at least 3, one for each text of --dataset"):
+    with pytest.raises(UserError, match=f"--{flag} 2: allowed is at least 3, for a window of each text"):
         Calibration(dataset="ptb,plots,c4", **{flag: 2})
 
 

@@ -20,7 +20,9 @@ from compression.config import pick
 from compression.files import read_json
 from compression.llm.lora import load_adapter
 from compression.llm.perplexity import perplexity
-from compression.llm.recovery import LanguageModelling, Recovery, recover, training_data
+from compression.llm.recovery import LanguageModelling, recover
+from compression.llm.recovery_data import training_data
+from compression.llm.recovery_settings import Recovery
 from compression.llm.rows import of_instructions, of_windows, packed, read_instructions
 from compression.llm.teacher import LiveTeacher
 from compression.llm.text import load_corpus, tokenize, windows

@@ -7,7 +7,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.config import pick
 from compression.llm.iterate import cast_weights
-from compression.llm.recovery import LanguageModelling, Recovery, padding_token, training_data
+from compression.llm.recovery import LanguageModelling
+from compression.llm.recovery_data import padding_token, training_data
+from compression.llm.recovery_settings import Recovery
 from compression.training import clean_up, fit
 from post_training import PostTrainingConfig
 

@@ -10,8 +10,11 @@ from transformers import PreTrainedModel
 from compression.checkpoint import load_tensors, save_tensors
 from compression.files import read_json, write_json
 from compression.llm.perplexity import perplexity
-from compression.llm.recovery import LanguageModelling, Recovery, padding_token, training_data, validation_windows
-from compression.llm.run import Run, RunConfig, recovery_after
+from compression.llm.recovery import LanguageModelling
+from compression.llm.recovery_data import padding_token, training_data, validation_windows
+from compression.llm.recovery_settings import Recovery
+from compression.llm.run import Run
+from compression.llm.run_settings import RunConfig, recovery_after
 from compression.offload import offload_of
 from compression.runtime import UserError, log_phase
 from compression.training import clean_up, fit
@@ -26,10 +29,12 @@ def recovery_between(config: RunConfig, tokens: int, learning_rate: float) -> Re
         tokens: to predict after each step. learning_rate: the highest.
 
     Raises:
-        UserError: a text that is not there.
+        UserError: a text that is not there, or too few tokens for all of them.
     """
+    recovery = recovery_after(config)
+    recovery.check_tokens("recover_tokens", tokens)
     changes = dict(finetune_method="full", dtype="auto", tokens=tokens, learning_rate=learning_rate, shard=False)
-    return recovery_after(config).updated(**changes).in_one_epoch()
+    return recovery.updated(**changes).in_one_epoch()
 
 
 class TrainingBetween:

@@ -63,6 +63,18 @@ def _parse_entry(entry: str, texts: str, flag: str) -> Weighted:
     return Weighted(name, value)
 
 
+def check_one_of_each(flag: str, value: int, texts: list[Weighted], window: int = 1) -> None:
+    """Raise UserError where a number is too small for a window of each text of --dataset.
+
+    Args:
+        flag: that the number was given by.
+        window: what a window counts; the last may count less.
+    """
+    least = (len(texts) - 1) * window + 1
+    if value < least:
+        raise UserError(f"--{flag} {value}: allowed is at least {least}, for a window of each text of --dataset")
+
+
 def same_text(one: str, other: str) -> bool:
     """Whether two names are those of one text."""
     if os.path.isfile(one) and os.path.isfile(other):

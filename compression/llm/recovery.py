@@ -6,10 +6,9 @@ where `kd_weight` asks for it, and a term for its hidden states where `hidden_we
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import (
-    check_positions,
     contents,
     describe_stage,
     identify,
@@ -30,170 +28,30 @@ from compression.checkpoint import (
     save_checkpoint,
     save_folder,
 )
-from compression.config import NO_EFFECT, AtLeast, Between, Originally, Settings
+from compression.config import Between
 from compression.decoder import decoder_of
 from compression.distillation import relative_errors
 from compression.files import read_object
 from compression.integrity import digest_of
-from compression.llm.evaluate import Evaluation, evaluation_windows, measure, sizes
+from compression.llm.evaluate import evaluation_windows, measure, sizes
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
 from compression.llm.lora import adapter_weights, add_lora, draw_adapter, ranks_by_share, write_adapter
-from compression.llm.mixture import Mixture, Weighted, parse_mixture
 from compression.llm.origin import kept_layers, pruned_shares
 from compression.llm.perplexity import perplexity
-from compression.llm.rows import (
-    Packed,
-    Sequences,
-    is_instruction_file,
-    of_instructions,
-    of_windows,
-    packed,
-    read_instructions,
-    taken,
-)
+from compression.llm.recovery_data import padding_token, training_data, validation_windows
+from compression.llm.recovery_settings import Recovery
+from compression.llm.rows import Packed, Sequences
 from compression.llm.spread import load_unfilled, save_spread, spread
 from compression.llm.teacher import KeptTeacher, LiveTeacher, Teacher, keep_largest
 from compression.outputs import HISTORY_FILE, KEPT_LOGITS, STATES_END, Output, owned
 from compression.quantization import nf4_base
-from compression.runtime import ROOT, Dtype, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
+from compression.runtime import ROOT, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.saved_parts import SavedParts
-from compression.schedule import ScheduleName
 from compression.sharding import fill, within
 from compression.structures import DECODERS
-from compression.training import Recipe, Training, clean_up, fit
+from compression.training import Recipe, clean_up, fit
 
 RANK_FLAG = "--lora_rank_by_share"
-LEARNING_RATE = 4e-4
-"""The default, for adapters and for all weights (docs/results.md)."""
-EVALUATIONS = ("ppl", "zeroshot")
-"""What can be measured before and after."""
-
-
-@dataclass
-class Recovery(Settings):
-    """What a recovery training does. The fields are documented in post_training.py, where their defaults are."""
-
-    finetune_method: Literal["lora", "full"]
-    finetune_samples: int
-    tokens: Annotated[int | None, Originally(None)]
-    dataset: str
-    train_on_inputs: bool
-    max_length: int
-    packing: Annotated[bool, Originally(False)]
-    validation_dataset: str | None
-    validation_samples: int
-    lora_r: int
-    lora_alpha: float
-    lora_dropout: float
-    lora_projections: str
-    lora_rank_by_share: Annotated[bool, Originally(False)]
-    load_in_4bit: bool
-    dtype: Dtype
-    kd_weight: float
-    kd_temperature: float
-    hidden_weight: Annotated[float, Originally(0.0)]
-    teacher: Annotated[Path | None, NO_EFFECT]
-    teacher_offload: Annotated[Literal["none", "cpu", "disk"], NO_EFFECT]
-    teacher_cache: Annotated[int, AtLeast(0), Originally(0)]
-    shard: Annotated[bool, NO_EFFECT]
-    schedule: Annotated[ScheduleName, Originally("linear")]
-    training: Training
-    evaluation: Evaluation
-
-    def check(self) -> None:
-        self.evaluation.check_allowed(EVALUATIONS)
-        self._check_texts()
-        if self.finetune_method == "full" and self.load_in_4bit:
-            raise UserError("--load_in_4bit: not allowed with --finetune_method full; use --finetune_method lora")
-        if self.finetune_method == "full" and self.dtype not in ("auto", "float32"):
-            raise UserError(
-                f"--dtype {self.dtype}: with --finetune_method full allowed is auto or float32, for 16 bits lose small "
-                "updates; use --amp bf16 to compute in them"
-            )
-        if self.shard and self.load_in_4bit:
-            raise UserError(
-                "--shard: not allowed with --load_in_4bit, whose weights are stored in blocks; leave one out"
-            )
-        if self.lora_rank_by_share and self.finetune_method == "full":
-            raise UserError("--lora_rank_by_share: not allowed with --finetune_method full; leave one out")
-        if self.hidden_weight and self.teacher_cache:
-            raise UserError(
-                f"--teacher_cache {self.teacher_cache}: keeps no hidden states; not allowed with --hidden_weight"
-            )
-        if self.teacher_cache and not self.kd_weight:
-            raise UserError(
-                f"--teacher_cache {self.teacher_cache}: is used with --kd_weight above 0 alone; give that too"
-            )
-        if self.teacher_offload != "none" and not self.learns:
-            raise UserError(
-                f"--teacher_offload {self.teacher_offload}: is used with --kd_weight or --hidden_weight above 0 alone; "
-                "give one of them too"
-            )
-        if self.teacher is not None and self.needs_dense is None:
-            raise UserError(
-                f"--teacher {self.teacher}: is used with --kd_weight or --hidden_weight above 0, or with "
-                "--lora_rank_by_share, alone; give one of them too"
-            )
-
-    def _check_texts(self) -> None:
-        texts = self.texts
-        if self.validation_dataset is not None:
-            parse_mixture(self.validation_dataset, "--validation_dataset")
-        if self.tokens:
-            flag, least = f"--tokens {self.tokens}", (len(texts) - 1) * (self.max_length - 1) + 1
-        else:
-            flag, least = f"--finetune_samples {self.finetune_samples}", len(texts)
-        if (self.tokens or self.finetune_samples) < least:
-            raise UserError(f"{flag}: allowed is at least {least}, for a window of each text of --dataset")
-        if self.packing and self.instructions is None:
-            raise UserError(
-                f"--packing: is for instructions (.json, .jsonl); the windows of --dataset {self.dataset}, a text, are "
-                "full without it: leave it out"
-            )
-        if self.packing and self.teacher_cache:
-            raise UserError(f"--packing: not allowed with --teacher_cache {self.teacher_cache}; leave one out")
-        if is_instruction_file(self.validation_dataset or ""):
-            raise UserError(f"--validation_dataset {self.validation_dataset}: allowed is plain text, not instructions")
-
-    @property
-    def texts(self) -> list[Weighted]:
-        """What is trained on."""
-        return parse_mixture(self.dataset)
-
-    @property
-    def instructions(self) -> Path | None:
-        """The file of instructions, where nothing else is trained on; beside texts it is one of them."""
-        text, *others = self.texts
-        return Path(text.name) if not others and is_instruction_file(text.name) else None
-
-    @property
-    def learns(self) -> bool:
-        """Whether anything is learned from a teacher."""
-        return bool(self.kd_weight or self.hidden_weight)
-
-    @property
-    def needs_dense(self) -> str | None:
-        """The flag that needs the dense model, if one does."""
-        flags = ("kd_weight", "hidden_weight", "lora_rank_by_share")
-        return next((f"--{flag}" for flag in flags if getattr(self, flag)), None)
-
-    def in_one_epoch(self) -> "Recovery":
-        """The same; a budget of tokens is spent in one epoch."""
-        return self.updated(num_epochs=1) if self.tokens else self
-
-    @property
-    def projections(self) -> list[str]:
-        return self.lora_projections.split(",")
-
-    @property
-    def spread(self) -> bool:
-        """Whether the model is spread over processes; a single one has all of it."""
-        return self.shard and processes().num_processes > 1
-
-    @property
-    def states_of(self) -> str | int:
-        """By which processes a killed run can be resumed: any, or this number of them."""
-        return "any" if self.shard else processes().num_processes
 
 
 class LanguageModelling(Recipe):
@@ -466,66 +324,3 @@ def make_teacher(
     kept = output.with_name(f"{KEPT_LOGITS}{key}")
     keep_largest(kept, load, train, largest, temperature, recovery.training.part_size)
     return KeptTeacher(kept, temperature)
-
-
-def training_data(
-    recovery: Recovery, data_dir: str | None, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> tuple[Sequences | Packed, dict[str, Any]]:
-    """What is trained on, and what a report says about it.
-
-    Raises:
-        UserError: windows that are longer than the model's positions, or data that is malformed or not there.
-    """
-    check_positions(model, "max_length", recovery.max_length)
-    if (path := recovery.instructions) is not None:
-        train = _instructions(recovery, tokenizer, read_instructions(path))
-        described: dict[str, Any] = {"name": path.name, "source": "a local file"}
-    else:
-        texts = Mixture(recovery.texts, "train", data_dir, tokenizer)
-        train = _windows_of(recovery, texts)
-        described = {"name": texts.name, "source": texts.source, "texts": texts.describe()}
-    sizes = {"rows": len(train), "tokens": int(train.weights.sum()), "tokens_read": int(train.lengths.sum())}
-    said = (described["name"], described["source"], *sizes.values())
-    log.info("Training data: %s (%s), %d rows, %d tokens to predict, %d in all", *said)
-    if not recovery.packing:
-        return train, described | sizes
-    joined = packed(train, recovery.max_length)
-    full = sizes["tokens_read"] / (len(joined) * recovery.max_length)
-    log.info("Packed into %d windows of %d tokens, %.1f %% full", len(joined), recovery.max_length, 100 * full)
-    return joined, described | sizes | {"windows": len(joined)}
-
-
-def _instructions(recovery: Recovery, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> Sequences:
-    """As many of the rows as are asked for, or as have the tokens that are."""
-    length, seed = recovery.max_length, recovery.training.seed
-    if recovery.tokens:
-        every = of_instructions(tokenizer, rows, length, recovery.train_on_inputs)
-        return taken(every, recovery.tokens, seed)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    chosen = [rows[row] for row in order[: recovery.finetune_samples].sort().values]
-    return of_instructions(tokenizer, chosen, length, recovery.train_on_inputs)
-
-
-def _windows_of(recovery: Recovery, texts: Mixture) -> Sequences:
-    """As many windows of the texts as are asked for, or as have the tokens that are; the last of these is cut."""
-    length, seed = recovery.max_length, recovery.training.seed
-    if not recovery.tokens:
-        return of_windows(texts.sample("training", length, recovery.finetune_samples, seed))
-    count = -(-recovery.tokens // (length - 1))
-    every = of_windows(texts.repeated("training", length, count, seed))
-    return every.shortened(count * (length - 1) - recovery.tokens)
-
-
-def validation_windows(recovery: Recovery, data_dir: str | None, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Windows [count, length] of the texts that each epoch is judged by."""
-    default = recovery.dataset if recovery.instructions is None else "wikitext2"
-    flag = "--validation_dataset" if recovery.validation_dataset else "--dataset"
-    names = parse_mixture(recovery.validation_dataset or default, flag)
-    texts = Mixture(names, "validation", data_dir, tokenizer, flag)
-    return texts.sample("validation", recovery.max_length, recovery.validation_samples, recovery.training.seed)
-
-
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What rows are filled up with; it is masked, so any token will do where the tokenizer has none for it."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
