@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from compression.checkpoint import find_unquantized
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
 from compression.classifier.stage import DataSettings, Stage, require_classifier
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.hub import Publishing
+from compression.inputs import find_unquantized
 from compression.quantization import Storage, bytes_by_part, check_exact, pack
 from compression.runtime import MODELS, UserError, log, pick_dtype
 from compression.training import Training

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compression.checkpoint import check_positions, find_all, find_exports, load_classifier, load_tokenizer, read_stage
+from compression.checkpoint import check_positions, load_classifier, load_tokenizer
 from compression.classifier.data import DatasetSettings, encode, load_data_for
 from compression.classifier.metrics import (
     classification_metrics,
@@ -43,10 +43,12 @@ from compression.classifier.tasks import Task
 from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.export.onnx import PRECISIONS, OnnxClassifier
 from compression.flops import count_macs, count_parameters, count_thop
+from compression.inputs import find_all, find_exports
 from compression.outputs import check_files
 from compression.page import PAGE, write_page
 from compression.quantization import bytes_by_part, compute_type
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device, shown
+from compression.stage_record import read_stage
 from compression.timing import measure_latency, size_on_disk
 
 # What is evaluated, in this order. To leave a model out or to add one, make this a list of your own.

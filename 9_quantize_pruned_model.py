@@ -14,22 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from compression.checkpoint import (
-    describe_stage,
-    find_unquantized,
-    identify,
-    is_done,
-    is_language_model,
-    load_classifier,
-    load_language_model,
-    read_stage,
-    save_checkpoint,
-)
+from compression.checkpoint import load_classifier, load_language_model, save_checkpoint
 from compression.config import NO_EFFECT, Config, Flat, group, run_script
 from compression.hub import Publishing
+from compression.inputs import find_unquantized, is_language_model
 from compression.outputs import Output, owned
 from compression.quantization import DEFAULT_EMBEDDING_BITS, Storage, bytes_by_part, pack, pack_linears
 from compression.runtime import MODELS, UserError, log, pick_device, pick_dtype, shown
+from compression.stage_record import describe_stage, identify, is_done, read_stage
 from compression.surgery import to_pruned
 from compression.tables import Column, text_table
 

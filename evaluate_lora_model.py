@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from compression.checkpoint import identify, load_language_model, read_stage, require_language_model
+from compression.checkpoint import load_language_model
 from compression.config import Config, Flat, group, run_script
 from compression.decoder import decoder_of
 from compression.files import write_json
+from compression.inputs import require_language_model
 from compression.lineage import ancestors
 from compression.llm.agreement import FAST_AGREEMENT, Agreement, agreement, last_states, unseen_text
 from compression.llm.evaluate import (
@@ -37,6 +38,7 @@ from compression.outputs import check_files, new_files
 from compression.page import update_page
 from compression.quantization import nf4_base
 from compression.runtime import MODELS, RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype, shown
+from compression.stage_record import identify, read_stage
 from compression.tables import Column, at, text_table
 
 DENSE, BASE, ADAPTED, MERGED, QUANTIZED = "dense", "base", "base+adapter", "merged", "quantized"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from compression.checkpoint import check_positions, find_newest, load_classifier
+from compression.checkpoint import check_positions, load_classifier
 from compression.classifier.data import DatasetSettings, encode, load_data_for
 from compression.classifier.metrics import classification_metrics, describe_task, predict
 from compression.classifier.models import EVALUATED
@@ -21,6 +21,7 @@ from compression.classifier.parts import TaskData
 from compression.classifier.plots import plot_model_comparison
 from compression.config import AtLeast, Between, Config, Flat, group, run_script
 from compression.flops import count_parameters
+from compression.inputs import find_newest
 from compression.outputs import check_files, new_files
 from compression.plots import save_figure
 from compression.runtime import MODELS, RESULTS, UserError, log, pick_device, shown

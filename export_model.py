@@ -17,25 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from compression.batching import batches
-from compression.checkpoint import (
-    describe_stage,
-    find_newest,
-    identify,
-    is_done,
-    load_classifier,
-    read_stage,
-    require,
-    save_folder,
-    write_description,
-)
+from compression.checkpoint import load_classifier, save_folder, write_description
 from compression.classifier.data import DatasetSettings, encode, load_data
 from compression.classifier.parts import TaskData
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, choice_of, group, run_script
 from compression.export import gguf, onnx
 from compression.files import read_object
 from compression.hub import Publishing
+from compression.inputs import find_newest, require
 from compression.outputs import Output, export_stage, owned
 from compression.runtime import MODELS, UserError, log, shown
+from compression.stage_record import describe_stage, identify, is_done, read_stage
 from compression.structures import DECODERS, ENCODERS
 
 PRECISIONS = {"onnx": onnx.PRECISIONS, "gguf": gguf.PRECISIONS}

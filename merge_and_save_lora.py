@@ -12,20 +12,14 @@ from pathlib import Path
 
 import torch
 
-from compression.checkpoint import (
-    describe_stage,
-    identify,
-    is_made_from,
-    load_language_model,
-    read_stage,
-    require_language_model,
-    save_checkpoint,
-)
+from compression.checkpoint import load_language_model, save_checkpoint
 from compression.config import Config, Flat, group, run_script
 from compression.hub import Publishing
+from compression.inputs import require_language_model
 from compression.llm.lora import load_adapter, require_adapter
 from compression.outputs import Output, owned
 from compression.runtime import RESULTS, UserError, log, pick_device, shown
+from compression.stage_record import describe_stage, identify, is_made_from, read_stage
 
 # The merged weights as they are written, rounded to float32, against W x + B A x. Both run in float64: two orders of
 # summation in float32 alone come near to this.

@@ -40,7 +40,7 @@ from common.rows import earlier, missing
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from compression.checkpoint import find_newest, load_classifier, load_config, require_type
+from compression.checkpoint import load_classifier, load_config
 from compression.classifier.augment import Augmentation
 from compression.classifier.data import Encoded
 from compression.classifier.hidden_states import HiddenStates
@@ -48,6 +48,7 @@ from compression.classifier.stage import DataSettings, Stage
 from compression.config import AtLeast, Between, Config, Flat, FolderName, group, run_script
 from compression.files import remove_folder, write_json, write_text
 from compression.flops import count_macs, count_parameters
+from compression.inputs import find_newest, require_type
 from compression.outputs import KEPT_LOGITS
 from compression.plots import save_figure
 from compression.runtime import MODELS, RESULTS, ROOT, UserError, log, pick_device

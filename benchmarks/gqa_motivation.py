@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 from compression.assets import ensure_llm
-from compression.checkpoint import describe_stage, identify, load_language_model, save_checkpoint
+from compression.checkpoint import load_language_model, save_checkpoint
 from compression.config import AtLeast, Between, Config, Flat, group, pick, run_script
 from compression.files import write_json
 from compression.importance import l2
@@ -39,6 +39,7 @@ from compression.llm.run import calibration_text
 from compression.llm.run_settings import FAST, Calibration, RunSettings
 from compression.runtime import RESULTS, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM_FOLDER
+from compression.stage_record import describe_stage, identify
 from compression.structures import CHANNELS, LayerParts, layers_of
 from compression.surgery import shrink_layer, to_pruned
 from gqa_aware_pruning import GQAAwarePruningConfig

@@ -17,10 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compression.checkpoint import find_newest, identify, read_stage, require
 from compression.config import Config, run_script
 from compression.files import read_json, write_json
+from compression.inputs import find_newest, require
 from compression.runtime import MODELS, RESULTS, ROOT, UserError, log
+from compression.stage_record import identify, read_stage
 
 
 @dataclass

@@ -28,7 +28,7 @@ from large_model.watch import Watch, measured, run_watched
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from compression.checkpoint import describe_stage, is_made_from, load_language_model
+from compression.checkpoint import load_language_model
 from compression.config import AtLeast, Between, Config, FolderName, run_script
 from compression.files import read_json, remove_folder, write_json
 from compression.llm import memory
@@ -39,6 +39,7 @@ from compression.llm.text import load_corpus, tokenize, windows
 from compression.outputs import check_place, remove_states
 from compression.plots import COLOURS, new_figure, open_frame, save_figure
 from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
+from compression.stage_record import describe_stage, is_made_from
 from compression.tables import Column, at, text_table
 
 KNOWN = SHAPES | {"tiny": Shape(64, 4, 8, 4, 160, vocabulary=300, positions=512)}

@@ -20,13 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from compression.checkpoint import find_newest, load_classifier, load_language_model, read_stage
+from compression.checkpoint import load_classifier, load_language_model
 from compression.classifier.data import DatasetSettings, load_data
 from compression.config import Config, run_script
 from compression.files import read_json, write_json
+from compression.inputs import find_newest
 from compression.llm.perplexity import token_losses
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.runtime import MODELS, RESULTS, UserError, log
+from compression.stage_record import read_stage
 
 CLASSIFIER = """
 import json, sys, torch

@@ -20,13 +20,14 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from compression.checkpoint import load_classifier, require
+from compression.checkpoint import load_classifier
 from compression.classifier.budget import macs_budget
 from compression.classifier.gradual_pruning import GradualPruning
 from compression.classifier.hidden_states import HiddenStates
 from compression.config import Config, run_script
 from compression.distillation import distillation_loss
 from compression.files import write_json
+from compression.inputs import require
 from compression.runtime import RESULTS, ROOT, fingerprint, log, pick_device
 from compression.structures import ENCODER_KINDS
 

@@ -19,12 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-from compression.checkpoint import find_newest, load_classifier
+from compression.checkpoint import load_classifier
 from compression.config import Config, run_script
 from compression.fake_quantization import add_fake_quantization
 from compression.files import write_json
 from compression.flops import count_parameters
 from compression.formats import FourBit
+from compression.inputs import find_newest
 from compression.quantization import Format
 from compression.runtime import MODELS, RESULTS, UserError, fingerprint, log, pick_device
 from compression.timing import interleaved_times

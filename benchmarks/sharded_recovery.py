@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 
-from compression.checkpoint import load_tensors, require_language_model
+from compression.checkpoint import load_tensors
 from compression.config import AtLeast, Config, run_script
 from compression.files import read_json, write_json
+from compression.inputs import require_language_model
 from compression.outputs import STATES_END, check_place
 from compression.runtime import RESULTS, ROOT, UserError, fingerprint, log
 from compression.tables import Column, at, text_table

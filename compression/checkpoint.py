@@ -1,14 +1,13 @@
-"""The only code that writes or reads a checkpoint.
+"""Writes and loads checkpoints; no other code does.
 
-A checkpoint is an ordinary Hugging Face folder plus `stage.json`, which says where it came from and what its files'
-checksums are. Weights are safetensors, everything else is JSON: no pickles. Nothing that is missing, damaged,
-mis-shaped or not finite passes.
+A checkpoint is an ordinary Hugging Face folder plus `stage.json`, which says where it came from (see `stage_record`)
+and what its files' checksums are. Weights are safetensors, everything else is JSON: no pickles. Nothing that is
+missing, damaged, mis-shaped or not finite passes.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
@@ -42,14 +41,14 @@ from compression.files import (
     write_json,
 )
 from compression.flops import part_of
-from compression.integrity import CARD, STAGE_FILE, read_record, seal, sha256_of, verify, weights_digest
+from compression.integrity import CARD, STAGE_FILE, seal, verify
 from compression.model_card import model_card
 from compression.modeling import add_modeling_code, fix_4bit_layers
 from compression.offload import Placement, offload_of, put_offloaded
-from compression.outputs import Output, exports_of, is_export, some
-from compression.runtime import UserError, fingerprint, log, processes, relative_path, shown
+from compression.outputs import Output, some
+from compression.runtime import UserError, processes
 from compression.sources import missing_tokenizer
-from compression.structures import DECODERS, positions_of, unsupported
+from compression.structures import positions_of
 from compression.weights import MAX_SHARD_SIZE, Shards, check_finite
 
 # A model, its tokenizer, and which weights did not fit.
@@ -169,208 +168,6 @@ def finish_folder(folder: Path, stage: dict[str, Any], target: Path) -> None:
     """
     (folder / CARD).write_text(model_card(folder, stage, real_path(target)), encoding="utf-8")
     seal(folder, stage)
-
-
-def describe_stage(
-    stage: str, config: dict[str, Any], inputs: dict[str, Any], metrics: dict[str, Any], data: dict[str, Any]
-) -> dict[str, Any]:
-    """What `stage.json` holds.
-
-    Args:
-        inputs: by role (parent, teacher, data) what identifies the input, see `identify`; `parent` is the checkpoint
-            that this one was made from.
-    """
-    return {
-        "stage": stage,
-        "parent": inputs.get("parent", {}).get("path"),
-        "inputs": inputs,
-        "config": config,
-        "seed": config.get("seed"),
-        "metrics": metrics,
-        "data": data,
-        "environment": fingerprint(),
-        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
-    }
-
-
-def identify(folder: Path) -> dict[str, str]:
-    """A checkpoint's path and a hash of its weights: what later stages note about their inputs.
-
-    Raises:
-        UserError: the folder holds no weights, or a file of it is damaged.
-    """
-    restore_replaced(Path(folder))
-    digests = read_unchanged(folder, lambda: _digests(Path(folder)))
-    return {"path": relative_path(Path(folder).resolve()), "sha256": weights_digest(digests)}
-
-
-def _digests(folder: Path) -> list[str]:
-    """The sha256 of all weight files, in the order of their names."""
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{folder}: no checkpoint there (no model.safetensors)")
-    verify(folder)
-    return [sha256_of(path) for path in weights]
-
-
-def contents(inputs: Any) -> dict[str, Any]:
-    """The hashes of a stage's inputs by role: where they lie does not matter."""
-    entries = inputs.items() if isinstance(inputs, dict) else ()
-    return {role: entry.get("sha256") if isinstance(entry, dict) else None for role, entry in entries}
-
-
-def is_made_from(
-    folder: Path,
-    config: dict[str, Any],
-    inputs: dict[str, Any],
-    record: str = STAGE_FILE,
-    modernized: Callable[[dict[str, Any]], dict[str, Any]] = lambda noted: noted,
-) -> bool:
-    """Whether a result exists that was made with these settings from these inputs.
-
-    Args:
-        record: the name of the file that says so.
-        modernized: gives the settings of an older record their names of today.
-
-    Raises:
-        UserError: it exists and is damaged.
-    """
-    restore_replaced(Path(folder))
-    stage = read_record(folder, record)
-    if stage is None or contents(stage.get("inputs")) != contents(inputs):
-        return False
-    noted = stage.get("config")
-    if not isinstance(noted, dict):
-        return False
-    noted = modernized(noted)
-    if any(noted.get(name) != value for name, value in config.items()):
-        return False
-    verify(folder)
-    return True
-
-
-def is_done(output: Output, config: Any, inputs: dict[str, Any], reads: Sequence[Path], shared: Sequence[Path]) -> bool:
-    """Whether `--skip_existing` is given and the result is there, made with these settings from these inputs.
-
-    Args:
-        config: has `skip_existing` and `overwrite`.
-        reads, shared: see `Output.check`.
-
-    Raises:
-        UserError: it is to be made, and what lies in its place must stay.
-    """
-    same = is_made_from(output.path, config.result_fields(), inputs)
-    if config.skip_existing and same:
-        log.info("%s exists and matches configuration and inputs: skipped", shown(output.path))
-        return True
-    output.check(reads, shared)
-    output.check_same(same, config.overwrite)
-    return False
-
-
-def read_stage(folder: Path) -> dict[str, Any] | None:
-    """The checkpoint's `stage.json`, or None where the folder or the file is missing.
-
-    Raises:
-        UserError: it is damaged, or no JSON object.
-    """
-    restore_replaced(Path(folder))
-    return read_record(folder)
-
-
-def require(folder: Path, flag: str, command: str) -> None:
-    """Raise UserError unless a checkpoint is there; the text names the flag and the command that makes one."""
-    restore_replaced(Path(folder))
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{flag} {folder}: no checkpoint there; make it with: {command}")
-
-
-def require_language_model(
-    folder: Path, flag: str, command: str = "python run_global_pruning.py", quantized: bool = False
-) -> None:
-    """Raise UserError unless a language model is there.
-
-    Args:
-        flag, command: for the error text, see `require_type`.
-        quantized: whether it may be a quantized one.
-    """
-    require_type(folder, flag, command, DECODERS)
-    if not quantized:
-        require_unquantized(folder, flag)
-
-
-def require_unquantized(folder: Path, flag: str) -> None:
-    """Raise UserError where a checkpoint is quantized; `flag` is for its text."""
-    if "quantization_config" in read_object(Path(folder) / "config.json"):
-        raise UserError(f"{flag} {folder}: is quantized already; name the model it was made from")
-
-
-def is_language_model(folder: Path) -> bool:
-    """Whether a checkpoint is of a decoder's model type."""
-    return read_object(Path(folder) / "config.json").get("model_type") in DECODERS
-
-
-def require_type(folder: Path, flag: str, command: str, families: Collection[str]) -> dict[str, Any]:
-    """The config of a checkpoint that is there and of one of these model types.
-
-    Args:
-        flag, command: what names the folder, and what makes it, for the error text.
-
-    Raises:
-        UserError: there is none, or of another type.
-    """
-    require(folder, flag, command)
-    config = read_object(Path(folder) / "config.json")
-    model_type = config.get("model_type")
-    if model_type not in families:
-        raise UserError(f"{flag} {folder}: {unsupported(model_type, families)}; name another folder")
-    return config
-
-
-def find_all(models_dir: Path, stage: str) -> list[Path]:
-    """The checkpoints of a stage under `models_dir`, newest first, by the creation time in their `stage.json`."""
-    found = []
-    for path in _folders_in(models_dir):
-        record = read_record(path) or {}
-        if record.get("stage") == stage:
-            found.append((str(record.get("created", "")), path))
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def _folders_in(models_dir: Path) -> list[Path]:
-    """The folders of checkpoints and exports right under `models_dir`."""
-    return [path.parent for path in Path(models_dir).glob(f"[!.]*/{STAGE_FILE}")]
-
-
-def find_newest(models_dir: Path, stage: str) -> Path | None:
-    """The newest checkpoint of a stage under `models_dir`, None where there is none."""
-    return next(iter(find_all(models_dir, stage)), None)
-
-
-def find_exports(folder: Path, models_dir: Path, format: str) -> list[Path]:
-    """The exports of a checkpoint, by the hash of its weights: in its folder and among the checkpoints."""
-    digest = identify(folder)["sha256"]
-    stages = ((path, read_stage(path) or {}) for path in [*exports_of(folder), *_folders_in(models_dir)])
-    return sorted(
-        path
-        for path, stage in stages
-        if is_export(stage.get("stage"), format) and contents(stage.get("inputs")).get("parent") == digest
-    )
-
-
-def find_unquantized(pruned_model_path: Path | None, models_dir: Path) -> Path:
-    """The model that stages 9 and 10 start from: the one named, else the newest pruned one.
-
-    Raises:
-        UserError: there is none, or it is quantized already.
-    """
-    command = "python 8_pruning_with_finetuning.py"
-    folder = pruned_model_path or find_newest(models_dir, "pruned")
-    if folder is None:
-        raise UserError(f"--models_dir {models_dir}: no pruned model there; make one with: {command}")
-    require(folder, "--pruned_model_path", command)
-    require_unquantized(folder, "--pruned_model_path")
-    return folder
 
 
 def load_classifier(

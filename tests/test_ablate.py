@@ -13,9 +13,10 @@ from conftest import tiny_bert, tiny_distilbert
 from optuna.trial import TrialState
 from scripts import ROOT, run_script, start_script, wait_until
 
-from compression.checkpoint import describe_stage, save_checkpoint
+from compression.checkpoint import save_checkpoint
 from compression.plots import undominated
 from compression.runtime import UserError
+from compression.stage_record import describe_stage
 from compression.study import shared
 from compression.study.figures import look_up
 from compression.study.runs import Processes

@@ -12,12 +12,14 @@ from tokenizers.models import BPE, Unigram
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
+from compression.checkpoint import load_classifier, save_checkpoint
 from compression.classifier.augment import Augmentation, changed_copies, nearest_words
 from compression.classifier.data import encode
 from compression.classifier.metrics import predict
 from compression.classifier.stage import Stage
+from compression.inputs import find_newest
 from compression.runtime import UserError
+from compression.stage_record import describe_stage, read_stage
 
 DISTIL, PRUNE = "2_distill_student.py", "8_pruning_with_finetuning.py"
 NOTHING = dict(augment=3, augment_replace=0.0, augment_drop=0.0, augment_span=0.0, augment_join=0.0)

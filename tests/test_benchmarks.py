@@ -14,8 +14,9 @@ from conftest import KEPT, WORDS, bytes_tokenizer, letters, save_decoder, tiny_b
 from scripts import ROOT, run_script, start_script
 from test_ablate import SCRIPT
 
-from compression.checkpoint import describe_stage, save_checkpoint
+from compression.checkpoint import save_checkpoint
 from compression.quantization import Format, pack
+from compression.stage_record import describe_stage
 from compression.surgery import shrink
 
 TRAIN = "--data_dir {world} --models_dir {world}/models --train_fraction 1"

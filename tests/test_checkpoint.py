@@ -8,20 +8,14 @@ import torch
 from conftest import save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
 from safetensors.torch import load_file, save_file
 
-from compression.checkpoint import (
-    find_newest,
-    identify,
-    is_made_from,
-    load_classifier,
-    load_language_model,
-    read_stage,
-    save_checkpoint,
-)
+from compression.checkpoint import load_classifier, load_language_model, save_checkpoint
 from compression.classifier.data import Split, encode
 from compression.classifier.tasks import SST2, check_labels
 from compression.classifier.teacher import teacher_logits
+from compression.inputs import find_newest
 from compression.runtime import UserError
 from compression.saved_parts import SavedParts
+from compression.stage_record import identify, is_made_from, read_stage
 
 WEIGHT = {
     "language model": "model.layers.1.mlp.up_proj.weight",

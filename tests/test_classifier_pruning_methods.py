@@ -10,10 +10,11 @@ from scripts import ROOT, run_script
 from torch.nn.functional import cross_entropy
 
 from compression import importance
-from compression.checkpoint import describe_stage, save_checkpoint
+from compression.checkpoint import save_checkpoint
 from compression.classifier.data import Encoded
 from compression.flops import count_macs
 from compression.runtime import UserError
+from compression.stage_record import describe_stage
 from compression.structures import ENCODER_KINDS, HEADS, NEURONS, layers_of
 from compression.surgery import shrink
 

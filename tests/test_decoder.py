@@ -22,9 +22,9 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from compression import structures
-from compression.checkpoint import require_language_model
 from compression.config import pick
 from compression.decoder import decoder_of
+from compression.inputs import require_language_model
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.gqa_pruning import Cuts, LayerwisePruning, compute_gqa_group_importance
 from compression.llm.perplexity import perplexity

@@ -21,14 +21,16 @@ from transformers import (
     RobertaTokenizer,
 )
 
-from compression.checkpoint import find_all, find_newest, load_classifier, read_stage, save_checkpoint
+from compression.checkpoint import load_classifier, save_checkpoint
 from compression.classifier.data import DatasetSettings, load_data
 from compression.classifier.embeddings import EmbeddingSettings, factorize, table_of, token_counts, trim
 from compression.classifier.vocabulary import trimmed
 from compression.export.onnx import OnnxClassifier, logit_difference, write_onnx
 from compression.flops import count_macs, count_parameters
+from compression.inputs import find_all, find_newest
 from compression.quantization import Format, pack
 from compression.runtime import UserError
+from compression.stage_record import read_stage
 
 WORDS = ["good", "bad", "fine", "film", "plot", "dull", "##s", "##ly", "##ful", "goodly", "river", "unused"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -9,11 +9,12 @@ from conftest import tiny_bert, tiny_distilbert
 from matplotlib.image import imread
 from scripts import run_script
 
-from compression.checkpoint import describe_stage, load_classifier, save_checkpoint
+from compression.checkpoint import load_classifier, save_checkpoint
 from compression.classifier.metrics import describe_task
 from compression.classifier.plots import plot_model_comparison
 from compression.classifier.tasks import METRICS, SST2
 from compression.quantization import Format, pack
+from compression.stage_record import describe_stage
 
 
 def run(*flags, expect=0):

@@ -9,11 +9,13 @@ from conftest import KEPT, bytes_tokenizer, load_script, save_decoder, tiny_bert
 from scripts import run_script
 from transformers import AutoConfig
 
-from compression.checkpoint import describe_stage, find_exports, identify, load_classifier, read_stage, save_checkpoint
+from compression.checkpoint import load_classifier, save_checkpoint
 from compression.export.onnx import OnnxClassifier
+from compression.inputs import find_exports
 from compression.integrity import files_in, verify
 from compression.outputs import Output
 from compression.runtime import UserError
+from compression.stage_record import describe_stage, identify, read_stage
 from compression.surgery import shrink
 
 

@@ -7,11 +7,12 @@ from conftest import KEPT, MODELS, WORDS, load_script, tiny_bert
 from test_training import Killed
 
 from compression.batching import model_inputs
-from compression.checkpoint import load_tensors, read_stage, save_checkpoint
+from compression.checkpoint import load_tensors, save_checkpoint
 from compression.classifier.finetuning import FineTuning, Smoothing
 from compression.classifier.stage import TokenizedTask
 from compression.files import read_json
 from compression.schedule import EarlyStopping
+from compression.stage_record import read_stage
 from compression.surgery import shrink
 from compression.training import Training, fit
 

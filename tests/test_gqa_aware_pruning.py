@@ -11,7 +11,7 @@ from scripts import run_killed, run_script
 
 import compression.llm.score_passes as calibration
 from compression.allocation import largest_ratio, split_budget, spread_rates
-from compression.checkpoint import load_language_model, read_stage
+from compression.checkpoint import load_language_model
 from compression.config import pick
 from compression.llm import gqa_pruning
 from compression.llm.gqa_pruning import (
@@ -29,6 +29,7 @@ from compression.llm.score_passes import score_layer, score_structures
 from compression.llm.scoring import SCORES
 from compression.llm.text import CalibrationText, load_corpus, tokenize, windows
 from compression.runtime import UserError
+from compression.stage_record import read_stage
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder, to_pruned
 from gqa_aware_pruning import (

@@ -16,8 +16,8 @@ TRACKS = ("compression.classifier", "compression.llm", "compression.export", "co
 PAGE = "compression.page"
 PURE = ("compression.structures", "compression.importance", "compression.schedule", "compression.allocation")
 # Disks, trainers and command lines.
-WORLD = [f"compression.{name}" for name in ("files", "outputs", "integrity", "checkpoint", "training", "config")]
-WORLD += ["tyro", "accelerate"]
+WORLD = [f"compression.{name}" for name in ("files", "outputs", "integrity", "stage_record", "inputs")]
+WORLD += ["compression.checkpoint", "compression.training", "compression.config", "tyro", "accelerate"]
 
 
 def imports_of(path: Path, module: str = "") -> set[str]:

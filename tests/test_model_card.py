@@ -13,15 +13,7 @@ from scripts import ROOT, run_elsewhere, run_script
 from test_lora import pruned, with_adapter
 from test_user_files import config_of, inputs_of_every_script  # noqa: F401 (a fixture)
 
-from compression.checkpoint import (
-    describe_stage,
-    identify,
-    is_made_from,
-    load_classifier,
-    read_stage,
-    save_checkpoint,
-    save_folder,
-)
+from compression.checkpoint import load_classifier, save_checkpoint, save_folder
 from compression.classifier.glue import GLUE, REPOSITORY
 from compression.hub import Publishing
 from compression.integrity import RUN_FILE, SOURCE_FILE, seal, verify
@@ -32,6 +24,7 @@ from compression.model_card import DATASETS, citation, kind_of
 from compression.outputs import Output
 from compression.quantization import Storage, pack
 from compression.runtime import UserError
+from compression.stage_record import describe_stage, identify, is_made_from, read_stage
 from compression.structures import HEADS, NEURONS
 from compression.surgery import shrink
 

@@ -10,7 +10,7 @@ from test_lora import pruned
 from test_post_training import settings
 from test_training import Killed
 
-from compression.checkpoint import describe_stage, identify, load_language_model, load_tensors, read_stage
+from compression.checkpoint import load_language_model, load_tensors
 from compression.files import read_json
 from compression.llm.lora import add_lora, load_adapter, ranks_by_share, write_adapter
 from compression.llm.origin import kept_layers, pruned_shares
@@ -18,6 +18,7 @@ from compression.llm.recovery import LanguageModelling, recover
 from compression.llm.rows import of_windows
 from compression.llm.teacher import LiveTeacher
 from compression.runtime import UserError
+from compression.stage_record import describe_stage, identify, read_stage
 from compression.structures import CHANNELS, GROUPS, family_of, layers_of
 from compression.surgery import shrink_decoder
 

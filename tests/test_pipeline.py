@@ -20,8 +20,10 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from compression.checkpoint import find_newest, load_classifier, read_stage
+from compression.checkpoint import load_classifier
 from compression.classifier.data import DatasetSettings, load_data
+from compression.inputs import find_newest
+from compression.stage_record import read_stage
 from compression.structures import layers_of
 
 SST2 = Path(os.environ.get("COMPRESSION_DATA", ROOT.parent / "shared" / "data")) / "sst2"

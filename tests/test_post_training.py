@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel
 
 import evaluate_lora_model
 import merge_and_save_lora
-from compression.checkpoint import load_language_model, load_tensors, read_stage
+from compression.checkpoint import load_language_model, load_tensors
 from compression.config import pick
 from compression.files import read_json
 from compression.llm.lora import load_adapter
@@ -29,6 +29,7 @@ from compression.llm.text import load_corpus, tokenize, windows
 from compression.quantization import nf4_base
 from compression.runtime import UserError, setup_logging
 from compression.schedule import SCHEDULES
+from compression.stage_record import read_stage
 from compression.training import fit
 from post_training import PostTrainingConfig
 

@@ -10,15 +10,17 @@ from safetensors.torch import load_file
 from scripts import run_distributed, run_killed, run_script
 from transformers import BertConfig, BertForSequenceClassification
 
-from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
+from compression.checkpoint import load_classifier, save_checkpoint
 from compression.classifier.data import Encoded
 from compression.classifier.hidden_states import HiddenStates, LiveTeacher
 from compression.classifier.qat import LossWeights, QuantizationAwareDistillation
 from compression.config import pick
 from compression.distillation import hidden_state_loss, layer_map
 from compression.formats import FourBit, dequantized_weight
+from compression.inputs import find_newest
 from compression.quantization import Storage, check_exact, encoder_linears, pack
 from compression.runtime import UserError
+from compression.stage_record import describe_stage, read_stage
 from compression.surgery import shrink
 from compression.training import fit
 

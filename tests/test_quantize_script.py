@@ -7,16 +7,11 @@ import torch
 from conftest import DECODER_FILES, KEPT, letters, pruning_flags, save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
 from scripts import run_script
 
-from compression.checkpoint import (
-    describe_stage,
-    find_newest,
-    load_classifier,
-    load_language_model,
-    read_stage,
-    save_checkpoint,
-)
+from compression.checkpoint import load_classifier, load_language_model, save_checkpoint
 from compression.formats import FourBit, dequantized_weight
+from compression.inputs import find_newest
 from compression.quantization import encoder_linears
+from compression.stage_record import describe_stage, read_stage
 from compression.structures import CHANNELS, GROUPS
 from compression.surgery import shrink, shrink_decoder
 

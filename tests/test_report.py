@@ -10,7 +10,7 @@ from conftest import KEPT, WORDS, load_script, tiny_bert, tiny_distilbert
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.image import imread
 
-from compression.checkpoint import describe_stage, identify, read_stage, save_checkpoint
+from compression.checkpoint import save_checkpoint
 from compression.classifier import report as report_module
 from compression.classifier.data import DatasetSettings
 from compression.classifier.metrics import describe_task
@@ -35,6 +35,7 @@ from compression.flops import count_macs
 from compression.llm.plots import plot_removal
 from compression.plots import COLOURS, MARKERS, save_figure, unit_area
 from compression.runtime import ROOT, UserError
+from compression.stage_record import describe_stage, identify, read_stage
 from compression.surgery import shrink
 
 FILES = {"final_report.json", "final_report.md", "final_report.png", ".written.json"}

@@ -12,9 +12,10 @@ from scripts import ROOT, run_script, start_program, start_script
 from test_global_pruning import run as prune
 from test_global_pruning import words_of
 
-from compression.checkpoint import describe_stage, read_stage, save_checkpoint
+from compression.checkpoint import save_checkpoint
 from compression.outputs import WRITTEN_FILE
 from compression.page import PAGE
+from compression.stage_record import describe_stage, read_stage
 
 LETTERS = "abcdefghijklmnopqrst"
 

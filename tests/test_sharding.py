@@ -10,11 +10,12 @@ from test_lora import pruned
 from test_post_training import settings
 from test_training import Killed
 
-from compression.checkpoint import load_tensors, read_stage
+from compression.checkpoint import load_tensors
 from compression.files import read_json
 from compression.llm.recovery import LanguageModelling, recover
 from compression.outputs import KEPT_LOGITS
 from compression.runtime import UserError
+from compression.stage_record import read_stage
 
 TRAIN, STEP = "post_training.py", "compression.training.Recipe.after_step"
 

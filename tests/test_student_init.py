@@ -8,10 +8,11 @@ import torch
 from conftest import KEPT, MODELS, WORDS, load_script, tiny_bert
 from scripts import run_killed, run_script
 
-from compression.checkpoint import load_classifier, read_stage, save_checkpoint
+from compression.checkpoint import load_classifier, save_checkpoint
 from compression.classifier.student import chosen_layers
 from compression.quantization import Format, pack
 from compression.runtime import UserError
+from compression.stage_record import read_stage
 from compression.structures import family_of
 from compression.student_init import with_layers
 from compression.surgery import shrink

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_lora import pruned, with_adapter
 
-from compression.checkpoint import describe_stage, save_checkpoint, save_folder
+from compression.checkpoint import save_checkpoint, save_folder
 from compression.integrity import seal
 from compression.llm.lora import write_adapter
 from compression.outputs import Output, check_place
 from compression.runtime import MODELS, RESULTS, ROOT, UserError
+from compression.stage_record import describe_stage
 
 SENTENCES = [f"{letter} a b{' c' * index}\t{index % 2}" for index, letter in enumerate("abcdefghijklmnopqrst")]
 

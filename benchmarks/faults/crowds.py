@@ -75,14 +75,14 @@ def refused_or_done(outcome: Outcome, children: list) -> list[str]:
 
 
 def read_stage(folder) -> str:
-    from compression.checkpoint import read_stage
+    from compression.stage_record import read_stage
 
     stage = read_stage(folder)
     return "nothing there" if stage is None else "" if stage["config"]["number"] is not None else "half of it"
 
 
 def identify(folder) -> str:
-    from compression.checkpoint import identify
+    from compression.stage_record import identify
 
     return "" if identify(folder)["sha256"] else "nothing"
 

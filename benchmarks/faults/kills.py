@@ -157,7 +157,7 @@ def state(clone: Path, scenario: Scenario) -> dict[str, dict[str, str]]:
 
 def read_by_the_project(clone: Path, scenario: Scenario) -> None:
     """Look at the outputs as the next script would, which may first finish what was interrupted."""
-    from compression.checkpoint import read_stage
+    from compression.stage_record import read_stage
 
     for pattern in scenario.outputs:
         for folder in ("", "models", "finetuned"):

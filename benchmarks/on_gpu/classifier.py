@@ -15,10 +15,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from compression.checkpoint import describe_stage, find_newest, load_classifier, read_stage, save_checkpoint
+from compression.checkpoint import load_classifier, save_checkpoint
 from compression.formats import FourBit
+from compression.inputs import find_newest
 from compression.quantization import encoder_linears
 from compression.runtime import seed_everything
+from compression.stage_record import describe_stage, read_stage
 from compression.timing import measure_latency
 from on_gpu.setting import Figures, Setting
 

@@ -6,10 +6,11 @@ from typing import Any
 from large_model.random_model import random_text, save_random_model
 
 from compression.assets import ensure_llm
-from compression.checkpoint import load_language_model, read_stage
+from compression.checkpoint import load_language_model
 from compression.files import read_json
 from compression.llm.text import load_corpus, tokenize
 from compression.sources import LLM_FOLDER
+from compression.stage_record import read_stage
 from on_gpu.setting import Figures, Setting
 
 RATIO = 0.5

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from compression.checkpoint import read_stage
 from compression.classifier.models import EVALUATED, EvaluatedModel
 from compression.classifier.plots import checkpoints_in_pytorch, plot_confusion_matrices, plot_quality_against_cost
 from compression.classifier.tasks import listed
@@ -19,6 +18,7 @@ from compression.integrity import digest_of
 from compression.outputs import new_files
 from compression.plots import save_figure
 from compression.runtime import ROOT, UserError, relative_path
+from compression.stage_record import read_stage
 from compression.tables import Column, at, markdown_table
 
 REPORT_FILE = "final_report.json"

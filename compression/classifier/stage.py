@@ -11,17 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compression.checkpoint import (
-    check_positions,
-    contents,
-    describe_stage,
-    find_all,
-    identify,
-    is_made_from,
-    load_classifier,
-    require_type,
-    save_checkpoint,
-)
+from compression.checkpoint import check_positions, load_classifier, save_checkpoint
 from compression.classifier.augment import Augmentation, more_rows
 from compression.classifier.data import DatasetSettings, Encoded, encode, load_data
 from compression.classifier.embeddings import EmbeddingSettings
@@ -33,9 +23,11 @@ from compression.classifier.teacher import teacher_logits
 from compression.config import Between, Flat, Settings, group
 from compression.flops import count_macs, count_parameters
 from compression.hub import Publishing
+from compression.inputs import find_all, require_type
 from compression.integrity import digest_of
 from compression.outputs import HISTORY_FILE, STATES_END, Output, fresh_path, owned
 from compression.runtime import UserError, from_main_process, log, pick_device, processes, seed_everything, shown
+from compression.stage_record import contents, describe_stage, identify, is_made_from
 from compression.structures import ENCODERS, positions_of
 from compression.training import Recipe, Training, clean_up, fit
 

@@ -7,9 +7,10 @@ from typing import Annotated
 from transformers import PreTrainedModel
 
 from compression.assets import ensure_student
-from compression.checkpoint import load_config, require_unquantized
+from compression.checkpoint import load_config
 from compression.classifier.stage import Stage, TokenizedTask
 from compression.config import NO_EFFECT, Settings
+from compression.inputs import require_unquantized
 from compression.runtime import UserError, log
 from compression.sources import STUDENT, STUDENT_FOLDER
 from compression.student_init import with_layers

@@ -5,13 +5,14 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compression.checkpoint import identify, load_tensors, save_tensors
+from compression.checkpoint import load_tensors, save_tensors
 from compression.classifier.data import Encoded
 from compression.classifier.metrics import predict
 from compression.classifier.tasks import Task
 from compression.integrity import digest_of
 from compression.outputs import KEPT_LOGITS, kept_folder
 from compression.runtime import log
+from compression.stage_record import identify
 
 LOGITS = "logits.safetensors"
 

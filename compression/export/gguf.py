@@ -30,10 +30,11 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader, GGUFWriter, LlamaFileType, RopeScalingType
 from torch import Tensor
 
-from compression.checkpoint import load_skeleton, load_tokenizer, require_language_model
+from compression.checkpoint import load_skeleton, load_tokenizer
 from compression.export import TEXTS
 from compression.export.gguf_vocabulary import FLAG, Vocabulary, vocabulary_of
 from compression.export.llama_cpp import LlamaCpp, is_installed
+from compression.inputs import require_language_model
 from compression.offload import Placement, put_offloaded
 from compression.runtime import UserError, log
 from compression.structures import LayerParts, head_dim, layers_of

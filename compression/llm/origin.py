@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compression.checkpoint import contents, identify, load_skeleton, read_stage
+from compression.checkpoint import load_skeleton
 from compression.files import read_object
 from compression.lineage import Record, ancestors, as_object
 from compression.runtime import UserError
+from compression.stage_record import contents, identify, read_stage
 from compression.structures import layers_of
 
 KEPT_LAYERS = "kept_layers"

@@ -17,21 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compression.checkpoint import (
-    contents,
-    describe_stage,
-    identify,
-    is_made_from,
-    load_language_model,
-    read_stage,
-    require_language_model,
-    save_checkpoint,
-    save_folder,
-)
+from compression.checkpoint import load_language_model, save_checkpoint, save_folder
 from compression.config import Between
 from compression.decoder import decoder_of
 from compression.distillation import relative_errors
 from compression.files import read_object
+from compression.inputs import require_language_model
 from compression.integrity import digest_of
 from compression.llm.evaluate import evaluation_windows, measure, sizes
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
@@ -48,6 +39,7 @@ from compression.quantization import nf4_base
 from compression.runtime import ROOT, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.saved_parts import SavedParts
 from compression.sharding import fill, within
+from compression.stage_record import contents, describe_stage, identify, is_made_from, read_stage
 from compression.structures import DECODERS
 from compression.training import Recipe, clean_up, fit
 

@@ -15,18 +15,14 @@ from compression.assets import ensure_llm
 from compression.checkpoint import (
     check_positions,
     check_weights_finite,
-    contents,
-    describe_stage,
     finish_folder,
-    identify,
-    is_made_from,
     load_language_model,
     open_offloaded,
-    require_unquantized,
     write_model,
 )
 from compression.decoder import decoder_of
 from compression.files import link_or_copy, read_json, write_json
+from compression.inputs import require_unquantized
 from compression.integrity import RUN_FILE, digest_of, seal
 from compression.llm.agreement import Unseen, agreement, last_states, unseen_text
 from compression.llm.evaluate import efficiency_ratios, evaluation_windows, measure, measure_efficiency
@@ -52,6 +48,7 @@ from compression.runtime import (
 )
 from compression.saved_parts import SavedParts
 from compression.sources import LLM_FOLDER, describe_source
+from compression.stage_record import contents, describe_stage, identify, is_made_from
 from compression.weights import Shards
 
 
@@ -61,7 +58,7 @@ class Run:
     Args:
         kind: what its records say it is.
         config: of the script.
-        inputs: what it reads besides the model and texts, by role, as `checkpoint.identify` gives it.
+        inputs: what it reads besides the model and texts, by role, as `stage_record.identify` gives it.
 
     Attributes:
         model, tokenizer: the dense ones, loaded.

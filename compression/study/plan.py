@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compression.checkpoint import find_newest, identify
 from compression.config import flag_words
+from compression.inputs import find_newest
 from compression.integrity import digest_of, files_in, sha256_of
 from compression.runtime import UserError
 from compression.sources import LLM_FOLDER
+from compression.stage_record import identify
 from compression.study.runs import RUN_FOLDER, Run, Step
 from compression.study.scripts import FAST, OWN, SEED, Script, load_script
 from compression.study.space import Axis, Point, points
