@@ -19,9 +19,9 @@ from compression.files import write_json
 from compression.hub import Publishing
 from compression.llm.agreement import FAST_AGREEMENT, Agreement
 from compression.llm.evaluate import Evaluation
-from compression.llm.evolution import Search
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.iterate import TrainingBetween, recovery_between
+from compression.llm.levels import Search
 from compression.llm.origin import KEPT_LAYERS
 from compression.llm.plots import plot_allocations, plot_removal, plot_retained, plot_search
 from compression.llm.recovery_settings import LEARNING_RATE, Recovery

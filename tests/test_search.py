@@ -11,8 +11,10 @@ from scripts import run_killed, run_script
 from compression.allocation import Cost
 from compression.config import pick
 from compression.llm.agreement import divergence, last_states
-from compression.llm.evolution import Part, Search, child, evolve, levels_of, rungs_of
+from compression.llm.evolution import child, evolve
+from compression.llm.exchange import exchange, exchanges
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
+from compression.llm.levels import Part, Search, cost_of, levels_of, rungs_of
 from compression.llm.repair import LocalChoice, repairing
 from compression.llm.search import AllocationSearch
 from compression.llm.stitching import solutions_of, stitched
@@ -61,7 +63,7 @@ def parts(layers=6):
 
 
 def cost(levels):
-    return sum(part.cost_at(level) for part, level in zip(parts(), levels, strict=True))
+    return cost_of(parts(), levels)
 
 
 def test_children_keep_the_budget_and_use_it():
@@ -88,13 +90,63 @@ def distance(wanted):
 WANTED = [3, 2, 1, 3, 3, 1, 2, 2, 1, 3, 2, 1]
 
 
-def search_in(found, fitness, **settings):
+def search_in(found, fitness, search="evolutionary", steps=None, **settings):
     def cached(name, make):
         if name not in found:
             found[name] = make()
         return found[name]
 
-    return evolve(parts(), [2] * 12, fitness, [1, 4, 16], Search(**settings), cached)
+    given = parts(), [2] * 12, fitness
+    rest = [1, 4, 16], Search(search=search, **settings), cached
+    return evolve(*given, *rest) if search == "evolutionary" else exchange(*given, steps, *rest)
+
+
+def steps_in(fitness, windows=4):
+    """What the divergence changes by where one part is a level lower or higher."""
+
+    def steps(levels):
+        changes = torch.full((12, 2), torch.inf, dtype=torch.double)
+        for place, part in enumerate(parts()):
+            for side, step in enumerate((-1, 1)):
+                if 0 <= levels[place] + step < len(part.counts):
+                    changed = [level + step * (other == place) for other, level in enumerate(levels)]
+                    changes[place, side] = fitness(changed, windows) - fitness(levels, windows)
+        return changes
+
+    return steps
+
+
+def test_exchanges_raise_what_gains_most_and_pay_with_what_loses_least():
+    changes = torch.tensor([[1.0, -9.0], [1.0, -0.2], [1.0, -8.0], [0.1, -0.1], [9.0, -7.0], [0.2, 0.3]])
+    six = [Part(layer, CHANNELS, Cost(3), (0, 16, 32, 48)) for layer in range(6)]
+    budget = 3 * 16 * 12
+    assert exchanges(six, [2] * 6, changes, budget) == [[3, 2, 2, 1, 2, 2], [3, 2, 3, 1, 2, 1], [3, 1, 3, 1, 3, 1]]
+    assert exchanges(six, [2] * 6, changes, budget + 48) == [[3, 2, 2, 2, 2, 2], [3, 2, 3, 1, 2, 2], [3, 2, 3, 1, 3, 1]]
+    # Where one part has twice the cost, another is paid with; at its largest size none is raised.
+    six[0] = Part(0, CHANNELS, Cost(6), (0, 16, 32, 48))
+    assert exchanges(six, [2] * 6, changes, budget + 96)[0] == [2, 2, 3, 1, 2, 2]
+    assert exchanges(six, [3] * 6, changes, budget + 400) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exchanges_keep_the_budget_and_move_each_size_by_a_step_at_most(seed):
+    changes = torch.rand(12, 2, generator=torch.Generator().manual_seed(seed)).double() * torch.tensor([1.0, -1.0])
+    draw = random.Random(seed)
+    levels = [draw.randint(0, 3) for _ in range(12)]
+    found = exchanges(parts(), levels, changes, cost(levels))
+    assert found and all(cost(one) <= cost(levels) for one in found)
+    assert all(abs(one - other) <= 1 for each in found for one, other in zip(each, levels, strict=True))
+
+
+def test_exchange_ends_where_nothing_is_better_and_needs_fewer_generations():
+    fitness = distance(WANTED)
+    found = search_in({}, fitness, "exchange", steps_in(fitness), search_generations=40)
+    assert found.divergence[1] < 0.4 * found.divergence[0] and cost(found.levels) <= cost([2] * 12)
+    assert len(found.history) < 12 and found.history[-1]["best"] == found.history[-2]["best"]
+    stuck = search_in({}, distance([2] * 12), "exchange", steps_in(distance([2] * 12)))
+    assert stuck.levels == [2] * 12 and len(stuck.history) == 2
+    nothing = search_in({}, fitness, "exchange", lambda _: torch.full((12, 2), torch.inf))
+    assert nothing.levels == [2] * 12 and nothing.history[1] == {"best": 1.0, "mean": None}
 
 
 def test_search_finds_better_and_never_worse():
@@ -215,7 +267,27 @@ def test_solutions_are_the_same_behind_those_of_an_earlier_run(text):
         assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
 
 
-@torch.no_grad()
+def test_a_step_in_one_size_is_measured_as_the_whole_model_would_be(text, monkeypatch):
+    measured = {}
+
+    def keep(parts, start, fitness, steps, *_):
+        measured["changes"] = steps(start)
+        measured["expected"] = torch.full((len(parts), 2), torch.inf, dtype=torch.double)
+        for place, part in enumerate(parts):
+            for side, step in enumerate((-1, 1)):
+                changed = list(start)
+                changed[place] += step
+                if 0 <= changed[place] < len(part.counts):
+                    measured["expected"][place, side] = fitness(changed, 4) - fitness(start, 4)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("compression.llm.search.exchange", keep)
+    with pytest.raises(KeyboardInterrupt):
+        searched(text, search="exchange", search_tokens=64).prune()
+    torch.testing.assert_close(measured["changes"], measured["expected"], atol=1e-6, rtol=1e-4)
+    assert measured["changes"].isfinite().sum() > 12
+
+
 # H-GSP with a search.
 
 
@@ -232,13 +304,25 @@ def parameters(model):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"removal_steps": 4}, {"pruning_ratio": 0.7}, {"round_to": 4}, {"iterative_steps": 2}], ids=str
+    "fields",
+    [
+        {},
+        {"search": "exchange"},
+        {"search": "exchange", "pruning_ratio": 0.7, "round_to": 4},
+        {"removal_steps": 4},
+        {"pruning_ratio": 0.7},
+        {"round_to": 4},
+        {"iterative_steps": 2},
+    ],
+    ids=str,
 )
 def test_search_is_never_worse_on_held_out_text_and_keeps_the_budget(text, fields):
     dense = tiny_decoder()
     states, found = last_states(dense, text.held_out), {}
     for search in ("none", "evolutionary"):
-        pruning = searched(text, search=search, **fields)
+        pruning = searched(
+            text, **dict(search="evolutionary") | fields | ({"search": "none"} if search == "none" else {})
+        )
         small = pruning.prune()
         found[search] = divergence(small, text.held_out, states, 2)
         removed = parameters(dense) - parameters(small)
@@ -246,16 +330,17 @@ def test_search_is_never_worse_on_held_out_text_and_keeps_the_budget(text, field
         rows = [row for row in pruning.table.values() if row["removed_in_step"] is None]
         assert sum(row["parameters"] for row in rows) == parameters(small)
     if "iterative_steps" not in fields:  # the second step's start is another one then
-        assert found["evolutionary"] <= found["none"] * (1 + 1e-5)
+        assert found[search] <= found["none"] * (1 + 1e-5)
         only = pruning.searches[0]
         assert only["divergence"]["start"] == pytest.approx(found["none"], rel=1e-3)
         if only["after"] != only["before"]:
-            assert only["divergence"]["found"] == pytest.approx(found["evolutionary"], rel=1e-3)
+            assert only["divergence"]["found"] == pytest.approx(found[search], rel=1e-3)
     assert [each["step"] for each in pruning.searches] == list(range(1, pruning.budget.iterative_steps + 1))
 
 
-def test_search_finds_what_the_scores_have_not(text):
-    better = searched(text, pruning_ratio=0.5, search_generations=30)
+@pytest.mark.parametrize("search", ["evolutionary", "exchange"])
+def test_search_finds_what_the_scores_have_not(text, search):
+    better = searched(text, pruning_ratio=0.5, search_generations=30, search=search)
     better.prune()
     (found,) = better.searches
     assert found["divergence"]["found"] < 0.95 * found["divergence"]["start"] and found["after"] != found["before"]
@@ -303,25 +388,27 @@ FLAGS += ["--search_population", "5", "--search_tokens", "32", "--held_out_sampl
 
 
 @pytest.mark.parametrize(
-    ("at", "call"),
+    ("search", "at", "call"),
     [
-        ("compression.llm.stitching._solve", 3),
-        ("compression.llm.evolution._select", 3),
-        ("compression.llm.search.solutions_of", 2),
+        ("evolutionary", "compression.llm.stitching._solve", 3),
+        ("evolutionary", "compression.llm.levels._select", 3),
+        ("evolutionary", "compression.llm.search.solutions_of", 2),
+        ("exchange", "compression.llm.exchange.exchanges", 2),
     ],
 )
-def test_killed_command_goes_on_to_the_same_result(base, tmp_path, at, call):
-    flags = [*pruning_flags(base, tmp_path), *FLAGS]
+def test_killed_command_goes_on_to_the_same_result(base, tmp_path, search, at, call):
+    flags = [*pruning_flags(base, tmp_path), *FLAGS, "--search", search]
     run_script("run_global_pruning.py", *flags, "--output_name", "whole")
     killed = ["run_global_pruning.py", *flags, "--output_name", "killed", "--resume"]
     run_killed(*killed, at=at, call=call)
     assert list(tmp_path.glob(".killed_*.resume/search_of_step_1_*"))
-    assert "generation 8 of 8" in run_script(*killed).stdout
+    assert ("generation 8 of 8" in run_script(*killed).stdout) == (search == "evolutionary")
     names = ["models/model.safetensors", "models/config.json", "analysis/search_of_step_1.json"]
     for name in (*names, "analysis/global_group_table.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     found = json.loads((tmp_path / "whole" / "analysis" / "search_of_step_1.json").read_text())
-    assert found["divergence"]["found"] < found["divergence"]["start"] and len(found["history"]) == 9
+    assert found["divergence"]["found"] < found["divergence"]["start"]
+    assert (len(found["history"]) == 9) == (search == "evolutionary")
     for name in ("search_of_step_1.png", "search_of_step_1_allocation.png"):
         assert (tmp_path / "whole" / "analysis" / name).stat().st_size > 5000
 

@@ -218,7 +218,7 @@ def test_killed_search_goes_on_to_the_same_result(base, tmp_path, hardware):
     flags = flags_of(base, tmp_path, "--target", "prefill", "0.5", "--hardware", hardware, *search.split())
     run_script("run_global_pruning.py", *flags, "--output_name", "whole")
     killed = ["run_global_pruning.py", *flags, "--output_name", "killed", "--resume"]
-    run_killed(*killed, at="compression.llm.evolution._select", call=3)
+    run_killed(*killed, at="compression.llm.levels._select", call=3)
     run_script(*killed)
     for name in ("models/model.safetensors", "models/config.json", "analysis/global_group_table.csv"):
         assert (tmp_path / "out/killed" / name).read_bytes() == (tmp_path / "out/whole" / name).read_bytes()

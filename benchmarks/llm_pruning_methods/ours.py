@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},
     "H-GSP, text loss": dict(score_loss="text"),
     "H-GSP, removal steps": dict(removal_steps=ROUNDS),
-    "H-GSP, search": dict(search="evolutionary"),
+    "H-GSP, search": dict(search="exchange"),
     "H-GSP, two steps": dict(iterative_steps=2),
     "H-GSP, no repair": dict(compensation="none"),
     **{f"H-GSP, {score} scores": dict(importance_method=score) for score in SCORES if score != DEFAULT_SCORE},

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from compression.allocation import Cost, Pool, all_but_least, keep_or_drop_layers
 from compression.decoder import decoder_of
 from compression.hooks import hooked
-from compression.llm.evolution import Search
+from compression.llm.levels import Search
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import LocalChoice, LocalRanking, repairing
 from compression.llm.score_passes import labels_behind, score_structures

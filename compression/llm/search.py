@@ -1,6 +1,6 @@
 """Search over H-GSP's allocation: from the sizes that the scores chose to those that keep the model nearest to itself.
 
-What candidates are is said in `evolution`, how they are put together in `stitching`.
+What candidates are is said in `levels`, `evolution` and `exchange`, how they are put together in `stitching`.
 """
 
 from collections.abc import Iterator
@@ -8,15 +8,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.allocation import Cost, Pool, all_but_least, keep
-from compression.llm.agreement import divergence, last_states
-from compression.llm.evolution import Found, Part, Search, evolve, levels_of, rungs_of
+from compression.decoder import decoder_of
+from compression.llm.agreement import divergence, divergence_of, last_states
+from compression.llm.evolution import evolve
+from compression.llm.exchange import exchange
+from compression.llm.layerwise import LayerStream
+from compression.llm.levels import Found, Part, Search, levels_of, rungs_of
 from compression.llm.repair import LocalChoice
-from compression.llm.stitching import Counts, Solutions, solutions_of, stitched
+from compression.llm.stitching import Counts, Solutions, layer_of, layers_of_sizes, solutions_of, stitched
 from compression.llm.text import CalibrationText
+from compression.progress import progress
 from compression.runtime import log, log_phase
 from compression.saved_parts import Cached
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS
@@ -97,7 +103,7 @@ class Searched:
     Attributes:
         before, after: what the scores chose, and what it chose.
         divergence: of the start, and of what was found, both repaired, on all held-out text.
-        history: see `evolution.Found`.
+        history: see `levels.Found`.
     """
 
     before: Counts
@@ -180,7 +186,35 @@ class AllocationSearch:
         start = [part.counts.index(before[part.layer][part.kind]) for part in parts]
         windows, length = self.text.held_out.shape
         rungs = rungs_of(windows, length, self.settings.search_tokens)
-        return evolve(parts, start, fitness, rungs, self.settings, partial(self._cached, "generation"))
+        cached = partial(self._cached, "generation")
+        if self.settings.search == "evolutionary":
+            return evolve(parts, start, fitness, rungs, self.settings, cached)
+        steps = partial(self._steps, parts, before, solutions, rungs[0])
+        return exchange(parts, start, fitness, steps, rungs, self.settings, cached)
+
+    def _steps(
+        self, parts: list[Part], before: Counts, solutions: list[Solutions], windows: int, levels: list[int]
+    ) -> Tensor:
+        """See `exchange.exchange`, on the first windows. Layers before the one that changes are run once for all."""
+        counts, decoder = _at(parts, levels, before), decoder_of(self.model)
+        text, batch_size = self.text.held_out[:windows], self.text.batch_size
+        layers = layers_of_sizes(self.model, counts, solutions)
+        changes = torch.full((len(parts), 2), torch.inf, dtype=torch.double)
+        with decoder.in_place_of_layers(layers):
+            stream = LayerStream(self.model, text, batch_size)
+            unchanged = divergence_of(stream.to_end(), self.model, self.dense_states, text)
+        for place, part in progress(list(enumerate(parts)), "steps in sizes"):
+            with decoder.in_place_of_layers(layers):
+                stream.advance_to(part.layer)
+            for side, step in enumerate((-1, 1)):
+                if 0 <= (level := levels[place] + step) < len(part.counts):
+                    sizes = counts[part.layer] | {part.kind: part.counts[level]}
+                    changed = list(layers)
+                    changed[part.layer] = layer_of(self.model, part.layer, sizes, solutions[part.layer])
+                    with decoder.in_place_of_layers(changed):
+                        found = divergence_of(stream.to_end(), self.model, self.dense_states, text)
+                    changes[place, side] = found - unchanged
+        return changes
 
     def _divergence(self, counts: Counts, solutions: list[Solutions], windows: int | None = None) -> float:
         if not any(sizes[GROUPS] for sizes in counts):

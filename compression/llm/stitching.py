@@ -125,13 +125,27 @@ def _put(model: PreTrainedModel, index: int, counts: dict[str, int], solutions: 
     return stays
 
 
-@contextmanager
 @torch.no_grad()
-def stitched(model: PreTrainedModel, counts: Counts, solutions: list[Solutions]) -> Iterator[None]:
-    """A model is that of these sizes for a while; what it has in common with them is not copied."""
+def layer_of(model: PreTrainedModel, index: int, counts: dict[str, int], solutions: Solutions) -> nn.Module:
+    """A copy of a layer that has these sizes; what it has in common with the model's own is not copied."""
     decoder = decoder_of(model)
-    shared = {id(part): part for part in chain(decoder.layers.parameters(), decoder.layers.buffers(), [model.config])}
-    with decoder.in_place_of_layers([copy.deepcopy(layer, dict(shared)) for layer in decoder.layers]):
-        for index, (sizes, solved) in enumerate(zip(counts, solutions, strict=True)):
-            cut_layer(decoder, index, _put(model, index, sizes, solved))
+    own, layers = decoder.layers[index], decoder.layers
+    shared = {id(part): part for part in chain(own.parameters(), own.buffers(), [model.config])}
+    try:
+        layers[index] = copy.deepcopy(own, dict(shared))
+        cut_layer(decoder, index, _put(model, index, counts, solutions))
+        return layers[index]
+    finally:
+        layers[index] = own
+
+
+def layers_of_sizes(model: PreTrainedModel, counts: Counts, solutions: list[Solutions]) -> list[nn.Module]:
+    """Copies of all layers, see `layer_of`."""
+    return [layer_of(model, index, *made) for index, made in enumerate(zip(counts, solutions, strict=True))]
+
+
+@contextmanager
+def stitched(model: PreTrainedModel, counts: Counts, solutions: list[Solutions]) -> Iterator[None]:
+    """A model is that of these sizes for a while."""
+    with decoder_of(model).in_place_of_layers(layers_of_sizes(model, counts, solutions)):
         yield

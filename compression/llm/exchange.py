@@ -1,0 +1,90 @@
+"""Search over an allocation by exchange: what a step in each size is worth is measured, the best exchanges are made.
+
+Of the parent, each size alone is made one level smaller and one larger, and the divergence from the dense model is
+measured anew: what a step costs or brings per unit of the budget. A candidate raises the sizes that bring most and pays
+with those that cost least, as if steps added up; several candidates differ in how many they raise at once, and which of
+them goes too far for that to hold is judged by their own divergence. So a generation learns about all sizes, where a
+random child tries a few, and moves as many as pay.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate, repeat, takewhile
+
+from torch import Tensor
+
+from compression.llm.levels import Fitness, Found, Part, Search, cost_of, improve
+from compression.saved_parts import Cached
+
+# A candidate raises this many times as many sizes as the one before.
+GROWTH = 1.5
+
+
+def exchange(
+    parts: list[Part],
+    start: list[int],
+    fitness: Fitness,
+    steps: Callable[[list[int]], Tensor],
+    rungs: list[int],
+    settings: Search,
+    cached: Cached,
+) -> Found:
+    """As `levels.improve`, by exchanges.
+
+    Args:
+        steps: of levels, what the divergence changes by when one part alone is a level lower, and when it is a level
+            higher, [parts, 2]; infinite where that is no level.
+    """
+
+    def exchanged(_: int, parent: list[int], budget: float) -> list[list[int]]:
+        return exchanges(parts, parent, steps(parent), budget)
+
+    return improve(parts, start, exchanged, fitness, rungs, settings, cached, same=True)
+
+
+def exchanges(parts: list[Part], levels: list[int], changes: Tensor, budget: float) -> list[list[int]]:
+    """Candidates that raise the 1, 2, 3, ... parts that gain most by it, and pay with those that lose least.
+
+    Args:
+        changes: see `exchange`.
+        budget: what all parts together may cost.
+    """
+    losses, gains = {}, {}
+    for place, (part, level, (lower, higher)) in enumerate(zip(parts, levels, changes.tolist(), strict=True)):
+        if level > 0:
+            losses[place] = lower / (part.cost_at(level) - part.cost_at(level - 1))
+        if level + 1 < len(part.counts) and higher < 0:
+            gains[place] = -higher / (part.cost_at(level + 1) - part.cost_at(level))
+    raised, lowered = sorted(gains, key=lambda place: -gains[place]), sorted(losses, key=losses.__getitem__)
+    candidates = (_exchanged(parts, levels, raised, lowered, count, budget) for count in _counts(len(raised)))
+    return [candidate for candidate in candidates if candidate is not None]
+
+
+def _counts(most: int) -> list[int]:
+    """How many parts the candidates raise."""
+    grown = accumulate(repeat(GROWTH), lambda count, growth: max(count + 1, round(count * growth)), initial=1)
+    return list(takewhile(lambda count: count <= most, grown))
+
+
+def _exchanged(
+    parts: list[Part], levels: list[int], raised: list[int], lowered: list[int], count: int, budget: float
+) -> list[int] | None:
+    """The levels with the first `count` of some parts one higher, and as many others, the first of them, one lower as
+    the budget needs; what it leaves goes to the next parts to raise. None where the others do not suffice."""
+    changed, higher = list(levels), raised[:count]
+    for place in higher:
+        changed[place] += 1
+    over = cost_of(parts, changed) - budget
+    paid = set()
+    for place in lowered:
+        if over <= 0:
+            break
+        if place not in higher:
+            over -= parts[place].cost_at(changed[place]) - parts[place].cost_at(changed[place] - 1)
+            changed[place] -= 1
+            paid.add(place)
+    for place in raised[count:]:
+        more = parts[place].cost_at(changed[place] + 1) - parts[place].cost_at(changed[place])
+        if place not in paid and over + more <= 0:
+            over += more
+            changed[place] += 1
+    return changed if over <= 0 else None
