@@ -65,6 +65,8 @@ class GlobalPruningConfig(Config):
     """Tokens of the calibration text to predict in training all weights after each step; 0: it is not trained."""
     recover_learning_rate: Annotated[float, Between(0, 1)] = LEARNING_RATE
     """Highest learning rate there."""
+    recover_kd_weight: Annotated[float, Between(0, 1), Originally(0.0)] = 0.0
+    """Share of the loss there that the dense model's predictions are, at temperature 1; the rest is the text's."""
 
     # What goes: the groups (key-value head with its query heads) and channels of least score per parameter.
     importance_method: ScoreName = "fisher"
@@ -127,12 +129,15 @@ class GlobalPruningConfig(Config):
             raise UserError(f"--removal_steps {self.removal_steps}: allowed with --compensation none is 0")
         if self.recover_tokens:
             self.between_steps()
+        elif self.recover_kd_weight:
+            flag = f"--recover_kd_weight {self.recover_kd_weight}"
+            raise UserError(f"{flag}: is used with --recover_tokens above 0 alone; give that too")
         if self.finetuning.finetune:
             recovery_after(self)
 
     def between_steps(self) -> Recovery:
         """How the model is trained after each step."""
-        return recovery_between(self, self.recover_tokens, self.recover_learning_rate)
+        return recovery_between(self, self.recover_tokens, self.recover_learning_rate, self.recover_kd_weight)
 
     def as_dict(self) -> dict[str, Any]:
         scoring = pick(Scoring, self)

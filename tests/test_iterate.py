@@ -90,6 +90,16 @@ def test_killed_while_it_trains_and_resumed_equals_undisturbed(whole, base, tmp_
     assert not leftovers(tmp_path), "what was kept to resume from is gone"
 
 
+def test_the_dense_model_teaches_between_the_steps(whole, base, unseen, tmp_path):
+    said = run_script(*words_of(base, tmp_path, *TOKENS, *unseen, "--recover_kd_weight", "1")).stdout
+    assert said.count("soft_label_loss") >= 2
+    taught, told = (
+        json.loads((folder / "evaluation" / "evaluation_results.json").read_text())["agreement"]
+        for folder in (tmp_path / "one", whole[0])
+    )
+    assert taught["kl"] < told["kl"], "it agrees more with its teacher than one that saw the text alone"
+
+
 def test_weights_change_their_type_and_rotary_tables_do_not():
     model = tiny_decoder()
     table = model.model.rotary_emb.inv_freq
@@ -111,6 +121,7 @@ def test_trained_weights_keep_the_models_type(base, tmp_path):
         (["--recover_tokens", "-1"], "--recover_tokens -1: allowed is at least 0"),
         (["--dataset", "ptb,plots", "--recover_tokens", "9"], "--recover_tokens 9: allowed is at least 32, for a "),
         (["--recover_tokens", "9", "--recover_learning_rate", "2"], "--recover_learning_rate 2.0: allowed is 0 to 1"),
+        (["--recover_kd_weight", "0.5"], "--recover_kd_weight 0.5: is used with --recover_tokens above 0 alone"),
         (["--recover_tokens", "9", "--offload", "disk"], "--recover_tokens 9: trains the model in memory, and it "),
     ],
 )

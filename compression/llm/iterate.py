@@ -15,6 +15,7 @@ from compression.llm.recovery_data import padding_token, training_data, validati
 from compression.llm.recovery_settings import Recovery
 from compression.llm.run import Run
 from compression.llm.run_settings import RunConfig, recovery_after
+from compression.llm.teacher import LiveTeacher
 from compression.offload import offload_of
 from compression.runtime import UserError, log_phase
 from compression.training import clean_up, fit
@@ -22,11 +23,12 @@ from compression.training import clean_up, fit
 WEIGHTS, HISTORY = "model.safetensors", "history.json"
 
 
-def recovery_between(config: RunConfig, tokens: int, learning_rate: float) -> Recovery:
+def recovery_between(config: RunConfig, tokens: int, learning_rate: float, kd_weight: float) -> Recovery:
     """How the model is trained after each step: all its weights, on the calibration's text.
 
     Args:
         tokens: to predict after each step. learning_rate: the highest.
+        kd_weight: share of the loss that is from the dense model's predictions.
 
     Raises:
         UserError: a text that is not there, or too few tokens for all of them.
@@ -34,7 +36,7 @@ def recovery_between(config: RunConfig, tokens: int, learning_rate: float) -> Re
     recovery = recovery_after(config)
     recovery.check_tokens("recover_tokens", tokens)
     changes = dict(finetune_method="full", dtype="auto", tokens=tokens, learning_rate=learning_rate, shard=False)
-    return recovery.updated(**changes).in_one_epoch()
+    return recovery.updated(**changes, kd_weight=kd_weight, kd_temperature=1.0).in_one_epoch()
 
 
 class TrainingBetween:
@@ -91,10 +93,13 @@ class TrainingBetween:
 
     def _train(self, model: PreTrainedModel, recovery: Recovery, states: Path) -> list[dict[str, Any]]:
         train, _ = training_data(recovery, self.run.config.data_dir, self.run.tokenizer, model)
+        teacher = None
+        if recovery.kd_weight:
+            teacher = LiveTeacher(self.run.load().requires_grad_(False), recovery.kd_temperature)
         cast_weights(model, torch.float32)  # 16 bits lose small updates
         history = fit(
             model,
-            LanguageModelling(recovery, len(train)),
+            LanguageModelling(recovery, len(train), teacher),
             train,
             lambda model: {"validation_perplexity": perplexity(model.eval(), self.held_out)},
             states,
