@@ -1,5 +1,6 @@
 """Search over the allocation: sizes, children, generations; stitched models; never worse, within budget, resumable."""
 
+import copy
 import json
 import random
 
@@ -13,6 +14,7 @@ from compression.config import pick
 from compression.llm.agreement import divergence, last_states
 from compression.llm.evolution import child, evolve
 from compression.llm.exchange import exchange, exchanges
+from compression.llm.expansion import Expansion
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.levels import Part, Search, cost_of, levels_of, rungs_of
 from compression.llm.repair import LocalChoice, repairing
@@ -267,25 +269,63 @@ def test_solutions_are_the_same_behind_those_of_an_earlier_run(text):
         assert mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
 
 
-def test_a_step_in_one_size_is_measured_as_the_whole_model_would_be(text, monkeypatch):
-    measured = {}
+# What a step in one size is worth.
+
+
+def changed_layer(model, index, by):
+    """A copy of a layer with the weights of its MLP's output moved by so much of their size."""
+    layer = copy.deepcopy(model.model.layers[index])
+    weight, draw = layer.mlp.down_proj.weight, torch.Generator().manual_seed(9)
+    weight.data += by * weight.std() * torch.randn(weight.shape, generator=draw)
+    return layer
+
+
+@torch.no_grad()
+def measured(model, index, layer, windows, states):
+    before, own = divergence(model, windows, states), model.model.layers[index]
+    model.model.layers[index] = layer
+    after = divergence(model, windows, states)
+    model.model.layers[index] = own
+    return after - before
+
+
+@pytest.mark.parametrize("family", [*DECODERS, *MORE_DECODERS])
+def test_a_small_change_of_a_layer_is_the_gradient_times_it(text, family):
+    model, windows = tiny_decoder(family), text.held_out
+    states = last_states(tiny_decoder(family, seed=5), windows)
+    expansion = Expansion(model, windows, states, batch_size=4)
+    layers = [changed_layer(model, index, 0.001) for index in range(len(model.model.layers))]
+    found = torch.tensor([expansion.change(index, layer) for index, layer in enumerate(layers)])
+    expected = torch.tensor([measured(model, index, layer, windows, states) for index, layer in enumerate(layers)])
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+
+
+def test_around_the_dense_model_a_change_is_the_fisher_informations_form(text):
+    """Behind the last layer no token sees another, so that nothing is left out."""
+    model, windows = tiny_decoder(), text.held_out
+    states, layer = last_states(model, windows), changed_layer(model, 3, 0.3)
+    expected = measured(model, 3, layer, windows, states)
+    found = sum(Expansion(model, windows, states, 4, seed).change(3, layer) for seed in range(60)) / 60
+    assert found == pytest.approx(expected, rel=0.1) and expected > 0
+
+
+def test_steps_in_sizes_are_ranked_as_the_whole_models_divergence_ranks_them(text, monkeypatch):
+    found = {}
 
     def keep(parts, start, fitness, steps, *_):
-        measured["changes"] = steps(start)
-        measured["expected"] = torch.full((len(parts), 2), torch.inf, dtype=torch.double)
-        for place, part in enumerate(parts):
-            for side, step in enumerate((-1, 1)):
-                changed = list(start)
-                changed[place] += step
-                if 0 <= changed[place] < len(part.counts):
-                    measured["expected"][place, side] = fitness(changed, 4) - fitness(start, 4)
+        for side, value in zip((-1, 1), steps(start).T, strict=True):
+            for place, part in enumerate(parts):
+                changed = [level + side * (place == other) for other, level in enumerate(start)]
+                known = 0 <= changed[place] < len(part.counts)
+                assert value[place].isfinite() == known
+                if known:
+                    found[place, side] = value[place].item(), fitness(changed, 4) - fitness(start, 4)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("compression.llm.search.exchange", keep)
     with pytest.raises(KeyboardInterrupt):
         searched(text, search="exchange", search_tokens=64).prune()
-    torch.testing.assert_close(measured["changes"], measured["expected"], atol=1e-6, rtol=1e-4)
-    assert measured["changes"].isfinite().sum() > 12
+    assert len(found) > 12 and torch.tensor(list(found.values())).T.corrcoef()[0, 1] > 0.9
 
 
 # H-GSP with a search.
@@ -338,12 +378,12 @@ def test_search_is_never_worse_on_held_out_text_and_keeps_the_budget(text, field
     assert [each["step"] for each in pruning.searches] == list(range(1, pruning.budget.iterative_steps + 1))
 
 
-@pytest.mark.parametrize("search", ["evolutionary", "exchange"])
-def test_search_finds_what_the_scores_have_not(text, search):
+@pytest.mark.parametrize(("search", "most"), [("evolutionary", 0.95), ("exchange", 0.98)])
+def test_search_finds_what_the_scores_have_not(text, search, most):
     better = searched(text, pruning_ratio=0.5, search_generations=30, search=search)
     better.prune()
     (found,) = better.searches
-    assert found["divergence"]["found"] < 0.95 * found["divergence"]["start"] and found["after"] != found["before"]
+    assert found["divergence"]["found"] < most * found["divergence"]["start"] and found["after"] != found["before"]
 
 
 def test_what_is_worse_once_it_is_repaired_is_not_taken(text, monkeypatch):

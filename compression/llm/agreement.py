@@ -5,7 +5,7 @@ shows what was lost. Of the dense model no more is kept than its last hidden sta
 logits of both models are computed anew from these, a few tokens at a time.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -159,7 +159,7 @@ def agreement(
     """
     decoder = decoder_of(model)
     compare = partial(_compared, decoder.logits, dense_logits or decoder.logits)
-    totals = _totals(final_states(model, windows, batch_size, "agreement"), dense_states, compare, 4)
+    totals = _totals(model, windows, dense_states, compare, 4, batch_size)
     tokens = len(windows) * (windows.shape[1] - 1)
     kl, top1, *losses = totals.tolist()
     names = {"dense": "the dense model", "pruned": "the pruned model"}
@@ -169,33 +169,29 @@ def agreement(
     return {"kl": kl / tokens, "top1": top1 / tokens, "perplexity": perplexities}
 
 
-Passes = Iterable[tuple[int, Tensor, Tensor]]
-"""Of batches the first window, token ids [windows, length] and states behind the final norm, see `final_states`."""
-
-
+@torch.no_grad()
 def divergence(model: PreTrainedModel, windows: Tensor, dense_states: Tensor, batch_size: int = 1) -> float:
     """KL(dense || model) alone, as `agreement` has it; infinite where it is not finite.
 
     Args:
         windows: token ids [count, length]. dense_states: see `last_states`; of the same head.
     """
-    return divergence_of(final_states(model, windows, batch_size, "divergence"), model, dense_states, windows)
-
-
-@torch.no_grad()
-def divergence_of(passes: Passes, model: PreTrainedModel, dense_states: Tensor, windows: Tensor) -> float:
-    """As `divergence`, of states that a model gave."""
     logits_of = decoder_of(model).logits
 
     def losses(states: Tensor, dense: Tensor, _: Tensor) -> Tensor:
         return soft_label_losses(logits_of(states), logits_of(dense), temperature=1.0)[:, None]
 
-    (total,) = _totals(passes, dense_states, losses, 1)
+    (total,) = _totals(model, windows, dense_states, losses, 1, batch_size)
     return (total / windows[:, 1:].numel()).item() if total.isfinite() else torch.inf
 
 
 def _totals(
-    passes: Passes, dense_states: Tensor, compare: Callable[[Tensor, Tensor, Tensor], Tensor], terms: int
+    model: PreTrainedModel,
+    windows: Tensor,
+    dense_states: Tensor,
+    compare: Callable[[Tensor, Tensor, Tensor], Tensor],
+    terms: int,
+    batch_size: int,
 ) -> Tensor:
     """Sums over the predicted tokens of all processes' windows, [terms] in fp64.
 
@@ -203,7 +199,7 @@ def _totals(
         compare: of tokens' states and dense states [tokens, hidden] and labels [tokens] gives terms [tokens, terms].
     """
     totals = torch.zeros(terms, dtype=torch.double)
-    for place, ids, states in passes:
+    for place, ids, states in final_states(model, windows, batch_size, "agreement"):
         expected = dense_states[place : place + len(ids)].to(states)
         rows = (part[:, :-1].flatten(0, 1) for part in (states, expected))
         totals += in_blocks(compare, *rows, ids[:, 1:].flatten()).double().sum(0).cpu()

@@ -1,9 +1,9 @@
-"""Search over an allocation by exchange: what a step in each size is worth is measured, the best exchanges are made.
+"""Search over an allocation by exchange: what a step in each size is worth is estimated, the best exchanges are made.
 
-Of the parent, each size alone is made one level smaller and one larger, and the divergence from the dense model is
-measured anew: what a step costs or brings per unit of the budget. A candidate raises the sizes that bring most and pays
-with those that cost least, as if steps added up; several candidates differ in how many they raise at once, and which of
-them goes too far for that to hold is judged by their own divergence. So a generation learns about all sizes, where a
+For each size of the parent, what the divergence from the dense model changes by when it alone is one level smaller or
+larger is estimated (see `expansion`): what a step costs or brings per unit of the budget. A candidate raises the sizes
+that bring most and pays with those that cost least, as if steps added up; candidates differ in how many they raise at
+once, and their own divergence says which of them goes too far for that. So a generation learns about all sizes, where a
 random child tries a few, and moves as many as pay.
 """
 

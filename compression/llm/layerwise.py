@@ -72,15 +72,6 @@ class LayerStream:
                 self.states.put(number, layer(self.states.get(number), **options[self.layer]))
         self.layer += 1
 
-    @torch.no_grad()
-    def to_end(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """As `final_states`, through the layers that are left; the text stays where it is."""
-        for place, (ids, state, options) in zip(self.places, self, strict=True):
-            for index in range(self.layer, len(self.decoder.layers)):
-                with self.decoder.present(index) as layer:
-                    state = layer(state, **options[index])
-            yield place, ids, self.decoder.norm(state)
-
     def advance_to(self, layer: int) -> None:
         """Go through the layers before this one."""
         while self.layer < layer:

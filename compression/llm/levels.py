@@ -33,7 +33,7 @@ class Search(Settings):
 
     search: Literal["none", "exchange", "evolutionary"] = "none"
     """How sizes of layers are searched for, from those that the scores choose on, by the divergence from the dense
-    model on held-out text (--held_out_samples windows). exchange: each is measured a step smaller and larger, and the
+    model on held-out text (--held_out_samples windows). exchange: what a step in each is worth is estimated, and the
     best exchanges are made together; evolutionary: children of one parent differ in sizes at random."""
     search_levels: Annotated[int, AtLeast(2)] = 8
     """Steps between nothing and all of an MLP or attention that it is pruned and repaired at."""

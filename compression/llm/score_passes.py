@@ -4,7 +4,7 @@ In memory a batch goes through the whole model and back. Of an offloaded model t
 after the other, and its gradient the same way back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Literal
@@ -93,17 +93,28 @@ def draw_labels(model: PreTrainedModel, windows: Tensor, seed: int, batch_size: 
     chances = torch.rand(len(windows), windows.shape[1] - 1, generator=torch.Generator().manual_seed(seed))
     labels = torch.zeros(chances.shape, dtype=torch.long)
 
-    def drawn(states: Tensor, chances: Tensor) -> Tensor:
-        reached = decoder.logits(states).float().softmax(-1).cumsum(-1)
-        tokens = torch.searchsorted(reached, chances * reached[:, -1:], right=True)
-        return tokens.clamp_max_(reached.shape[-1] - 1)
-
     for place, ids, states in final_states(model, windows, batch_size, "labels"):
         here = slice(place, place + len(ids))
         mine = chances[here].to(states.device).reshape(-1, 1)
-        labels[here] = in_blocks(drawn, states[:, :-1].flatten(0, 1), mine).view(len(ids), -1).cpu()
+        labels[here] = (
+            in_blocks(partial(drawn_tokens, decoder.logits), states[:, :-1].flatten(0, 1), mine)
+            .view(len(ids), -1)
+            .cpu()
+        )
     sum_over_processes(labels)
     return labels
+
+
+@torch.no_grad()
+def drawn_tokens(logits_of: Callable[[Tensor], Tensor], states: Tensor, chances: Tensor) -> Tensor:
+    """Tokens drawn from a model's predictions, [tokens].
+
+    Args:
+        states: [tokens, hidden] behind the final norm. chances: [tokens, 1], evenly drawn from 0 to 1.
+    """
+    reached = logits_of(states).float().softmax(-1).cumsum(-1)
+    tokens = torch.searchsorted(reached, chances * reached[:, -1:], right=True)[:, 0]
+    return tokens.clamp_max_(reached.shape[-1] - 1)
 
 
 def score_layer(

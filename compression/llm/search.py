@@ -13,14 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression.allocation import Cost, Pool, all_but_least, keep
-from compression.decoder import decoder_of
-from compression.llm.agreement import divergence, divergence_of, last_states
+from compression.llm.agreement import divergence, last_states
 from compression.llm.evolution import evolve
 from compression.llm.exchange import exchange
-from compression.llm.layerwise import LayerStream
+from compression.llm.expansion import Expansion
 from compression.llm.levels import Found, Part, Search, levels_of, rungs_of
 from compression.llm.repair import LocalChoice
-from compression.llm.stitching import Counts, Solutions, layer_of, layers_of_sizes, solutions_of, stitched
+from compression.llm.stitching import Counts, Solutions, layer_of, solutions_of, stitched
 from compression.llm.text import CalibrationText
 from compression.progress import progress
 from compression.runtime import log, log_phase
@@ -195,25 +194,17 @@ class AllocationSearch:
     def _steps(
         self, parts: list[Part], before: Counts, solutions: list[Solutions], windows: int, levels: list[int]
     ) -> Tensor:
-        """See `exchange.exchange`, on the first windows. Layers before the one that changes are run once for all."""
-        counts, decoder = _at(parts, levels, before), decoder_of(self.model)
-        text, batch_size = self.text.held_out[:windows], self.text.batch_size
-        layers = layers_of_sizes(self.model, counts, solutions)
+        """See `exchange.exchange`: by the first windows."""
+        counts, text = _at(parts, levels, before), self.text
+        with stitched(self.model, counts, solutions):
+            expansion = Expansion(self.model, text.held_out[:windows], self.dense_states, text.batch_size, text.seed)
         changes = torch.full((len(parts), 2), torch.inf, dtype=torch.double)
-        with decoder.in_place_of_layers(layers):
-            stream = LayerStream(self.model, text, batch_size)
-            unchanged = divergence_of(stream.to_end(), self.model, self.dense_states, text)
         for place, part in progress(list(enumerate(parts)), "steps in sizes"):
-            with decoder.in_place_of_layers(layers):
-                stream.advance_to(part.layer)
-            for side, step in enumerate((-1, 1)):
-                if 0 <= (level := levels[place] + step) < len(part.counts):
+            for side, level in enumerate((levels[place] - 1, levels[place] + 1)):
+                if 0 <= level < len(part.counts):
                     sizes = counts[part.layer] | {part.kind: part.counts[level]}
-                    changed = list(layers)
-                    changed[part.layer] = layer_of(self.model, part.layer, sizes, solutions[part.layer])
-                    with decoder.in_place_of_layers(changed):
-                        found = divergence_of(stream.to_end(), self.model, self.dense_states, text)
-                    changes[place, side] = found - unchanged
+                    changed = layer_of(self.model, part.layer, sizes, solutions[part.layer])
+                    changes[place, side] = expansion.change(part.layer, changed)
         return changes
 
     def _divergence(self, counts: Counts, solutions: list[Solutions], windows: int | None = None) -> float:

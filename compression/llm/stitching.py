@@ -139,13 +139,9 @@ def layer_of(model: PreTrainedModel, index: int, counts: dict[str, int], solutio
         layers[index] = own
 
 
-def layers_of_sizes(model: PreTrainedModel, counts: Counts, solutions: list[Solutions]) -> list[nn.Module]:
-    """Copies of all layers, see `layer_of`."""
-    return [layer_of(model, index, *made) for index, made in enumerate(zip(counts, solutions, strict=True))]
-
-
 @contextmanager
 def stitched(model: PreTrainedModel, counts: Counts, solutions: list[Solutions]) -> Iterator[None]:
     """A model is that of these sizes for a while."""
-    with decoder_of(model).in_place_of_layers(layers_of_sizes(model, counts, solutions)):
+    layers = [layer_of(model, index, *made) for index, made in enumerate(zip(counts, solutions, strict=True))]
+    with decoder_of(model).in_place_of_layers(layers):
         yield
