@@ -106,7 +106,7 @@ def search_in(found, fitness, search="evolutionary", steps=None, **settings):
 def steps_in(fitness, windows=4):
     """What the divergence changes by where one part is a level lower or higher."""
 
-    def steps(levels):
+    def steps(levels, _):
         changes = torch.full((12, 2), torch.inf, dtype=torch.double)
         for place, part in enumerate(parts()):
             for side, step in enumerate((-1, 1)):
@@ -144,10 +144,11 @@ def test_exchange_ends_where_nothing_is_better_and_needs_fewer_generations():
     fitness = distance(WANTED)
     found = search_in({}, fitness, "exchange", steps_in(fitness), search_generations=40)
     assert found.divergence[1] < 0.4 * found.divergence[0] and cost(found.levels) <= cost([2] * 12)
-    assert len(found.history) < 12 and found.history[-1]["best"] == found.history[-2]["best"]
+    best = [one["best"] for one in found.history]
+    assert len(best) < 12 and best[-5] == best[-1] < best[0], "four in a row found nothing better"
     stuck = search_in({}, distance([2] * 12), "exchange", steps_in(distance([2] * 12)))
-    assert stuck.levels == [2] * 12 and len(stuck.history) == 2
-    nothing = search_in({}, fitness, "exchange", lambda _: torch.full((12, 2), torch.inf))
+    assert stuck.levels == [2] * 12 and len(stuck.history) == 5
+    nothing = search_in({}, fitness, "exchange", lambda *_: torch.full((12, 2), torch.inf))
     assert nothing.levels == [2] * 12 and nothing.history[1] == {"best": 1.0, "mean": None}
 
 
@@ -313,7 +314,7 @@ def test_steps_in_sizes_are_ranked_as_the_whole_models_divergence_ranks_them(tex
     found = {}
 
     def keep(parts, start, fitness, steps, *_):
-        for side, value in zip((-1, 1), steps(start).T, strict=True):
+        for side, value in zip((-1, 1), steps(start, 0).T, strict=True):
             for place, part in enumerate(parts):
                 changed = [level + side * (place == other) for other, level in enumerate(start)]
                 known = 0 <= changed[place] < len(part.counts)
@@ -442,13 +443,14 @@ def test_killed_command_goes_on_to_the_same_result(base, tmp_path, search, at, c
     killed = ["run_global_pruning.py", *flags, "--output_name", "killed", "--resume"]
     run_killed(*killed, at=at, call=call)
     assert list(tmp_path.glob(".killed_*.resume/search_of_step_1_*"))
-    assert ("generation 8 of 8" in run_script(*killed).stdout) == (search == "evolutionary")
+    said = run_script(*killed).stdout
+    assert "generation 8 of 8" in said or search == "exchange"
     names = ["models/model.safetensors", "models/config.json", "analysis/search_of_step_1.json"]
     for name in (*names, "analysis/global_group_table.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     found = json.loads((tmp_path / "whole" / "analysis" / "search_of_step_1.json").read_text())
     assert found["divergence"]["found"] < found["divergence"]["start"]
-    assert (len(found["history"]) == 9) == (search == "evolutionary")
+    assert len(found["history"]) == 9 or search == "exchange"
     for name in ("search_of_step_1.png", "search_of_step_1_allocation.png"):
         assert (tmp_path / "whole" / "analysis" / name).stat().st_size > 5000
 

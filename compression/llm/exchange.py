@@ -17,13 +17,15 @@ from compression.saved_parts import Cached
 
 # A candidate raises this many times as many sizes as the one before.
 GROWTH = 1.5
+# Shares of the text by which nothing better is found, one after the other, that end the search.
+PATIENCE = 4
 
 
 def exchange(
     parts: list[Part],
     start: list[int],
     fitness: Fitness,
-    steps: Callable[[list[int]], Tensor],
+    steps: Callable[[list[int], int], Tensor],
     rungs: list[int],
     settings: Search,
     cached: Cached,
@@ -32,13 +34,15 @@ def exchange(
 
     Args:
         steps: of levels, what the divergence changes by when one part alone is a level lower, and when it is a level
-            higher, [parts, 2]; infinite where that is no level.
+            higher, [parts, 2], infinite where that is no level; by a share of the text, of which there are as many as
+            the last of `rungs` has windows for. Each generation has the next.
     """
+    shares = max(rungs[-1] // rungs[0], 1)
 
-    def exchanged(_: int, parent: list[int], budget: float) -> list[list[int]]:
-        return exchanges(parts, parent, steps(parent), budget)
+    def exchanged(generation: int, parent: list[int], budget: float) -> list[list[int]]:
+        return exchanges(parts, parent, steps(parent, generation % shares), budget)
 
-    return improve(parts, start, exchanged, fitness, rungs, settings, cached, same=True)
+    return improve(parts, start, exchanged, fitness, rungs, settings, cached, patience=min(shares, PATIENCE))
 
 
 def exchanges(parts: list[Part], levels: list[int], changes: Tensor, budget: float) -> list[list[int]]:

@@ -38,7 +38,7 @@ class Search(Settings):
     search_levels: Annotated[int, AtLeast(2)] = 8
     """Steps between nothing and all of an MLP or attention that it is pruned and repaired at."""
     search_generations: Annotated[int, AtLeast(1)] = 30
-    """Generations that are tried, one after the other; exchange ends before where one finds nothing better."""
+    """Generations that are tried, one after the other; exchange ends before where nothing better is found."""
     search_population: Annotated[int, AtLeast(1)] = 16
     """Candidates in each generation of evolutionary."""
     search_tokens: Annotated[int, AtLeast(1)] = 2048
@@ -122,7 +122,7 @@ def improve(
     rungs: list[int],
     settings: Search,
     cached: Cached,
-    same: bool = False,
+    patience: int | None = None,
 ) -> Found:
     """Search from a start on; the result is never worse than it on all windows.
 
@@ -131,7 +131,7 @@ def improve(
         propose: candidates, given the number of the generation, from 1, the parent's levels, and the budget.
         rungs: see `rungs_of`.
         cached: by the number of a generation.
-        same: whether the same parent has the same candidates, so that a generation without a better one is the last.
+        patience: generations without a better candidate, one after the other, that end the search; None: it goes on.
 
     Raises:
         UserError: the start's fitness is not finite.
@@ -145,7 +145,7 @@ def improve(
         raise UserError(
             f"--search {settings.search}: the divergence of what it starts from is not finite; try --dtype float32"
         )
-    levels, best = start, on_all
+    levels, best, stuck = start, on_all, 0
     history: list[dict[str, float | None]] = [{"best": 1.0, "mean": 1.0}]
     for generation in progress(range(1, settings.search_generations + 1), "search"):
 
@@ -163,7 +163,8 @@ def improve(
             "Search, generation %d of %d: divergence %.4f, %.3f of the start's; the candidates' mean %.3f of that",
             *(generation, settings.search_generations, best, best / on_all, mean / on_few),
         )
-        if same and levels == before:
+        stuck = stuck + 1 if levels == before else 0
+        if stuck == patience:
             break
     return Found(levels, (on_all, best), history)
 

@@ -192,12 +192,14 @@ class AllocationSearch:
         return exchange(parts, start, fitness, steps, rungs, self.settings, cached)
 
     def _steps(
-        self, parts: list[Part], before: Counts, solutions: list[Solutions], windows: int, levels: list[int]
+        self, parts: list[Part], before: Counts, solutions: list[Solutions], windows: int, levels: list[int], share: int
     ) -> Tensor:
-        """See `exchange.exchange`: by the first windows."""
-        counts, text = _at(parts, levels, before), self.text
+        """See `exchange.exchange`; a share of the held-out text has so many windows."""
+        counts, text, here = _at(parts, levels, before), self.text, slice(share * windows, (share + 1) * windows)
         with stitched(self.model, counts, solutions):
-            expansion = Expansion(self.model, text.held_out[:windows], self.dense_states, text.batch_size, text.seed)
+            expansion = Expansion(
+                self.model, text.held_out[here], self.dense_states[here], text.batch_size, text.seed + share
+            )
         changes = torch.full((len(parts), 2), torch.inf, dtype=torch.double)
         for place, part in progress(list(enumerate(parts)), "steps in sizes"):
             for side, level in enumerate((levels[place] - 1, levels[place] + 1)):
