@@ -9,8 +9,9 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-# Share of the mean diagonal that is added to the diagonal of E[x x^T] where it is inverted: some windows of text do not
-# fill all its directions.
+# Share of itself that is added to the diagonal of E[x x^T] where it is inverted: some windows of text do not fill all
+# its directions. Not of the diagonal's mean: the few channels that make a language model's massive activations (Sun et
+# al. 2024, arXiv:2402.17762) can have 100,000 times the squares of the others, which a share of that mean would drown.
 RIDGE = 1e-2
 # Columns that go before the large matrices change.
 AT_ONCE = 64
@@ -80,7 +81,7 @@ def removal_costs(
         inputs: E[x x^T] [columns, columns] of what goes into it; gradients: E[g g^T] [out, out] of the derivative of
             the loss by what comes out, both over tokens.
         count: number of structures.
-        ridge: share of the mean diagonal that is added to the diagonal of E[x x^T].
+        ridge: share of itself that is added to the diagonal of E[x x^T].
         together: of structures of one column so many go at a time, those that cost least on their own, and share what
             they cost together: exact for these, and several times faster.
 
@@ -124,7 +125,7 @@ def keep_in_rounds(
         inputs: E[x x^T] or X^T X [columns, columns] of what goes into it.
         rounds: each takes as many as the others, to within one.
         factors: [count], what costs are multiplied with; None: 1.
-        ridge: share of the mean diagonal that is added to the diagonal of the inputs' matrix.
+        ridge: share of itself that is added to the diagonal of the inputs' matrix.
     """
     felt, inverse = weight.float(), _inverse(damp(inputs.to(torch.double, copy=True), ridge)).float()
     size, left = weight.shape[1] // count, torch.arange(count, device=inputs.device)
@@ -208,11 +209,12 @@ def _without(felt: Tensor, inverse: Tensor, stays: Tensor) -> tuple[Tensor, Tens
 
 
 def damp(matrix: Tensor, ridge: float) -> Tensor:
-    """Add a share of the mean diagonal to the diagonal of E[x x^T] or X^T X, in place; gives it back.
+    """Add a share of it to the diagonal of E[x x^T] or X^T X, in place; gives the matrix back.
 
-    Where nothing comes in at all, the least bit makes it invertible too.
+    Columns count the same in whatever unit they are (Marquardt 1963). Where nothing comes in at all, the least bit
+    makes the matrix invertible too.
     """
-    matrix.diagonal().add_((ridge * matrix.diagonal().mean()).clamp_min(1e-30))
+    matrix.diagonal().add_((ridge * matrix.diagonal()).clamp_min(1e-30))
     return matrix
 
 

@@ -15,10 +15,11 @@ BLOCK = 1024
 def refit(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
     """The projection [out, in] with these columns only that comes nearest to the whole one.
 
-    Minimises |X_S W_S' - X W|^2 + ridge * |W_S' - W_S|^2, S the columns that stay and R the others, which
-    W_S' = W_S + W_R C_RS (C_SS + ridge)^-1 does with C = X^T X. The ridge is on the change: where the text says little,
-    the columns keep their weights. Where there is no solution, it is not finite. Of the matrices in float64 there is
-    one of the size of what stays, one of what stays by what goes, and blocks of outputs.
+    Minimises |X_S W_S' - X W|^2 + ridge * |D (W_S' - W_S)|^2, S the columns that stay and R the others, which
+    W_S' = W_S + W_R C_RS (C_SS + ridge D^2)^-1 does with C = X^T X and D^2 the diagonal of C_SS. The ridge is on the
+    change: where the text says little, the columns keep their weights. Where there is no solution, it is not finite. Of
+    the matrices in float64 there is one of the size of what stays, one of what stays by what goes, and blocks of
+    outputs.
 
     Args:
         weight: [out, in]. gram: X^T X [in, in], or its mean over tokens. columns: [in], bool, True for those that stay.

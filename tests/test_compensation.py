@@ -70,7 +70,7 @@ def test_projection_is_the_ridge_solution_on_what_comes_in(windows):
     for index in (0, 2):
         columns, x = kept[CHANNELS][index], inputs[down[index]]
         gram = x[:, columns].T @ x[:, columns]
-        gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+        gram += RIDGE * gram.diagonal().diag()
         missing = x[:, ~columns] @ whole[index][:, ~columns].T.double()
         solution = whole[index][:, columns].double() + torch.linalg.solve(gram, x[:, columns].T @ missing).T
         torch.testing.assert_close(down[index].weight[:, columns].double(), solution, rtol=1e-3, atol=1e-4)
@@ -99,7 +99,7 @@ def test_a_gram_matrix_that_is_off_by_rounding_is_solved_all_the_same():
     gram[0, 0] -= 200
     solved = refit(weight, gram, kept)
     damped = gram[kept][:, kept].double()
-    damped.diagonal().add_(RIDGE * damped.diagonal().mean())
+    damped.diagonal().add_(RIDGE * damped.diagonal().clamp_min(0))
     assert torch.linalg.eigvalsh(damped)[0] < 0
     lost = gram[kept][:, ~kept].double() @ weight[:, ~kept].double().T
     expected = weight[:, kept].double() + torch.linalg.solve(damped, lost).T
@@ -143,11 +143,10 @@ def test_weights_and_bias_are_the_least_squares_of_inputs_and_a_one(windows):
     columns = kept[CHANNELS][0]
     x, wanted = inputs[0], inputs[0] @ whole[0].T + whole[1]
     # The ridge is on the change of the weights, none on that of the bias.
-    ridge = RIDGE * (x - x.mean(0))[:, columns].square().sum(0).mean()
+    ridge = RIDGE * (x - x.mean(0))[:, columns].square().sum(0)
     ones = torch.cat([x[:, columns], torch.ones(len(x), 1)], 1)
     start = torch.cat([whole[0][:, columns], whole[1][:, None]], 1).T
-    penalty = ridge * torch.eye(33).double()
-    penalty[-1, -1] = 0.0
+    penalty = torch.cat([ridge, ridge.new_zeros(1)]).diag()
     solution = start + torch.linalg.solve(ones.T @ ones + penalty, ones.T @ (wanted - ones @ start))
     torch.testing.assert_close(down.weight[:, columns].double(), solution[:-1].T, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(down.bias.double(), solution[-1], rtol=1e-3, atol=1e-4)
@@ -192,7 +191,7 @@ def test_product_weighs_scores_with_what_others_cannot_make_up_for(windows):
     scores = {kind: [torch.rand(len(stays), generator=draw) for stays in kept[kind]] for kind in kept}
     parts = layers_of(tiny_decoder("qwen2"))[0]
     gram = moments_of(model, 0, GROUPS, LayerStream(model, windows, 8)).gram
-    damped = gram.double() + RIDGE * gram.diagonal().mean() * torch.eye(32)
+    damped = gram.double() + RIDGE * gram.diagonal().diag()
     given = contributions(parts.o.weight, gram, 4)
     shares = []
     for group in range(4):

@@ -161,7 +161,7 @@ def loss_added(curvature, place, gone):
     square, gradients = (table[place].double() / tokens for table in (curvature.inputs, curvature.gradients))
     square, mean = square[used][:, used], curvature.sums[place][used].double() / tokens
     variances = square.diagonal() - mean.square()
-    square = square + RIDGE * variances.mean() * torch.eye(len(square))
+    square = square + RIDGE * variances.diag()
     moments = torch.cat([torch.cat([square, mean[:, None]], 1), torch.cat([mean, torch.ones(1)])[None]])
     whole = torch.cat([layer.weight[:, used], layer.bias[:, None]], 1).detach().double()
     left = [column for column in range(len(moments)) if column not in gone]
@@ -227,8 +227,8 @@ def test_those_that_stay_and_the_bias_take_over_what_the_masked_ones_gave(bias):
     assert (layer(x) - wanted).square().mean() < 0.5 * (plain - wanted).square().mean()
     # Ordinary least squares with the ridge on the change as further rows; the bias has a column of ones and no ridge.
     columns, lost = x[:, stay], x[:, ~stay] @ before[:, ~stay].T
-    ridge = RIDGE * len(x) * (columns - columns.mean(0) * bias).square().mean()
-    rows = torch.cat([columns, ridge.sqrt() * torch.eye(columns.shape[1])])
+    ridge = RIDGE * (columns - columns.mean(0) * bias).square().sum(0)
+    rows = torch.cat([columns, ridge.sqrt().diag()])
     ones = torch.cat([torch.ones(len(x), bias), torch.zeros(columns.shape[1], bias)])
     sides = torch.cat([lost, torch.zeros(columns.shape[1], layer.out_features)])
     solved = torch.linalg.lstsq(torch.cat([rows, ones], 1), sides).solution.T

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compression import importance
+from compression.least_squares import refit
 
 
 @pytest.fixture
@@ -221,3 +222,19 @@ def test_contributions_are_mean_squares_of_what_comes_out(tokens, count):
         for first in range(0, 12, size)
     ]
     torch.testing.assert_close(importance.contributions(weight, inputs.T @ inputs / 200, count), torch.stack(alone))
+
+
+def test_a_channel_of_massive_activations_changes_nothing_for_the_others(tokens):
+    """In whatever unit a column comes in, its weights in the inverse of it, choices, costs and fits are the same."""
+    weight, inputs, gradients = tokens
+    unit = torch.ones(12).index_fill(0, torch.tensor([3]), 1000.0)
+    curvature = gradients.T @ gradients / 200
+    found = []
+    for each, rows in ((weight, inputs), (weight / unit, inputs * unit)):
+        gram = rows.T @ rows / 200
+        kept = importance.keep_in_rounds(each, gram, 12, 6, 3, factors=torch.arange(1.0, 13.0))
+        costs = importance.removal_costs(each, gram, curvature, 12)
+        fitted = refit(each, gram, torch.arange(12) % 2 > 0)
+        found.append((kept.float(), costs, fitted * (unit if each is not weight else 1)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)

@@ -326,7 +326,7 @@ def test_steps_in_sizes_are_ranked_as_the_whole_models_divergence_ranks_them(tex
     monkeypatch.setattr("compression.llm.search.exchange", keep)
     with pytest.raises(KeyboardInterrupt):
         searched(text, search="exchange", search_tokens=64).prune()
-    assert len(found) > 12 and torch.tensor(list(found.values())).T.corrcoef()[0, 1] > 0.9
+    assert len(found) > 12 and torch.tensor(list(found.values())).T.corrcoef()[0, 1] > 0.8
 
 
 # H-GSP with a search.

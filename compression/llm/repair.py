@@ -2,8 +2,9 @@
 
 Going through the layers in order, with the inputs that the already pruned and repaired layers before it give, each
 output projection is solved anew so that from the structures that stay it gives what it gave from all of them:
-minimise |X_kept W' - X W|^2 + ridge * |W' - W_kept|^2. All of it is known from the Gram matrix X^T X alone, so the text
-is gone through once, layer by layer, and no activations are stored but the states between layers.
+minimise |X_kept W' - X W|^2 + ridge * |D (W' - W_kept)|^2, D^2 the diagonal of X_kept^T X_kept. All of it is known from
+the Gram matrix X^T X alone, so the text is gone through once, layer by layer, and no activations are stored but the
+states between layers.
 
 Where the projection has a bias, that takes over the mean of what goes (An et al. 2024, "FLAP"), in the same solution:
 with inputs counted from their mean, the bias gains (W - W') mean, and the ridge is on W' alone.
