@@ -138,6 +138,11 @@ CASES = {
         [],
         lambda found: found["largest_relative_difference"] < 1e-5,
     ),
+    "search_steps": (
+        "--base_model {world}/llm --data_dir {world} --dtype float32 --length 16 --steps 8 --fast",
+        [],
+        lambda found: len(found["rows"]) == 8 and found["correlation"] > 0.5 and found["ratio"] > 0,
+    ),
     "study_workers": (
         "--script {world}/fake.py --storages journal sqlite --seeds 1 --no_timed --fixed layers=2",
         ["--grid", "size=0.1,0.2,0.3,0.4"],

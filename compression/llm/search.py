@@ -146,7 +146,7 @@ class AllocationSearch:
         log_phase("sizes of layers")
         solutions = self._solutions("sizes", before, parts)
         log_phase("search")
-        found = self._evolve(parts, before, solutions)
+        found = self._improved(parts, before, solutions)
         after = self.space.filled(_at(parts, found.levels, before), self.space.cost(before))
         # The start was repaired on what its own layers give: so is now what was found.
         log_phase("comparison of what was found")
@@ -178,7 +178,7 @@ class AllocationSearch:
     def _cached(self, name: str, number: str, make: Any) -> dict[str, Tensor]:
         return self.cached(f"{name}_{number}", make)
 
-    def _evolve(self, parts: list[Part], before: Counts, solutions: list[Solutions]) -> Found:
+    def _improved(self, parts: list[Part], before: Counts, solutions: list[Solutions]) -> Found:
         def fitness(levels: list[int], count: int) -> float:
             return self._divergence(_at(parts, levels, before), solutions, count)
 
