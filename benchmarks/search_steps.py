@@ -32,7 +32,7 @@ from compression.llm.agreement import divergence, last_states
 from compression.llm.expansion import Expansion
 from compression.llm.score_passes import score_structures
 from compression.llm.scoring import Scores
-from compression.llm.stitching import Choices, Counts, Solutions, layer_of, solutions_of, stitched
+from compression.llm.stitching import Counts, Solutions, choices_of, layer_of, solutions_of, stitched
 from compression.llm.text import load_corpus, sample_windows, tokenize
 from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM, LLM_FOLDER
@@ -87,16 +87,12 @@ def solve(model: PreTrainedModel, scores: Scores, path: Counts, steps: list[Step
     counts = [{kind: {count} for kind, count in sizes.items()} for sizes in path]
     for layer, kind, count in steps:
         counts[layer][kind].add(count)
-    choices: Choices = [
-        {kind: {count: largest(scores[kind][layer], count) for count in each} for kind, each in sizes.items()}
-        for layer, sizes in enumerate(counts)
-    ]
-    return solutions_of(model, choices, path, windows, 1, None, lambda _, make: make())
 
+    def stays(layer: int, kind: str, count: int) -> Tensor:
+        mine = scores[kind][layer].cpu()
+        return all_but_least(mine, len(mine) - count)
 
-def largest(scores: Tensor, count: int) -> Tensor:
-    """Which structures stay when so many of largest score do, bool [structures]."""
-    return all_but_least(scores.cpu(), len(scores) - count)
+    return solutions_of(model, choices_of(counts, stays), path, windows, 1, None, lambda _, make: make())
 
 
 def main(config: StepsConfig) -> None:

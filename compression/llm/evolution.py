@@ -6,7 +6,7 @@ After Sieberling et al. 2024 ("EvoPress", level switches and selection in severa
 
 import random
 
-from compression.llm.levels import Fitness, Found, Part, Search, cost_of, improve
+from compression.llm.levels import Fitness, Found, Part, Search, cost_of, improve, raise_within
 from compression.saved_parts import Cached
 
 MOST_SWITCHES = 3
@@ -26,11 +26,7 @@ def child(parts: list[Part], levels: list[int], budget: float, draw: random.Rand
         changed[place] -= 1
     left = budget - cost_of(parts, changed)
     others = [place for place in range(len(parts)) if place not in lowered]
-    for place in draw.sample(others, len(others)):
-        part, level = parts[place], changed[place]
-        if level + 1 < len(part.counts) and part.cost_at(level + 1) - part.cost_at(level) <= left:
-            left -= part.cost_at(level + 1) - part.cost_at(level)
-            changed[place] += 1
+    raise_within(left, parts, changed, draw.sample(others, len(others)))
     return changed
 
 

@@ -12,7 +12,7 @@ from itertools import accumulate, repeat, takewhile
 
 from torch import Tensor
 
-from compression.llm.levels import Fitness, Found, Part, Search, cost_of, improve
+from compression.llm.levels import Fitness, Found, Part, Search, cost_of, improve, raise_within
 from compression.saved_parts import Cached
 
 # A candidate raises this many times as many sizes as the one before.
@@ -55,9 +55,9 @@ def exchanges(parts: list[Part], levels: list[int], changes: Tensor, budget: flo
     losses, gains = {}, {}
     for place, (part, level, (lower, higher)) in enumerate(zip(parts, levels, changes.tolist(), strict=True)):
         if level > 0:
-            losses[place] = lower / (part.cost_at(level) - part.cost_at(level - 1))
+            losses[place] = lower / part.step_to(level)
         if level + 1 < len(part.counts) and higher < 0:
-            gains[place] = -higher / (part.cost_at(level + 1) - part.cost_at(level))
+            gains[place] = -higher / part.step_to(level + 1)
     raised, lowered = sorted(gains, key=lambda place: -gains[place]), sorted(losses, key=losses.__getitem__)
     candidates = (_exchanged(parts, levels, raised, lowered, count, budget) for count in _counts(len(raised)))
     return [candidate for candidate in candidates if candidate is not None]
@@ -74,21 +74,18 @@ def _exchanged(
 ) -> list[int] | None:
     """The levels with the first `count` of some parts one higher, and as many others, the first of them, one lower as
     the budget needs; what it leaves goes to the next parts to raise. None where the others do not suffice."""
-    changed, higher = list(levels), raised[:count]
+    changed, higher, paid = list(levels), raised[:count], set[int]()
     for place in higher:
         changed[place] += 1
-    over = cost_of(parts, changed) - budget
-    paid = set()
+    left = budget - cost_of(parts, changed)
     for place in lowered:
-        if over <= 0:
+        if left >= 0:
             break
         if place not in higher:
-            over -= parts[place].cost_at(changed[place]) - parts[place].cost_at(changed[place] - 1)
+            left += parts[place].step_to(changed[place])
             changed[place] -= 1
             paid.add(place)
-    for place in raised[count:]:
-        more = parts[place].cost_at(changed[place] + 1) - parts[place].cost_at(changed[place])
-        if place not in paid and over + more <= 0:
-            over += more
-            changed[place] += 1
-    return changed if over <= 0 else None
+    if left < 0:
+        return None
+    raise_within(left, parts, changed, (place for place in raised[count:] if place not in paid))
+    return changed

@@ -6,7 +6,7 @@ candidates that differ from it by a few levels and keep the budget are all judge
 more, and the best of these takes the parent's place where it is better on all of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Annotated, Literal
@@ -67,6 +67,10 @@ class Part:
         """What it costs at a level, an index of `counts`."""
         return self.cost.of(self.counts[level])
 
+    def step_to(self, level: int) -> float:
+        """What it costs more at a level than at the one below."""
+        return self.cost_at(level) - self.cost_at(level - 1)
+
 
 def levels_of(start: int, every: int, least: int, levels: int, multiple: int = 1) -> tuple[int, ...]:
     """The sizes that a part is tried at: equal steps up and down from where it starts, its least size, and all of it.
@@ -87,6 +91,15 @@ def levels_of(start: int, every: int, least: int, levels: int, multiple: int = 1
 def cost_of(parts: list[Part], levels: list[int]) -> float:
     """What all parts together cost at these levels."""
     return sum(part.cost_at(level) for part, level in zip(parts, levels, strict=True))
+
+
+def raise_within(left: float, parts: list[Part], levels: list[int], order: Iterable[int]) -> None:
+    """Raise some parts by a level each, one after the other, where what is left of the budget allows it; in place."""
+    for place in order:
+        part, level = parts[place], levels[place] + 1
+        if level < len(part.counts) and part.step_to(level) <= left:
+            left -= part.step_to(level)
+            levels[place] = level
 
 
 def rungs_of(windows: int, length: int, tokens: int) -> list[int]:
@@ -169,9 +182,7 @@ def improve(
     return Found(levels, (on_all, best), history)
 
 
-def _select(
-    candidates: list[list[int]], fitness: Callable[[list[int], int], float], rungs: list[int]
-) -> tuple[list[int], float, float]:
+def _select(candidates: list[list[int]], fitness: Fitness, rungs: list[int]) -> tuple[list[int], float, float]:
     """The best candidate, by ever more text; its fitness on all of it, and the mean of all on the first rung."""
     judged: list[tuple[float, list[int]]] = []
     means = []

@@ -19,7 +19,7 @@ from compression.llm.exchange import exchange
 from compression.llm.expansion import Expansion
 from compression.llm.levels import Found, Part, Search, levels_of, rungs_of
 from compression.llm.repair import LocalChoice
-from compression.llm.stitching import Counts, Solutions, layer_of, solutions_of, stitched
+from compression.llm.stitching import Counts, Solutions, choices_of, layer_of, solutions_of, stitched
 from compression.llm.text import CalibrationText
 from compression.progress import progress
 from compression.runtime import log, log_phase
@@ -164,13 +164,7 @@ class AllocationSearch:
         counts = [{kind: {count} for kind, count in sizes.items()} for sizes in path]
         for part in parts:
             counts[part.layer][part.kind] |= set(part.counts)
-        choices = [
-            {
-                kind: {count: self.space.stays(layer, kind, count) for count in sorted(each)}
-                for kind, each in sizes.items()
-            }
-            for layer, sizes in enumerate(counts)
-        ]
+        choices = choices_of(counts, self.space.stays)
         cached = partial(self._cached, name)
         windows, batch_size = self.text.repair, self.text.batch_size
         return solutions_of(self.model, choices, path, windows, batch_size, self.choice, cached)

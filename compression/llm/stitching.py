@@ -6,7 +6,7 @@ given allocation is what pruning and repair would make of it.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -29,6 +29,19 @@ Counts = list[dict[str, int]]
 Choices = list[dict[str, dict[int, Tensor]]]
 # Of one layer, by names such as channels.96.weight: what stays, and the output projection's columns and bias.
 Solutions = dict[str, Tensor]
+
+
+def choices_of(counts: Sequence[dict[str, set[int]]], stays: Callable[[int, str, int], Tensor]) -> Choices:
+    """The choices of all sizes that layers are to have.
+
+    Args:
+        counts: by kind, of each layer.
+        stays: of a layer, a kind and how many, which of its structures stay, bool [structures].
+    """
+    return [
+        {kind: {count: stays(layer, kind, count) for count in sorted(each)} for kind, each in sizes.items()}
+        for layer, sizes in enumerate(counts)
+    ]
 
 
 def solutions_of(
