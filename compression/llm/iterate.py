@@ -59,7 +59,8 @@ class TrainingBetween:
                 "leave it out, or prune where the model fits"
             )
         self.run, self.recovery = run, recovery
-        run.dense_head = deepcopy(run.model.lm_head)  # what is trained is compared with it in the end
+        if run.unseen is not None:
+            run.dense_head = deepcopy(run.model.lm_head)  # what is trained is compared with it in the end
         self.held_out = validation_windows(recovery, run.config.data_dir, run.tokenizer)
         self.histories: list[list[dict[str, Any]]] = []
 
