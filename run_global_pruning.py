@@ -25,7 +25,7 @@ from compression.llm.levels import Search
 from compression.llm.origin import KEPT_LAYERS
 from compression.llm.plots import plot_allocations, plot_removal, plot_retained, plot_search
 from compression.llm.recovery_settings import LEARNING_RATE, Recovery
-from compression.llm.repair import LocalRanking
+from compression.llm.repair import ERROR_SHARE, LocalRanking
 from compression.llm.run import Run
 from compression.llm.run_settings import FAST, Calibration, Finetuning, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
@@ -90,6 +90,9 @@ class GlobalPruningConfig(Config):
     # What becomes of the rest.
     compensation: Literal["none", "lstsq"] = "lstsq"
     """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
+    error_share: Annotated[float, Between(0, 1), Originally(0.0)] = ERROR_SHARE
+    """Share of the errors that earlier layers leave in the states which a repair makes up for; 0: each layer makes up
+    for what it loses itself alone."""
     removal_steps: Annotated[int, AtLeast(0)] = 0
     """Rounds in which a layer's structures go, once it is known how many; those left are fitted anew after each. 0: the
     scores choose them."""

@@ -30,6 +30,8 @@ from compression.config import AtLeast, Between, Config, run_script
 from compression.files import write_json
 from compression.llm.agreement import divergence, last_states
 from compression.llm.expansion import Expansion
+from compression.llm.repair import ERROR_SHARE
+from compression.llm.repair_text import RepairText
 from compression.llm.score_passes import score_structures
 from compression.llm.scoring import Scores
 from compression.llm.stitching import Counts, Solutions, choices_of, layer_of, solutions_of, stitched
@@ -92,7 +94,8 @@ def solve(model: PreTrainedModel, scores: Scores, path: Counts, steps: list[Step
         mine = scores[kind][layer].cpu()
         return all_but_least(mine, len(mine) - count)
 
-    return solutions_of(model, choices_of(counts, stays), path, windows, 1, None, lambda _, make: make())
+    text = partial(RepairText, model, windows, error_share=ERROR_SHARE)
+    return solutions_of(text, choices_of(counts, stays), path, None, lambda _, make: make())
 
 
 def main(config: StepsConfig) -> None:

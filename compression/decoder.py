@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compression.hooks import evaluation_mode, hooked
 from compression.offload import States, offload_of
 from compression.runtime import UserError
-from compression.structures import DECODERS, family_of, output_bias
+from compression.structures import DECODERS, GROUPS, family_of, output_bias
 
 CHECKED_TOKENS = 8
 # Models whose layout was checked.
@@ -95,6 +95,20 @@ class Decoder:
         """What a layer's MLP adds to the state behind its attention."""
         before, _ = self.family.around["mlp"]
         return self._added(layer, "mlp", layer.mlp(_passed(layer, before, state)))
+
+    def branch(self, layer: Any, kind: str, state: Tensor, options: dict[str, Any]) -> Tensor:
+        """What a layer's attention or MLP, the one with structures of a kind, adds to the state before it."""
+        return self.attention_branch(layer, state, options) if kind == GROUPS else self.mlp_branch(layer, state)
+
+    def before_added(self, layer: Any, kind: str, added: Tensor) -> Tensor | float:
+        """What the output projection of an attention or MLP has to give more for that to add so much more to the state.
+
+        Behind a norm that is no fixed amount, and nothing is given.
+        """
+        _, behind = self.family.around[self.family.path(kind).partition(".")[0]]
+        if behind is not None and not isinstance(getattr(layer, behind), nn.Dropout):
+            return 0.0
+        return added if self.family.multiplier is None else added / getattr(layer, self.family.multiplier)
 
     def constant(self, layer: Any, kind: str) -> Tensor | float:
         """What a layer's attention or MLP adds to the state when all its structures are gone: [hidden], or nothing."""

@@ -12,25 +12,29 @@ from compression.importance import RIDGE, damp
 BLOCK = 1024
 
 
-def refit(weight: Tensor, gram: Tensor, columns: Tensor) -> Tensor:
-    """The projection [out, in] with these columns only that comes nearest to the whole one.
+def refit(weight: Tensor, gram: Tensor, columns: Tensor, owed: Tensor | None = None) -> Tensor:
+    """The projection [out, in] with these columns only that comes nearest to the whole one, or to what that should be.
 
-    Minimises |X_S W_S' - X W|^2 + ridge * |D (W_S' - W_S)|^2, S the columns that stay and R the others, which
-    W_S' = W_S + W_R C_RS (C_SS + ridge D^2)^-1 does with C = X^T X and D^2 the diagonal of C_SS. The ridge is on the
-    change: where the text says little, the columns keep their weights. Where there is no solution, it is not finite. Of
-    the matrices in float64 there is one of the size of what stays, one of what stays by what goes, and blocks of
-    outputs.
+    Minimises |X_S W_S'^T - (X W^T + R)|^2 + ridge * |(W_S' - W_S) D|^2, S the columns that stay and G those that go,
+    which W_S' = W_S + (W_G C_GS + R^T X_S) (C_SS + ridge D^2)^-1 does with C = X^T X and D^2 the diagonal of C_SS. The
+    ridge is on the change: where the text says little, the columns keep their weights. Where there is no solution, it
+    is not finite. Of the matrices in float64 there is one of the size of what stays, one of what stays by what goes,
+    and blocks of outputs.
 
     Args:
         weight: [out, in]. gram: X^T X [in, in], or its mean over tokens. columns: [in], bool, True for those that stay.
+        owed: X^T R [in, out], or its mean, R [tokens, out] what is to be given more; None: nothing.
     """
     solved = torch.zeros_like(weight)
     if columns.any():
         stay, go = columns.nonzero(), (~columns).nonzero()[:, 0]
         solve, lost = _solver(gram, columns), gram[stay, go].double()  # in one step: no rows are copied whole
-        for rows, old in zip(solved.split(BLOCK), weight.split(BLOCK), strict=True):
-            change = solve(lost @ old[:, ~columns].double().T)
-            rows[:, columns] = (old[:, columns].double() + change.T).to(weight.dtype)
+        for start, old in zip(range(0, len(weight), BLOCK), weight.split(BLOCK), strict=True):
+            rows = slice(start, start + BLOCK)
+            side = lost @ old[:, ~columns].double().T
+            if owed is not None:
+                side += owed[columns, rows]
+            solved[rows, columns] = (old[:, columns].double() + solve(side).T).to(weight.dtype)
     return solved
 
 

@@ -50,6 +50,7 @@ from transformers import (
 from compression import structures
 from compression.checkpoint import save_checkpoint
 from compression.llm.repair import repairing
+from compression.llm.repair_text import RepairText
 from compression.outputs import WRITTEN_FILE
 from compression.runtime import ROOT, log
 
@@ -234,9 +235,9 @@ def letters(count, seed=0):
     return " ".join(WORDS[letter] for letter in draw)
 
 
-def repair(model, kept, windows, batch_size=1):
+def repair(model, kept, windows, batch_size=1, choice=None, error_share=0.0):
     """Repair all layers of a model before any is cut down."""
-    step = repairing(model, kept, windows, batch_size)
+    step = repairing(model, kept, RepairText(model, windows, batch_size, error_share), choice)
     for index in range(len(kept[structures.GROUPS])):
         step(index)
 

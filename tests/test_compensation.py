@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import DECODERS, repair, tiny_decoder
 
+from compression.decoder import decoder_of
 from compression.importance import contributions, keep_in_rounds
 from compression.least_squares import RIDGE, refit
-from compression.llm.layerwise import LayerStream
-from compression.llm.repair import LocalChoice, moments_of, repairing
+from compression.llm.repair import LocalChoice
+from compression.llm.repair_text import RepairText
 from compression.structures import CHANNELS, GROUPS, layers_of, spread
 from compression.surgery import shrink_decoder
 
@@ -76,6 +77,48 @@ def test_projection_is_the_ridge_solution_on_what_comes_in(windows):
         torch.testing.assert_close(down[index].weight[:, columns].double(), solution, rtol=1e-3, atol=1e-4)
         assert not down[index].weight[:, ~columns].any()
     assert torch.equal(down[1].weight, whole[1]), "a layer that lost nothing was changed"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [GROUPS, CHANNELS])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "granite", "phi3", "gemma2", "olmo2"])
+def test_a_share_of_earlier_errors_is_made_up_for(windows, family, kind):
+    """The solution's target is that share of the way to the state that the whole model has behind it; where a norm is
+    behind the projection, to what that gives in the whole model."""
+    model, dense, kept, share = tiny_decoder(family), tiny_decoder(family), everything(tiny_decoder(family)), 0.4
+    kept[CHANNELS][0], kept[GROUPS][1] = torch.arange(48) % 2 > 0, torch.tensor([1, 0, 1, 1]).bool()
+    kept[kind][2] = torch.arange(len(kept[kind][2])) % 4 > 0
+    repair(model, kept, windows, batch_size=7, error_share=share)
+
+    def seen(model):
+        """What goes into the projection and what it gives; the states before and behind its branch."""
+        found, decoder, outer = [], decoder_of(model), layers_of(model)[2].split(kind)[1]
+        state, options = decoder.first_input(windows)
+        for index in (0, 1):
+            state = decoder.layers[index](state, **options[index])
+        if kind == CHANNELS:
+            state = state + decoder.attention_branch(decoder.layers[2], state, options[2])
+        with outer.register_forward_hook(lambda _, given, output: found.extend([given[0], output])):
+            behind = state + decoder.branch(decoder.layers[2], kind, state, options[2])
+        return [values.flatten(0, 1).double() for values in (*found, state, behind)]
+
+    outer, whole = (layers_of(each)[2].split(kind)[1] for each in (model, dense))
+    columns = spread(kept[kind][2], outer.in_features)
+    inputs, _, before, _ = seen(model)
+    _, wanted, _, behind = seen(dense)
+    given = inputs @ whole.weight.double().T
+    if family not in ("gemma2", "olmo2"):
+        wanted = (behind - before) / (model.config.residual_multiplier if family == "granite" else 1)
+    x, biased = inputs[:, columns], outer.bias is not None
+    start, ridge = whole.weight[:, columns].double().T, RIDGE * (x - biased * x.mean(0)).square().sum(0)
+    if biased:  # an input that is always one; the ridge is on the change of the weights, none on that of the bias
+        x, start = torch.cat([x, torch.ones(len(x), 1)], 1), torch.cat([start, whole.bias.double()[None]])
+        ridge, given = torch.cat([ridge, ridge.new_zeros(1)]), given + whole.bias.double()
+    target = given + share * (wanted - given)
+    solution = start + torch.linalg.solve(x.T @ x + ridge.diag(), x.T @ (target - x @ start))
+    found = torch.cat([outer.weight[:, columns].T, outer.bias[None]]) if biased else outer.weight[:, columns].T
+    assert (wanted - given).abs().max() > 1e-2
+    torch.testing.assert_close(found.double(), solution, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -157,9 +200,17 @@ def test_weights_and_bias_are_the_least_squares_of_inputs_and_a_one(windows):
 
 
 def local(model, kept, windows, *choice):
-    step = repairing(model, kept, windows, 8, LocalChoice(*choice))
-    for index in range(4):
-        step(index)
+    repair(model, kept, windows, 8, LocalChoice(*choice))
+
+
+def moments_at(model, windows, index, kind):
+    """The moments of a text that has gone through a model as it is."""
+    text = RepairText(model, windows, 8)
+    while text.layer < index:
+        text.go_through()
+    if kind == CHANNELS:
+        text.leave(GROUPS)
+    return text.enter(kind)
 
 
 @torch.no_grad()
@@ -172,8 +223,7 @@ def test_local_choice_is_by_what_comes_in_and_keeps_the_numbers(windows):
     counts = {kind: [int(stays.sum()) for stays in kept[kind]] for kind in kept}
     local(model, kept, windows, 5)
     assert {kind: [int(stays.sum()) for stays in kept[kind]] for kind in kept} == counts
-    stream = LayerStream(model, windows, 8, layer=3)
-    moments = moments_of(model, 3, CHANNELS, stream)
+    moments = moments_at(model, windows, 3, CHANNELS)
     expected = keep_in_rounds(layers_of(dense)[3].down.weight, moments.gram, 48, 31, 5)
     assert torch.equal(kept[CHANNELS][3], expected)
     columns = spread(kept[CHANNELS][3], 48)
@@ -190,7 +240,7 @@ def test_product_weighs_scores_with_what_others_cannot_make_up_for(windows):
     draw = torch.Generator().manual_seed(5)
     scores = {kind: [torch.rand(len(stays), generator=draw) for stays in kept[kind]] for kind in kept}
     parts = layers_of(tiny_decoder("qwen2"))[0]
-    gram = moments_of(model, 0, GROUPS, LayerStream(model, windows, 8)).gram
+    gram = moments_at(model, windows, 0, GROUPS).gram
     damped = gram.double() + RIDGE * gram.diagonal().diag()
     given = contributions(parts.o.weight, gram, 4)
     shares = []
@@ -211,8 +261,6 @@ def test_rounds_leave_less_error_than_scores(model, windows):
     for name, choice in (("none", None), ("one", LocalChoice(1)), ("many", LocalChoice(24))):
         copied, kept = copy.deepcopy(model), everything(model)
         kept[CHANNELS][1] = torch.arange(48) % 24 < 12
-        step = repairing(copied, kept, windows, 8, choice)
-        for index in range(4):
-            step(index)
+        repair(copied, kept, windows, 8, choice)
         errors[name] = (shrink_decoder(copied, kept)(windows).logits - expected).square().mean().item()
     assert errors["many"] < 0.2 * min(errors["none"], errors["one"])

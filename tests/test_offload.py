@@ -15,6 +15,7 @@ from compression.files import read_json
 from compression.llm.perplexity import perplexity
 from compression.llm.removal import removal_perplexities
 from compression.llm.repair import repairing
+from compression.llm.repair_text import RepairText
 from compression.llm.score_passes import score_structures
 from compression.llm.scoring import SCORES
 from compression.offload import free_ram, pick_offload
@@ -234,7 +235,7 @@ def test_an_offloaded_layer_that_is_done_with_is_gone(folder, tmp_path):
     model, fetched, load_weights = load(folder, "disk"), [], torch.nn.Module.load_state_dict
     kept = {kind: [torch.ones(count).bool() for _ in range(4)] for kind, count in ((GROUPS, 4), (CHANNELS, 48))}
     kept[GROUPS][1][:], kept[CHANNELS][2][:2], kept[CHANNELS][3][:] = False, False, False
-    repair_one = repairing(model, kept, token_ids(4))
+    repair_one = repairing(model, kept, RepairText(model, token_ids(4), error_share=0.5))
 
     def note(module, tensors, **options):
         found = load_weights(module, tensors, **options)

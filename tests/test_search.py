@@ -17,7 +17,8 @@ from compression.llm.exchange import exchange, exchanges
 from compression.llm.expansion import Expansion
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.levels import Part, Search, cost_of, levels_of, rungs_of
-from compression.llm.repair import LocalChoice, repairing
+from compression.llm.repair import ERROR_SHARE, LocalChoice
+from compression.llm.repair_text import RepairText
 from compression.llm.search import AllocationSearch
 from compression.llm.stitching import solutions_of, stitched
 from compression.llm.text import CalibrationText
@@ -216,7 +217,7 @@ def solve(model, text, choice=None, cached=lambda _, make: make()):
         }
         for layer in range(4)
     ]
-    return solutions_of(model, choices, SIZES, text.repair, 4, choice, cached)
+    return solutions_of(lambda: RepairText(model, text.repair, 4, ERROR_SHARE), choices, SIZES, choice, cached)
 
 
 def kept_of(sizes):
@@ -235,7 +236,7 @@ def test_stitched_model_of_the_path_is_the_pruned_and_repaired_one(text, family)
         other = model(text.held_out).logits
     assert torch.equal(model(text.held_out).logits, dense)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    repair(model, kept_of(SIZES), text.repair, 4)
+    repair(model, kept_of(SIZES), text.repair, 4, error_share=ERROR_SHARE)
     expected = shrink_decoder(model, kept_of(SIZES))(text.held_out).logits
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
     assert other.isfinite().all() and (other - found).abs().max() > 0.01
@@ -245,9 +246,7 @@ def test_stitched_model_of_the_path_is_the_pruned_and_repaired_one(text, family)
 def test_sizes_are_chosen_within_layers_as_pruning_would(text):
     model, choice = tiny_decoder(), LocalChoice(3)
     solutions, kept = solve(model, text, choice), kept_of(SIZES)
-    step = repairing(model, kept, text.repair, 4, choice)
-    for layer in range(4):
-        step(layer)
+    repair(model, kept, text.repair, 4, choice, ERROR_SHARE)
     assert torch.equal(solutions[1][f"{CHANNELS}.16.stays"], kept[CHANNELS][1])
     assert not torch.equal(kept[CHANNELS][1], stays(1, CHANNELS, 16))
 

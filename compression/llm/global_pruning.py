@@ -22,6 +22,7 @@ from compression.hooks import hooked
 from compression.llm.levels import Search
 from compression.llm.perplexity import perplexity
 from compression.llm.repair import LocalChoice, LocalRanking, repairing
+from compression.llm.repair_text import RepairText
 from compression.llm.score_passes import labels_behind, score_structures
 from compression.llm.scoring import SCORES, LossName, ScoreName, loss_of
 from compression.llm.search import AllocationSearch, Kept, Space
@@ -78,6 +79,7 @@ class Budget:
     attention_factors: tuple[float, ...]
     iterative_steps: int
     compensation: Literal["none", "lstsq"]
+    error_share: float
     removal_steps: int
     local_choice: LocalRanking
     uniform: bool
@@ -221,12 +223,17 @@ class GlobalPruning:
             space,
             self.search,
             self.text,
+            self._repair_text,
             choice,
             lambda name, make: self.cached(f"search_of_step_{step}_{name}", make),
         )
         found = search.search(kept)
         self.searches.append({"step": step, "layers": self.origin, **asdict(found)})
         return space.kept(found.after)
+
+    def _repair_text(self) -> RepairText:
+        """What repairs are fitted to, before the first layer."""
+        return RepairText(self.model, self.text.repair, self.text.batch_size, self.budget.error_share)
 
     def _shrink(self, kept: Kept, step: int, choice: LocalChoice | None) -> tuple[PreTrainedModel, Kept]:
         """The smaller model, repaired where that is asked for; of an offloaded one layer by layer, to the disk. And
@@ -236,7 +243,7 @@ class GlobalPruning:
         def repairs() -> Callable[[int], None]:
             if self.budget.compensation == "none":
                 return lambda _: None
-            return repairing(model, kept, self.text.repair, self.text.batch_size, choice)
+            return repairing(model, kept, self._repair_text(), choice)
 
         def chosen() -> Kept:
             return kept if choice is None else self._cached_by_kind(f"chosen_in_step_{step}", lambda: kept)

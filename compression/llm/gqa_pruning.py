@@ -19,6 +19,7 @@ from compression.allocation import all_but_least, largest_ratio, split_budget, s
 from compression.decoder import Decoder, decoder_of
 from compression.llm.layerwise import LayerStream
 from compression.llm.repair import repair_layer
+from compression.llm.repair_text import RepairText
 from compression.llm.score_passes import labels_behind, score_layer
 from compression.llm.scoring import LossName, ScoreName, loss_of
 from compression.llm.text import CalibrationText
@@ -150,6 +151,7 @@ class Cuts:
     round_to: int
     iterative_steps: int
     compensation: Literal["none", "lstsq"]
+    error_share: float
     uniform: bool
 
 
@@ -352,9 +354,9 @@ class LayerwisePruning:
         """
         share = step / self.cuts.iterative_steps
         scored = LayerStream(self.model, self.text.scores, self.text.batch_size)
-        streams = [scored]
+        repair = None
         if self.cuts.compensation == "lstsq":
-            streams.append(LayerStream(self.model, self.text.repair, self.text.batch_size))
+            repair = RepairText(self.model, self.text.repair, self.text.batch_size, self.cuts.error_share)
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
         for index in progress(range(last + 1), "layers"):
@@ -362,15 +364,18 @@ class LayerwisePruning:
                 if self.rates[index]:
                     left = layers_of(self.model)[index].parameters
                     due += self.rates[index] * share * self.before[index][2] - (self.before[index][2] - left)
-                    self._prune_layer(index, due, step, streams)
+                    self._prune_layer(index, due, step, scored, repair)
                     due -= left - layers_of(self.model)[index].parameters
                     if self.cuts.uniform:  # the next layer is to get the same sizes
                         due = 0.0
-                for text in streams:
-                    text.advance()
+                if repair is not None and repair.layer == index:  # nothing of the layer went
+                    repair.go_through()
+                scored.advance()
                 done(layer)
 
-    def _prune_layer(self, index: int, budget: float, step: int, streams: list[LayerStream]) -> None:
+    def _prune_layer(
+        self, index: int, budget: float, step: int, scored: LayerStream, repair: RepairText | None
+    ) -> None:
         counts = self._counts(layers_of(self.model)[index], index, budget, step / self.cuts.iterative_steps)
         if not any(counts.values()):
             return
@@ -379,15 +384,15 @@ class LayerwisePruning:
             lambda: compute_gqa_group_importance(
                 self.model,
                 index,
-                streams[0],
+                scored,
                 self.cuts.importance_method,
                 gradient_checkpointing=self.text.gradient_checkpointing,
                 labels=self.labels,
             ),
         )
         pruned = {kind: select_gqa_groups_to_prune(scores[kind], count) for kind, count in counts.items()}
-        if self.cuts.compensation == "lstsq":
-            repair_layer(self.model, index, {kind: ~gone for kind, gone in pruned.items()}, streams[1])
+        if repair is not None:
+            repair_layer(repair, {kind: ~gone for kind, gone in pruned.items()})
         prune_attention_by_gqa_groups(self.model, index, pruned[GROUPS])
         prune_mlp_channels(self.model, index, pruned[CHANNELS])
 

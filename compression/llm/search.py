@@ -3,7 +3,7 @@
 What candidates are is said in `levels`, `evolution` and `exchange`, how they are put together in `stitching`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from compression.llm.exchange import exchange
 from compression.llm.expansion import Expansion
 from compression.llm.levels import Found, Part, Search, levels_of, rungs_of
 from compression.llm.repair import LocalChoice
+from compression.llm.repair_text import RepairText
 from compression.llm.stitching import Counts, Solutions, choices_of, layer_of, solutions_of, stitched
 from compression.llm.text import CalibrationText
 from compression.progress import progress
@@ -116,6 +117,7 @@ class AllocationSearch:
 
     Args:
         model: dense, or as an earlier step left it; stays as it is.
+        repair_text: makes what repairs are fitted to, see `repair`.
         choice: what chooses within a layer, see `repair`.
         cached: see `saved_parts.Cached`.
     """
@@ -126,11 +128,12 @@ class AllocationSearch:
         space: Space,
         settings: Search,
         text: CalibrationText,
+        repair_text: Callable[[], RepairText],
         choice: LocalChoice | None,
         cached: Cached,
     ):
         self.model, self.space, self.settings, self.text = model, space, settings, text
-        self.choice, self.cached = choice, cached
+        self.repair_text, self.choice, self.cached = repair_text, choice, cached
         self.dense_states = last_states(model, text.held_out, text.batch_size)
 
     def search(self, start: Kept) -> Searched:
@@ -165,9 +168,7 @@ class AllocationSearch:
         for part in parts:
             counts[part.layer][part.kind] |= set(part.counts)
         choices = choices_of(counts, self.space.stays)
-        cached = partial(self._cached, name)
-        windows, batch_size = self.text.repair, self.text.batch_size
-        return solutions_of(self.model, choices, path, windows, batch_size, self.choice, cached)
+        return solutions_of(self.repair_text, choices, path, self.choice, partial(self._cached, name))
 
     def _cached(self, name: str, number: str, make: Any) -> dict[str, Tensor]:
         return self.cached(f"{name}_{number}", make)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compression.decoder import decoder_of
-from compression.llm.layerwise import LayerStream
-from compression.llm.repair import LocalChoice, moments_of, refitted
+from compression.llm.repair import LocalChoice, refitted
+from compression.llm.repair_text import RepairText
 from compression.progress import progress
 from compression.saved_parts import Cached
 from compression.structures import DECODER_KINDS, layers_of, spread
@@ -45,37 +45,30 @@ def choices_of(counts: Sequence[dict[str, set[int]]], stays: Callable[[int, str,
 
 
 def solutions_of(
-    model: PreTrainedModel,
-    choices: Choices,
-    path: Counts,
-    windows: Tensor,
-    batch_size: int,
-    choice: LocalChoice | None,
-    cached: Cached,
+    text: Callable[[], RepairText], choices: Choices, path: Counts, choice: LocalChoice | None, cached: Cached
 ) -> list[Solutions]:
     """Each layer's output projections for all sizes; the model stays as it is.
 
     Args:
+        text: makes what the solutions are fitted to, before the first layer; only where one is not there yet.
         choices: the sizes, and what stays at each; those of `path` are among them.
         path: the sizes that text goes through on its way.
-        windows: token ids [count, length] that the solutions are fitted to.
         choice: chooses anew which structures stay at each size.
         cached: by the number of a layer.
 
     Raises:
         UserError: a projection has no finite solution.
     """
-    streams: list[LayerStream] = []
+    texts: list[RepairText] = []
     found: list[Solutions] = []
 
     def make(index: int) -> Solutions:
-        if not streams:
-            streams.append(LayerStream(model, windows, batch_size))
-        stream = streams[0]
-        while stream.layer < index:  # those that an earlier run made are gone through only where another is needed
-            with placed(model, stream.layer, path[stream.layer], found[stream.layer]):
-                stream.advance()
-        return _solve(model, index, choices[index], path[index], stream, choice)
+        if not texts:
+            texts.append(text())
+        while texts[0].layer < index:  # those that an earlier run made are gone through only where another is needed
+            layer = texts[0].layer
+            _solve(texts[0], {kind: {} for kind in DECODER_KINDS}, path[layer], found[layer], None)
+        return _solve(texts[0], choices[index], path[index], {}, choice)
 
     for index in progress(range(len(choices)), "sizes of layers"):
         found.append(cached(str(index), partial(make, index)))
@@ -84,30 +77,29 @@ def solutions_of(
 
 @torch.no_grad()
 def _solve(
-    model: PreTrainedModel,
-    index: int,
+    text: RepairText,
     choices: dict[str, dict[int, Tensor]],
     path: dict[str, int],
-    stream: LayerStream,
+    solutions: Solutions,
     choice: LocalChoice | None,
 ) -> Solutions:
-    solutions: Solutions = {}
-    before: dict[str, int] = {}
+    """Those of the layer that a text stands before, beside some that are known; the text goes through it."""
+    model, index, solutions = text.model, text.layer, dict(solutions)
     for kind in DECODER_KINDS:
         smaller = {count: stays for count, stays in choices[kind].items() if not stays.all()}
-        if smaller:
-            with placed(model, index, before, solutions):
-                moments = moments_of(model, index, kind, stream)
-                outer = layers_of(model)[index].split(kind)[1]
-                for count, stays in smaller.items():
-                    if choice is not None:
-                        stays = choice.stays(kind, index, outer.weight, moments.gram, stays)
-                    weight, bias = refitted(model, index, kind, moments, stays)
-                    columns = spread(stays, outer.in_features).to(weight.device)
-                    solutions |= {f"{kind}.{count}.stays": stays, f"{kind}.{count}.weight": weight[:, columns]}
-                    if bias is not None:
-                        solutions[f"{kind}.{count}.bias"] = bias
-        before[kind] = path[kind]
+        moments = text.enter(kind, wanted=bool(smaller))
+        if moments is not None:
+            outer = layers_of(model)[index].split(kind)[1]
+            for count, stays in smaller.items():
+                if choice is not None:
+                    stays = choice.stays(kind, index, outer.weight, moments.gram, stays)
+                weight, bias = refitted(model, index, kind, moments, stays)
+                columns = spread(stays, outer.in_features).to(weight.device)
+                solutions |= {f"{kind}.{count}.stays": stays, f"{kind}.{count}.weight": weight[:, columns]}
+                if bias is not None:
+                    solutions[f"{kind}.{count}.bias"] = bias
+        with placed(model, index, {kind: path[kind]}, solutions):
+            text.leave(kind)
     return solutions
 
 
