@@ -91,8 +91,8 @@ class GlobalPruningConfig(Config):
     compensation: Literal["none", "lstsq"] = "lstsq"
     """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
     error_share: Annotated[float, Between(0, 1), Originally(0.0)] = ERROR_SHARE
-    """Share of the errors that earlier layers leave in the states which a repair makes up for; 0: each layer makes up
-    for what it loses itself alone."""
+    """Share of the errors that earlier layers leave in the states which a repair makes up for, also in layers that lose
+    nothing; 0: each layer makes up for what it loses itself alone."""
     removal_steps: Annotated[int, AtLeast(0)] = 0
     """Rounds in which a layer's structures go, once it is known how many; those left are fitted anew after each. 0: the
     scores choose them."""

@@ -207,9 +207,10 @@ def moments_at(model, windows, index, kind):
     """The moments of a text that has gone through a model as it is."""
     text = RepairText(model, windows, 8)
     while text.layer < index:
-        text.go_through()
+        text.leave(GROUPS, changed=False)
+        text.leave(CHANNELS, changed=False)
     if kind == CHANNELS:
-        text.leave(GROUPS)
+        text.leave(GROUPS, changed=False)
     return text.enter(kind)
 
 

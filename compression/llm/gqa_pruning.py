@@ -359,6 +359,8 @@ class LayerwisePruning:
             repair = RepairText(self.model, self.text.repair, self.text.batch_size, self.cuts.error_share)
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
+        if repair is not None and self.cuts.error_share:
+            last = len(self.rates) - 1
         for index in progress(range(last + 1), "layers"):
             with scored.decoder.present(index) as layer:
                 if self.rates[index]:
@@ -369,7 +371,8 @@ class LayerwisePruning:
                     if self.cuts.uniform:  # the next layer is to get the same sizes
                         due = 0.0
                 if repair is not None and repair.layer == index:  # nothing of the layer went
-                    repair.go_through()
+                    parts = layers_of(self.model)[index]
+                    repair_layer(repair, {kind: torch.ones(parts.count(kind)).bool() for kind in DECODER_KINDS})
                 scored.advance()
                 done(layer)
 

@@ -2,7 +2,7 @@
 
 Going through the layers in order, with the inputs that the already pruned and repaired layers before it give, each
 output projection is solved anew so that from the structures that stay it gives what it gave from all of them, and a
-share of what the layers before it owe: minimise
+share of what the layers before it owe, also where all stay: minimise
 
     |X_kept W' - (X W + share * R)|^2 + ridge * |D (W' - W_kept)|^2, D^2 the diagonal of X_kept^T X_kept.
 
@@ -72,7 +72,8 @@ class LocalChoice:
 def repairing(
     model: PreTrainedModel, kept: dict[str, list[Tensor]], text: RepairText, choice: LocalChoice | None = None
 ) -> Callable[[int], None]:
-    """Solve the output projections of pruned layers anew, in place; the columns of what goes become zero.
+    """Solve output projections anew, in place: those of pruned layers, where the columns of what goes become zero, and
+    where errors are made up for all behind the first of them.
 
     The text should have many times as many tokens as a layer has channels: with few it is fitted, not the language.
 
@@ -112,7 +113,7 @@ def repair_layer(text: RepairText, kept: dict[str, Tensor], choice: LocalChoice 
     """
     parts, kept = layers_of(text.model)[text.layer], dict(kept)
     for kind in DECODER_KINDS:
-        moments = text.enter(kind, wanted=bool(parts.count(kind)) and not kept[kind].all())
+        moments = text.enter(kind, wanted=bool(parts.count(kind)) and (text.owes or not kept[kind].all()))
         if moments is not None:
             outer = parts.split(kind)[1]
             if choice is not None:
@@ -121,7 +122,7 @@ def repair_layer(text: RepairText, kept: dict[str, Tensor], choice: LocalChoice 
             outer.weight.copy_(weight)
             if bias is not None:
                 outer.bias.copy_(bias)
-        text.leave(kind)
+        text.leave(kind, changed=moments is not None)
     return kept
 
 

@@ -12,7 +12,7 @@ from compression.hooks import hooked
 from compression.llm.layerwise import LayerStream
 from compression.offload import States
 from compression.runtime import sum_over_processes
-from compression.structures import CHANNELS, DECODER_KINDS, layers_of
+from compression.structures import CHANNELS, layers_of
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,12 @@ class RepairText:
 
     Attributes:
         layer: the index of the layer that the text stands before, or in.
+        owes: whether there are errors to make up for: something before was changed.
     """
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, batch_size: int = 1, error_share: float = 0.0):
         stream = LayerStream(model, windows, batch_size)
-        self.model, self.error_share, self.layer = model, error_share, 0
+        self.model, self.error_share, self.layer, self.owes = model, error_share, 0, False
         self.decoder, self.states, self.options = stream.decoder, stream.states, stream.options
         self.whole: States | None = None
         if error_share:
@@ -69,16 +70,11 @@ class RepairText:
             self._advance(self.whole, kind)
         return None
 
-    def leave(self, kind: str) -> None:
-        """Go through that attention or MLP."""
+    def leave(self, kind: str, changed: bool) -> None:
+        """Go through that attention or MLP, which may have changed meanwhile."""
         self._advance(self.states, kind)
         self.layer += kind == CHANNELS
-
-    def go_through(self) -> None:
-        """Go through a layer that stays as it is."""
-        for kind in DECODER_KINDS:
-            self.enter(kind, wanted=False)
-            self.leave(kind)
+        self.owes |= changed and self.whole is not None
 
     @torch.no_grad()
     def _advance(self, states: States, kind: str) -> None:

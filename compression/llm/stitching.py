@@ -86,11 +86,13 @@ def _solve(
     """Those of the layer that a text stands before, beside some that are known; the text goes through it."""
     model, index, solutions = text.model, text.layer, dict(solutions)
     for kind in DECODER_KINDS:
-        smaller = {count: stays for count, stays in choices[kind].items() if not stays.all()}
-        moments = text.enter(kind, wanted=bool(smaller))
+        changed = {
+            count: stays for count, stays in choices[kind].items() if len(stays) and (text.owes or not stays.all())
+        }
+        moments = text.enter(kind, wanted=bool(changed))
         if moments is not None:
             outer = layers_of(model)[index].split(kind)[1]
-            for count, stays in smaller.items():
+            for count, stays in changed.items():
                 if choice is not None:
                     stays = choice.stays(kind, index, outer.weight, moments.gram, stays)
                 weight, bias = refitted(model, index, kind, moments, stays)
@@ -99,7 +101,7 @@ def _solve(
                 if bias is not None:
                     solutions[f"{kind}.{count}.bias"] = bias
         with placed(model, index, {kind: path[kind]}, solutions):
-            text.leave(kind)
+            text.leave(kind, changed=f"{kind}.{path[kind]}.stays" in solutions)
     return solutions
 
 
