@@ -81,13 +81,15 @@ def test_projection_is_the_ridge_solution_on_what_comes_in(windows):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [GROUPS, CHANNELS])
+@pytest.mark.parametrize("loses", [True, False], ids=["loses some", "loses nothing"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "granite", "phi3", "gemma2", "olmo2"])
-def test_a_share_of_earlier_errors_is_made_up_for(windows, family, kind):
+def test_a_share_of_earlier_errors_is_made_up_for(windows, family, kind, loses):
     """The solution's target is that share of the way to the state that the whole model has behind it; where a norm is
     behind the projection, to what that gives in the whole model."""
     model, dense, kept, share = tiny_decoder(family), tiny_decoder(family), everything(tiny_decoder(family)), 0.4
     kept[CHANNELS][0], kept[GROUPS][1] = torch.arange(48) % 2 > 0, torch.tensor([1, 0, 1, 1]).bool()
-    kept[kind][2] = torch.arange(len(kept[kind][2])) % 4 > 0
+    if loses:
+        kept[kind][2] = torch.arange(len(kept[kind][2])) % 4 > 0
     repair(model, kept, windows, batch_size=7, error_share=share)
 
     def seen(model):

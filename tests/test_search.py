@@ -384,6 +384,19 @@ def test_search_finds_what_the_scores_have_not(text, search, most):
     assert found["divergence"]["found"] < most * found["divergence"]["start"] and found["after"] != found["before"]
 
 
+def test_what_was_found_is_the_repaired_model_of_its_sizes(text):
+    pruning, model = searched(text, pruning_ratio=0.5, search_generations=30), tiny_decoder()
+    small, kept = pruning.prune(), {GROUPS: [[] for _ in range(4)], CHANNELS: [[] for _ in range(4)]}
+    for row in pruning.table.values():
+        kept[row["kind"]][row["layer"]].append(row["removed_in_step"] is None)
+    (found,) = pruning.searches
+    assert found["after"] != found["before"]
+    kept = {kind: [torch.tensor(stays) for stays in layers] for kind, layers in kept.items()}
+    repair(model, kept, text.repair, 1, error_share=ERROR_SHARE)
+    expected = shrink_decoder(model, kept)(text.held_out).logits
+    torch.testing.assert_close(small(text.held_out).logits, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_what_is_worse_once_it_is_repaired_is_not_taken(text, monkeypatch):
     solve_all = AllocationSearch._solutions
 

@@ -27,6 +27,7 @@ from compression.llm.score_passes import labels_behind, score_structures
 from compression.llm.scoring import SCORES, LossName, ScoreName, loss_of
 from compression.llm.search import AllocationSearch, Kept, Space
 from compression.llm.speed import Target
+from compression.llm.stitching import Solutions, placing
 from compression.llm.text import CalibrationText
 from compression.offload import Store, no_store, offload_of
 from compression.runtime import UserError, log, log_phase
@@ -191,12 +192,12 @@ class GlobalPruning:
             choose = partial(self._best_choice, densities, step, ratio)
             kept = self._cached_by_kind(f"kept_in_step_{step}_of_{steps}", choose)
             self._note(scores, densities)
-            choice = self._local_choice(scores)
+            choice, solutions = self._local_choice(scores), None
             if self.search.search != "none":
-                kept = self._searched(kept, densities, choice, step)
+                kept, solutions = self._searched(kept, densities, choice, step)
             log.info("Step %d of %d: %s", step, steps, _summary(kept))
             biased = [parts.biased for parts in layers_of(self.model)]
-            self.model, kept = self._shrink(kept, step, choice)
+            self.model, kept = self._shrink(kept, step, choice, solutions)
             self._follow(kept, step, biased)
             if self.train is not None:
                 self.model = self.train(self.model, step)
@@ -208,10 +209,12 @@ class GlobalPruning:
             return None
         return LocalChoice(self.budget.removal_steps, scores if self.budget.local_choice == "product" else None)
 
-    def _searched(self, kept: Kept, densities: Kept, choice: LocalChoice | None, step: int) -> Kept:
-        """What stays in the sizes that a search finds, from those of `kept` on."""
+    def _searched(
+        self, kept: Kept, densities: Kept, choice: LocalChoice | None, step: int
+    ) -> tuple[Kept, list[Solutions] | None]:
+        """What stays in the sizes that a search finds, from those of `kept` on, and what is solved for them."""
         if all(stays.all() for kind in DECODER_KINDS for stays in kept[kind]):
-            return kept
+            return kept, None
         layers = range(len(self.origin))
         fixed = {index for index in layers if self._is_protected(self.origin[index])}
         if self.budget.keep_attention:
@@ -227,22 +230,30 @@ class GlobalPruning:
             choice,
             lambda name, make: self.cached(f"search_of_step_{step}_{name}", make),
         )
-        found = search.search(kept)
+        found, solutions = search.search(kept)
         self.searches.append({"step": step, "layers": self.origin, **asdict(found)})
-        return space.kept(found.after)
+        return space.kept(found.after), solutions
 
     def _repair_text(self) -> RepairText:
         """What repairs are fitted to, before the first layer."""
         return RepairText(self.model, self.text.repair, self.text.batch_size, self.budget.error_share)
 
-    def _shrink(self, kept: Kept, step: int, choice: LocalChoice | None) -> tuple[PreTrainedModel, Kept]:
+    def _shrink(
+        self, kept: Kept, step: int, choice: LocalChoice | None, solutions: list[Solutions] | None
+    ) -> tuple[PreTrainedModel, Kept]:
         """The smaller model, repaired where that is asked for; of an offloaded one layer by layer, to the disk. And
-        what stays in it."""
+        what stays in it.
+
+        Args:
+            solutions: the repair, where it is there.
+        """
         model = self.model
 
         def repairs() -> Callable[[int], None]:
             if self.budget.compensation == "none":
                 return lambda _: None
+            if solutions is not None:
+                return placing(model, kept, solutions)
             return repairing(model, kept, self._repair_text(), choice)
 
         def chosen() -> Kept:

@@ -108,9 +108,15 @@ def head_activations(shape: Shape, rows: int = LOGIT_ROWS) -> int:
 
 def repair_matrices(shape: Shape) -> int:
     """The repair of a layer that keeps nearly all of its MLP's channels, as some do whatever the ratio: their Gram
-    matrix in float32, its Cholesky factor in float64, and both sides for a block of outputs."""
+    matrix and what they owe in float32, the matrix's Cholesky factor in float64, and both sides for a block of outputs.
+    """
     channels = shape.intermediate
-    return FP32 * channels**2 + FP64 * (channels**2 + 2 * channels * BLOCK)
+    return FP32 * (channels**2 + channels * shape.hidden) + FP64 * (channels**2 + 2 * channels * BLOCK)
+
+
+def repair_states(shape: Shape, length: int, windows: int = 64) -> int:
+    """The states of the text that a repair is fitted to, in the model as it was and as it becomes, in bfloat16."""
+    return 2 * BF16 * windows * length * shape.hidden
 
 
 # Peaks.
@@ -120,7 +126,7 @@ def pruning_in_memory(shape: Shape, length: int = 1024) -> int:
     """Pruning with the whole model on the device: its bfloat16 weights, which are cut down in place, and the larger of
     what the scores and the repair take."""
     scores = shape.layers * layer_activations(shape, length) + head_activations(shape)
-    return BF16 * shape.weights + max(scores, repair_matrices(shape))
+    return BF16 * shape.weights + max(scores, repair_matrices(shape) + repair_states(shape, length))
 
 
 def pruning_streamed(shape: Shape, length: int = 1024) -> int:

@@ -136,8 +136,9 @@ class AllocationSearch:
         self.repair_text, self.choice, self.cached = repair_text, choice, cached
         self.dense_states = last_states(model, text.held_out, text.batch_size)
 
-    def search(self, start: Kept) -> Searched:
-        """The allocation that diverges least from the model on the held-out text, of all that were tried.
+    def search(self, start: Kept) -> tuple[Searched, list[Solutions]]:
+        """The allocation that diverges least from the model on the held-out text, of all that were tried; and each
+        layer's output projections in it, repaired on what its own layers give.
 
         Args:
             start: what the scores chose.
@@ -155,12 +156,16 @@ class AllocationSearch:
         log_phase("comparison of what was found")
         divergence = dict.fromkeys(("start", "found"), found.divergence[0])
         if after != before:
-            divergence["found"] = self._divergence(after, self._solutions("found", after, []))
+            repaired = self._solutions("found", after, [])
+            divergence["found"] = self._divergence(after, repaired)
+            if divergence["found"] <= divergence["start"]:
+                solutions = repaired
+            else:
+                after = before
         log.info("Search: divergence %.4f at the start, %.4f of what was found", *divergence.values())
         if divergence["found"] > divergence["start"]:
             log.info("Search: what was found is no better once it is repaired: the start stays")
-            after = before
-        return Searched(before, after, divergence, found.history)
+        return Searched(before, after, divergence, found.history), solutions
 
     def _solutions(self, name: str, path: Counts, parts: list[Part]) -> list[Solutions]:
         """Of each layer, at the sizes of the path and at all of the parts'."""

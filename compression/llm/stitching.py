@@ -111,15 +111,19 @@ def placed(model: PreTrainedModel, index: int, counts: dict[str, int], solutions
     outers = [parts.split(kind)[1] for parts in [layers_of(model)[index]] for kind in counts if parts.count(kind)]
     before = [(outer.weight, outer.bias) for outer in outers]
     try:
-        _put(model, index, counts, solutions)
+        put(model, index, counts, solutions)
         yield
     finally:
         for outer, (weight, bias) in zip(outers, before, strict=True):
             outer.weight, outer.bias = weight, bias
 
 
-def _put(model: PreTrainedModel, index: int, counts: dict[str, int], solutions: Solutions) -> dict[str, Tensor]:
-    """Give a layer's output projections new weights, zero where a structure does not stay; says which do."""
+def put(model: PreTrainedModel, index: int, counts: dict[str, int], solutions: Solutions) -> dict[str, Tensor]:
+    """Give a layer's output projections the weights of these sizes, zero where a structure does not stay.
+
+    Returns:
+        Which structures stay, bool [structures], of the kinds whose projection is another one.
+    """
     stays = {}
     for kind, count in counts.items():
         if (kept := solutions.get(f"{kind}.{count}.stays")) is not None:
@@ -132,6 +136,23 @@ def _put(model: PreTrainedModel, index: int, counts: dict[str, int], solutions: 
     return stays
 
 
+def placing(
+    model: PreTrainedModel, kept: dict[str, list[Tensor]], solutions: Sequence[Solutions]
+) -> Callable[[int], None]:
+    """As `repair.repairing`, with what is solved already.
+
+    Args:
+        kept: as many structures as the solutions are of; which, is put right layer by layer.
+    """
+
+    def step(index: int) -> None:
+        counts = {kind: int(kept[kind][index].sum()) for kind in DECODER_KINDS}
+        for kind, stays in put(model, index, counts, solutions[index]).items():
+            kept[kind][index] = stays
+
+    return step
+
+
 @torch.no_grad()
 def layer_of(model: PreTrainedModel, index: int, counts: dict[str, int], solutions: Solutions) -> nn.Module:
     """A copy of a layer that has these sizes; what it has in common with the model's own is not copied."""
@@ -140,7 +161,7 @@ def layer_of(model: PreTrainedModel, index: int, counts: dict[str, int], solutio
     shared = {id(part): part for part in chain(own.parameters(), own.buffers(), [model.config])}
     try:
         layers[index] = copy.deepcopy(own, dict(shared))
-        cut_layer(decoder, index, _put(model, index, counts, solutions))
+        cut_layer(decoder, index, put(model, index, counts, solutions))
         return layers[index]
     finally:
         layers[index] = own
