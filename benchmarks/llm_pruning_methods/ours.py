@@ -26,7 +26,7 @@ PLAIN = dict(compensation="none", epsilon=0.0, round_to=1)
 PAPER = GlobalPruningConfig.presets["paper"]
 # Rounds of local removal.
 ROUNDS = 32
-LOCAL_OBS = dict(uniform=True, removal_steps=ROUNDS, local_choice="obs", round_to=1)
+LOCAL_OBS = dict(uniform=True, removal_steps=ROUNDS, local_choice="obs", round_to=1, error_share=0.0)
 # Name -> the fields in which the method differs from the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},
@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, removal steps": dict(removal_steps=ROUNDS),
     "H-GSP, search": dict(search="exchange"),
     "H-GSP, two steps": dict(iterative_steps=2),
+    "H-GSP, each layer for itself": dict(error_share=0.0),
     "H-GSP, no repair": dict(compensation="none"),
     **{f"H-GSP, {score} scores": dict(importance_method=score) for score in SCORES if score != DEFAULT_SCORE},
     "H-GSP, obs scores, no repair": dict(importance_method="obs", compensation="none"),
