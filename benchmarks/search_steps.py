@@ -30,7 +30,6 @@ from compression.config import AtLeast, Between, Config, run_script
 from compression.files import write_json
 from compression.llm.agreement import divergence, last_states
 from compression.llm.expansion import Expansion
-from compression.llm.repair import ERROR_SHARE
 from compression.llm.repair_text import RepairText
 from compression.llm.score_passes import score_structures
 from compression.llm.scoring import Scores
@@ -94,7 +93,7 @@ def solve(model: PreTrainedModel, scores: Scores, path: Counts, steps: list[Step
         mine = scores[kind][layer].cpu()
         return all_but_least(mine, len(mine) - count)
 
-    text = partial(RepairText, model, windows, error_share=ERROR_SHARE)
+    text = partial(RepairText, model, windows)
     return solutions_of(text, choices_of(counts, stays), path, None, lambda _, make: make())
 
 

@@ -400,8 +400,8 @@ def test_what_was_found_is_the_repaired_model_of_its_sizes(text):
 def test_what_is_worse_once_it_is_repaired_is_not_taken(text, monkeypatch):
     solve_all = AllocationSearch._solutions
 
-    def spoiled(self, name, path, more):
-        solutions = solve_all(self, name, path, more)
+    def spoiled(self, name, *more):
+        solutions = solve_all(self, name, *more)
         if name == "found":
             for layer in solutions:
                 layer |= {key: -value for key, value in layer.items() if key.endswith("weight")}

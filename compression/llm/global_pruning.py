@@ -227,6 +227,7 @@ class GlobalPruning:
             self.search,
             self.text,
             self._repair_text,
+            self.budget.error_share,
             choice,
             lambda name, make: self.cached(f"search_of_step_{step}_{name}", make),
         )
@@ -234,9 +235,9 @@ class GlobalPruning:
         self.searches.append({"step": step, "layers": self.origin, **asdict(found)})
         return space.kept(found.after), solutions
 
-    def _repair_text(self) -> RepairText:
+    def _repair_text(self, error_share: float) -> RepairText:
         """What repairs are fitted to, before the first layer."""
-        return RepairText(self.model, self.text.repair, self.text.batch_size, self.budget.error_share)
+        return RepairText(self.model, self.text.repair, self.text.batch_size, error_share)
 
     def _shrink(
         self, kept: Kept, step: int, choice: LocalChoice | None, solutions: list[Solutions] | None
@@ -254,7 +255,7 @@ class GlobalPruning:
                 return lambda _: None
             if solutions is not None:
                 return placing(model, kept, solutions)
-            return repairing(model, kept, self._repair_text(), choice)
+            return repairing(model, kept, self._repair_text(self.budget.error_share), choice)
 
         def chosen() -> Kept:
             return kept if choice is None else self._cached_by_kind(f"chosen_in_step_{step}", lambda: kept)

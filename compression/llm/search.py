@@ -117,7 +117,8 @@ class AllocationSearch:
 
     Args:
         model: dense, or as an earlier step left it; stays as it is.
-        repair_text: makes what repairs are fitted to, see `repair`.
+        repair_text: makes what repairs are fitted to, given the share of errors, see `repair`.
+        error_share: what that is.
         choice: what chooses within a layer, see `repair`.
         cached: see `saved_parts.Cached`.
     """
@@ -128,12 +129,13 @@ class AllocationSearch:
         space: Space,
         settings: Search,
         text: CalibrationText,
-        repair_text: Callable[[], RepairText],
+        repair_text: Callable[[float], RepairText],
+        error_share: float,
         choice: LocalChoice | None,
         cached: Cached,
     ):
         self.model, self.space, self.settings, self.text = model, space, settings, text
-        self.repair_text, self.choice, self.cached = repair_text, choice, cached
+        self.repair_text, self.error_share, self.choice, self.cached = repair_text, error_share, choice, cached
         self.dense_states = last_states(model, text.held_out, text.batch_size)
 
     def search(self, start: Kept) -> tuple[Searched, list[Solutions]]:
@@ -148,15 +150,16 @@ class AllocationSearch:
         ]
         parts = list(self.space.parts(before, self.settings.search_levels))
         log_phase("sizes of layers")
-        solutions = self._solutions("sizes", before, parts)
+        # What is owed to the layers before depends on their sizes: here each layer makes up for its own losses alone.
+        sizes = self._solutions("sizes", before, parts, 0.0)
         log_phase("search")
-        found = self._improved(parts, before, solutions)
+        found = self._improved(parts, before, sizes)
         after = self.space.filled(_at(parts, found.levels, before), self.space.cost(before))
-        # The start was repaired on what its own layers give: so is now what was found.
         log_phase("comparison of what was found")
-        divergence = dict.fromkeys(("start", "found"), found.divergence[0])
+        solutions = self._solutions("start", before, [], self.error_share) if self.error_share else sizes
+        divergence = dict.fromkeys(("start", "found"), self._divergence(before, solutions))
         if after != before:
-            repaired = self._solutions("found", after, [])
+            repaired = self._solutions("found", after, [], self.error_share)
             divergence["found"] = self._divergence(after, repaired)
             if divergence["found"] <= divergence["start"]:
                 solutions = repaired
@@ -167,13 +170,14 @@ class AllocationSearch:
             log.info("Search: what was found is no better once it is repaired: the start stays")
         return Searched(before, after, divergence, found.history), solutions
 
-    def _solutions(self, name: str, path: Counts, parts: list[Part]) -> list[Solutions]:
+    def _solutions(self, name: str, path: Counts, parts: list[Part], error_share: float) -> list[Solutions]:
         """Of each layer, at the sizes of the path and at all of the parts'."""
         counts = [{kind: {count} for kind, count in sizes.items()} for sizes in path]
         for part in parts:
             counts[part.layer][part.kind] |= set(part.counts)
         choices = choices_of(counts, self.space.stays)
-        return solutions_of(self.repair_text, choices, path, self.choice, partial(self._cached, name))
+        text = partial(self.repair_text, error_share)
+        return solutions_of(text, choices, path, self.choice, partial(self._cached, name))
 
     def _cached(self, name: str, number: str, make: Any) -> dict[str, Tensor]:
         return self.cached(f"{name}_{number}", make)
