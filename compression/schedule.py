@@ -6,6 +6,7 @@ Pure functions of the step, so that a resumed run needs nothing but its step num
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import update_wrapper
 from typing import Literal
 
 
@@ -23,20 +24,31 @@ def linear(progress: float, start: float, end: float) -> float:
     return start + (end - start) * min(max(progress, 0.0), 1.0)
 
 
+Factor = Callable[[int, int, int], float]
+"""On the learning rate, of the step, the number of steps and that of the warm-up."""
+
+
+def after_warmup(decay: Factor) -> Factor:
+    """A factor that goes from 0 to 1 in the warm-up, and is that of a decay behind it."""
+
+    def factor(step: int, total: int, warmup: int) -> float:
+        return (step + 1) / warmup if step < warmup else decay(step, total, warmup)
+
+    return update_wrapper(factor, decay)
+
+
+@after_warmup
 def warmup_then_linear_decay(step: int, total: int, warmup: int) -> float:
     """Factor on the learning rate: 0 to 1 over `warmup` steps, then down to 0 at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
     return max(total - step, 0) / max(total - warmup, 1)
 
 
+@after_warmup
 def warmup_then_cosine_decay(step: int, total: int, warmup: int) -> float:
     """Factor on the learning rate: 0 to 1 over `warmup` steps, then half a cosine down to 0 at `total`.
 
     Loshchilov and Hutter 2017, "SGDR: Stochastic Gradient Descent with Warm Restarts", without the restarts.
     """
-    if step < warmup:
-        return (step + 1) / warmup
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)
     return (1 + math.cos(math.pi * progress)) / 2
 
@@ -45,26 +57,24 @@ DECAY_SHARE = 0.2
 """Share of all steps in which `warmup_stable_decay` goes down to 0."""
 
 
+@after_warmup
 def warmup_stable_decay(step: int, total: int, warmup: int) -> float:
     """Factor on the learning rate (WSD): 0 to 1 over `warmup` steps, 1 up to the last fifth of all steps, then down.
 
     It falls as 1 - sqrt(progress) to 0 at `total` (Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training
     Beyond Fixed Training Durations"; WSD itself: Hu et al. 2024, "MiniCPM").
     """
-    if step < warmup:
-        return (step + 1) / warmup
     begin = max(total - round(DECAY_SHARE * total), warmup)
     progress = min(max(step - begin, 0) / max(total - begin, 1), 1.0)
     return 1 - math.sqrt(progress)
 
 
 ScheduleName = Literal["linear", "cosine", "wsd"]
-SCHEDULES: dict[ScheduleName, Callable[[int, int, int], float]] = {
+SCHEDULES: dict[ScheduleName, Factor] = {
     "linear": warmup_then_linear_decay,
     "cosine": warmup_then_cosine_decay,
     "wsd": warmup_stable_decay,
 }
-"""Factors on the learning rate, of the step, the number of steps and that of the warm-up."""
 
 
 @dataclass

@@ -21,7 +21,7 @@ def test_linear_stays_within_its_ends():
 
 
 def test_learning_rate_factor():
-    factors = [warmup_then_linear_decay(step, total=10, warmup=4) for step in range(11)]
+    factors = [warmup_then_linear_decay(step, 10, 4) for step in range(11)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0 and factors[7] == 0.5 and factors[10] == 0
 

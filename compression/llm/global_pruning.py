@@ -370,7 +370,8 @@ class GlobalPruning:
             if self.budget.round_to <= channels <= len(densities[CHANNELS][0]):
                 counts = {GROUPS: groups, CHANNELS: channels}
                 kept = {
-                    kind: [_largest(density, counts[kind]) for density in densities[kind]] for kind in DECODER_KINDS
+                    kind: [all_but_least(density, len(density) - counts[kind]) for density in densities[kind]]
+                    for kind in DECODER_KINDS
                 }
                 choices[f"{groups} groups and {channels} channels"] = kept
         if not choices:
@@ -419,11 +420,6 @@ def _summary(kept: Kept) -> str:
         f"{sum(int(m.sum()) for m in kept[kind])} of {sum(map(len, kept[kind]))} {kind}" for kind in DECODER_KINDS
     )
     return ", ".join(counts) + " stay"
-
-
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """Which structures stay when so many of largest score do, of equal ones the first: bool [structures]."""
-    return all_but_least(scores.flip(0), len(scores) - count).flip(0)
 
 
 @contextmanager
