@@ -105,7 +105,7 @@ class Decoder:
 
         Behind a norm that is no fixed amount, and nothing is given.
         """
-        _, behind = self.family.around[self.family.path(kind).partition(".")[0]]
+        _, behind = self.family.around[self.family.part(kind)]
         if behind is not None and not isinstance(getattr(layer, behind), nn.Dropout):
             return 0.0
         return added if self.family.multiplier is None else added / getattr(layer, self.family.multiplier)
@@ -113,7 +113,7 @@ class Decoder:
     def constant(self, layer: Any, kind: str) -> Tensor | float:
         """What a layer's attention or MLP adds to the state when all its structures are gone: [hidden], or nothing."""
         bias = output_bias(layer, self.family, kind)
-        return 0.0 if bias is None else self._added(layer, self.family.path(kind).partition(".")[0], bias)
+        return 0.0 if bias is None else self._added(layer, self.family.part(kind), bias)
 
     def _added(self, layer: Any, part: str, given: Tensor) -> Tensor:
         """What is added to the state of what an attention or MLP gives."""

@@ -58,6 +58,10 @@ class Family:
         """Where a layer has the output projection of a kind's structures."""
         return self.o if kind == self.kinds[0] else self.down
 
+    def part(self, kind: str) -> str:
+        """The module of a decoder layer that has a kind's structures: its attention or its MLP."""
+        return self.path(kind).partition(".")[0]
+
     @property
     def projections(self) -> tuple[str, ...]:
         """Names of all Linear modules with structures."""

@@ -199,7 +199,7 @@ def cut_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:
             if stays.any():
                 shrink_decoder_layer(decoder, index, {kind: stays})
             else:
-                pruned_decoder.remove(layer, family.path(kind).partition(".")[0], family.around)
+                pruned_decoder.remove(layer, family.part(kind), family.around)
 
 
 def shrink_decoder_layer(decoder: Decoder, index: int, kept: dict[str, Tensor]) -> None:

@@ -359,9 +359,8 @@ class LayerwisePruning:
             repair = RepairText(self.model, self.text.repair, self.text.batch_size, self.cuts.error_share)
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
-        if repair is not None and self.cuts.error_share:
-            last = len(self.rates) - 1
-        for index in progress(range(last + 1), "layers"):
+        repairs_all = repair is not None and self.cuts.error_share > 0
+        for index in progress(range(len(self.rates) if repairs_all else last + 1), "layers"):
             with scored.decoder.present(index) as layer:
                 if self.rates[index]:
                     left = layers_of(self.model)[index].parameters
@@ -373,7 +372,8 @@ class LayerwisePruning:
                 if repair is not None and repair.layer == index:  # nothing of the layer went
                     parts = layers_of(self.model)[index]
                     repair_layer(repair, {kind: torch.ones(parts.count(kind)).bool() for kind in DECODER_KINDS})
-                scored.advance()
+                if index < last:
+                    scored.advance()
                 done(layer)
 
     def _prune_layer(

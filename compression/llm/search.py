@@ -156,18 +156,18 @@ class AllocationSearch:
         found = self._improved(parts, before, sizes)
         after = self.space.filled(_at(parts, found.levels, before), self.space.cost(before))
         log_phase("comparison of what was found")
-        solutions = self._solutions("start", before, [], self.error_share) if self.error_share else sizes
-        divergence = dict.fromkeys(("start", "found"), self._divergence(before, solutions))
+        start_solutions, start_divergence = sizes, found.divergence[0]
+        if self.error_share:
+            start_solutions = self._solutions("start", before, [], self.error_share)
+            start_divergence = self._divergence(before, start_solutions)
+        solutions, divergence = start_solutions, {"start": start_divergence, "found": start_divergence}
         if after != before:
-            repaired = self._solutions("found", after, [], self.error_share)
-            divergence["found"] = self._divergence(after, repaired)
-            if divergence["found"] <= divergence["start"]:
-                solutions = repaired
-            else:
-                after = before
+            solutions = self._solutions("found", after, [], self.error_share)
+            divergence["found"] = self._divergence(after, solutions)
         log.info("Search: divergence %.4f at the start, %.4f of what was found", *divergence.values())
         if divergence["found"] > divergence["start"]:
             log.info("Search: what was found is no better once it is repaired: the start stays")
+            after, solutions = before, start_solutions
         return Searched(before, after, divergence, found.history), solutions
 
     def _solutions(self, name: str, path: Counts, parts: list[Part], error_share: float) -> list[Solutions]:
