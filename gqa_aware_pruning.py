@@ -39,7 +39,7 @@ from compression.llm.gqa_pruning import (
 )
 from compression.llm.perplexity import perplexity
 from compression.llm.plots import plot_rates
-from compression.llm.repair import ERROR_SHARE
+from compression.llm.repair import Repair
 from compression.llm.run import Run
 from compression.llm.run_settings import FAST, Calibration, Finetuning, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
@@ -110,11 +110,7 @@ class GQAAwarePruningConfig(Config):
     """Number of sweeps over all layers in which the rates are reached."""
 
     # What becomes of the rest.
-    compensation: Literal["none", "lstsq"] = "lstsq"
-    """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
-    error_share: Annotated[float, Between(0, 1), Originally(0.0)] = ERROR_SHARE
-    """Share of the errors that earlier layers leave in the states which a repair makes up for, also in layers that lose
-    nothing; 0: each layer makes up for what it loses itself alone."""
+    repair: Flat[Repair] = group(Repair)
 
     data_dir: str | None = None
     """Folder with text files (wikitext2/, ptb/); without it the hub, then the embedded default."""

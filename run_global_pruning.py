@@ -25,7 +25,7 @@ from compression.llm.levels import Search
 from compression.llm.origin import KEPT_LAYERS
 from compression.llm.plots import plot_allocations, plot_removal, plot_retained, plot_search
 from compression.llm.recovery_settings import LEARNING_RATE, Recovery
-from compression.llm.repair import ERROR_SHARE, LocalRanking
+from compression.llm.repair import LocalRanking, Repair
 from compression.llm.run import Run
 from compression.llm.run_settings import FAST, Calibration, Finetuning, RunSettings, recovery_after
 from compression.llm.scoring import LossName, ScoreName, loss_of
@@ -88,11 +88,7 @@ class GlobalPruningConfig(Config):
     allocation_search: Flat[Search] = group(Search)
 
     # What becomes of the rest.
-    compensation: Literal["none", "lstsq"] = "lstsq"
-    """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
-    error_share: Annotated[float, Between(0, 1), Originally(0.0)] = ERROR_SHARE
-    """Share of the errors that earlier layers leave in the states which a repair makes up for, also in layers that lose
-    nothing; 0: each layer makes up for what it loses itself alone."""
+    repair: Flat[Repair] = group(Repair)
     removal_steps: Annotated[int, AtLeast(0)] = 0
     """Rounds in which a layer's structures go, once it is known how many; those left are fitted anew after each. 0: the
     scores choose them."""
@@ -126,9 +122,9 @@ class GlobalPruningConfig(Config):
         search = self.allocation_search.search
         if search != "none" and self.uniform:
             raise UserError(f"--search {search}: allowed with --uniform is none, for all layers have the same sizes")
-        if search != "none" and self.compensation == "none":
+        if search != "none" and self.repair.compensation == "none":
             raise UserError(f"--search {search}: allowed with --compensation none is none")
-        if self.removal_steps and self.compensation == "none":
+        if self.removal_steps and self.repair.compensation == "none":
             raise UserError(f"--removal_steps {self.removal_steps}: allowed with --compensation none is 0")
         if self.recover_tokens:
             self.between_steps()

@@ -17,7 +17,7 @@ from compression.llm.exchange import exchange, exchanges
 from compression.llm.expansion import Expansion
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.levels import Part, Search, cost_of, levels_of, rungs_of
-from compression.llm.repair import ERROR_SHARE, LocalChoice
+from compression.llm.repair import LocalChoice, Repair
 from compression.llm.repair_text import RepairText
 from compression.llm.search import AllocationSearch
 from compression.llm.stitching import solutions_of, stitched
@@ -26,6 +26,8 @@ from compression.runtime import UserError
 from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 from run_global_pruning import GlobalPruningConfig
+
+ERROR_SHARE = Repair().error_share
 
 
 @pytest.fixture(scope="module")

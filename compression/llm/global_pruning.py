@@ -21,7 +21,7 @@ from compression.decoder import decoder_of
 from compression.hooks import hooked
 from compression.llm.levels import Search
 from compression.llm.perplexity import perplexity
-from compression.llm.repair import LocalChoice, LocalRanking, repairing
+from compression.llm.repair import LocalChoice, LocalRanking, Repair, repairing
 from compression.llm.repair_text import RepairText
 from compression.llm.score_passes import labels_behind, score_structures
 from compression.llm.scoring import SCORES, LossName, ScoreName, loss_of
@@ -79,8 +79,7 @@ class Budget:
     keep_attention: bool
     attention_factors: tuple[float, ...]
     iterative_steps: int
-    compensation: Literal["none", "lstsq"]
-    error_share: float
+    repair: Repair
     removal_steps: int
     local_choice: LocalRanking
     uniform: bool
@@ -227,7 +226,7 @@ class GlobalPruning:
             self.search,
             self.text,
             self._repair_text,
-            self.budget.error_share,
+            self.budget.repair.error_share,
             choice,
             lambda name, make: self.cached(f"search_of_step_{step}_{name}", make),
         )
@@ -251,11 +250,11 @@ class GlobalPruning:
         model = self.model
 
         def repairs() -> Callable[[int], None]:
-            if self.budget.compensation == "none":
+            if self.budget.repair.compensation == "none":
                 return lambda _: None
             if solutions is not None:
                 return placing(model, kept, solutions)
-            return repairing(model, kept, self._repair_text(self.budget.error_share), choice)
+            return repairing(model, kept, self._repair_text(self.budget.repair.error_share), choice)
 
         def chosen() -> Kept:
             return kept if choice is None else self._cached_by_kind(f"chosen_in_step_{step}", lambda: kept)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from compression.allocation import all_but_least, largest_ratio, split_budget, spread_rates
 from compression.decoder import Decoder, decoder_of
 from compression.llm.layerwise import LayerStream
-from compression.llm.repair import repair_layer
+from compression.llm.repair import Repair, repair_layer
 from compression.llm.repair_text import RepairText
 from compression.llm.score_passes import labels_behind, score_layer
 from compression.llm.scoring import LossName, ScoreName, loss_of
@@ -150,8 +150,7 @@ class Cuts:
     attention_ratio: float
     round_to: int
     iterative_steps: int
-    compensation: Literal["none", "lstsq"]
-    error_share: float
+    repair: Repair
     uniform: bool
 
 
@@ -355,11 +354,11 @@ class LayerwisePruning:
         share = step / self.cuts.iterative_steps
         scored = LayerStream(self.model, self.text.scores, self.text.batch_size)
         repair = None
-        if self.cuts.compensation == "lstsq":
-            repair = RepairText(self.model, self.text.repair, self.text.batch_size, self.cuts.error_share)
+        if self.cuts.repair.compensation == "lstsq":
+            repair = RepairText(self.model, self.text.repair, self.text.batch_size, self.cuts.repair.error_share)
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
-        repairs_all = repair is not None and self.cuts.error_share > 0
+        repairs_all = repair is not None and self.cuts.repair.error_share > 0
         for index in progress(range(len(self.rates) if repairs_all else last + 1), "layers"):
             with scored.decoder.present(index) as layer:
                 if self.rates[index]:

@@ -21,12 +21,13 @@ Which structures of a layer go is known before, or only how many: then those tha
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compression.config import Between, Originally, Settings
 from compression.importance import contributions, keep_in_rounds
 from compression.least_squares import refit
 from compression.llm.perplexity import broken_weight, suspect
@@ -36,8 +37,17 @@ from compression.runtime import UserError
 from compression.structures import DECODER_KINDS, layers_of, spread
 
 LocalRanking = Literal["obs", "product"]
-ERROR_SHARE = 0.5
-"""The default, by what wins on text that the repair has not seen (docs/results.md)."""
+
+
+@dataclass
+class Repair(Settings):
+    """What becomes of the structures that stay."""
+
+    compensation: Literal["none", "lstsq"] = "lstsq"
+    """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
+    error_share: Annotated[float, Between(0, 1), Originally(0.0)] = 0.5
+    """Share of the errors that earlier layers leave in the states which a repair makes up for, also in layers that lose
+    nothing; 0: each layer makes up for what it loses itself alone."""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class RepairText:
     @torch.no_grad()
     def _moments(self, kind: str) -> Moments:
         layer, outer = self.decoder.layers[self.layer], layers_of(self.model)[self.layer].split(kind)[1]
-        sums = _Sums(outer)
+        sums = _Sums(outer, owes=self.whole is not None)
         for number in range(len(self.options)):
             state, branch = self.states.get(number), partial(self._branch, kind, number)
             inputs, outputs, _ = _watched(outer, partial(branch, state))
@@ -109,13 +109,14 @@ class _Sums:
 
     Args:
         outer: the projection.
+        owes: whether there are errors.
     """
 
-    def __init__(self, outer: nn.Linear):
+    def __init__(self, outer: nn.Linear, owes: bool):
         columns, outputs, device = outer.in_features, outer.out_features, outer.weight.device
         self.biased = outer.bias is not None
         self.gram = torch.zeros(columns, columns, device=device)
-        self.owed = torch.zeros(columns, outputs, device=device)
+        self.owed = torch.zeros(columns, outputs if owes else 0, device=device)
         self.inputs = torch.zeros(columns, dtype=torch.double, device=device)
         self.errors = torch.zeros(outputs, dtype=torch.double, device=device)
         self.tokens = torch.zeros((), dtype=torch.double, device=device)
@@ -146,7 +147,7 @@ class _Sums:
         if self.biased:
             means = (self.inputs / self.tokens).float(), (share * self.errors / self.tokens).float()
             gram = gram.addr(means[0], self.inputs.float(), alpha=-1)
-            owed = owed.addr(means[0], self.errors.float(), alpha=-1)
+            owed = owed.addr(means[0], self.errors.float(), alpha=-1) if share else owed
         return Moments(gram, share * owed if share else None, means)
 
 
