@@ -97,7 +97,7 @@ class PostTrainingConfig(Config):
     hidden_weight: Annotated[float, AtLeast(0)] = 0.0
     """Weight of the states behind each layer, compared with those behind the same layer of the teacher."""
     teacher: Annotated[Path | None, NO_EFFECT] = None
-    """The model to learn from; by default the one that the pruned model was made from."""
+    """The model to learn from; by default the dense one that the records of the pruned model lead to."""
     teacher_offload: Annotated[Literal["none", "cpu", "disk"], NO_EFFECT] = "none"
     """Where the teacher's layers are that do not compute: none (on the device), cpu (in RAM), disk (in their files)."""
     teacher_cache: Annotated[int, AtLeast(0)] = 0

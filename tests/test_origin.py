@@ -13,7 +13,7 @@ from test_training import Killed
 from compression.checkpoint import load_language_model, load_tensors
 from compression.files import read_json
 from compression.llm.lora import add_lora, load_adapter, ranks_by_share, write_adapter
-from compression.llm.origin import kept_layers, pruned_shares
+from compression.llm.origin import dense_of, kept_layers, pruned_shares
 from compression.llm.recovery import LanguageModelling, recover
 from compression.llm.rows import of_windows
 from compression.llm.teacher import LiveTeacher
@@ -133,7 +133,7 @@ def test_hidden_states_are_learned(folder, tmp_path, method, options):
     history = read_json(tmp_path / "out" / "training_history.json")
     assert history[1]["hidden_state_loss"] < 0.99 * history[0]["hidden_state_loss"]
     stage = read_stage(tmp_path / "out")
-    assert stage["inputs"]["teacher"]["path"] == str(folder / "shallow"), "the one that it was made from"
+    assert stage["inputs"]["teacher"]["path"] == str(folder / "dense"), "not the pruned one that it was made from"
 
 
 def test_killed_and_resumed_with_hidden_states_equals_undisturbed(folder, tmp_path, monkeypatch):
@@ -229,8 +229,38 @@ def test_ranks_by_share_through_the_command(folder, tmp_path):
     assert "teacher" not in read_stage(tmp_path / "out")["inputs"]
 
 
-def test_without_the_dense_model_ranks_are_refused(folder, tmp_path):
-    save_decoder(tmp_path / "pruned", pruned(), stage_of(folder / "dense") | {"parent": str(tmp_path / "gone")})
-    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
-    with pytest.raises(UserError, match="--teacher .*gone: no checkpoint there"):
-        recover(settings(folder, lora_rank_by_share=True), tmp_path / "pruned", tmp_path / "out")
+# The dense model.
+
+
+def test_training_that_goes_on_learns_from_the_dense_model(folder, tmp_path):
+    config = settings(folder, kd_weight=0.5, finetune_method="full", run_evaluation="none")
+    recover(config, folder / "narrow", tmp_path / "once")
+    recover(config, tmp_path / "once", tmp_path / "twice")
+    assert read_stage(tmp_path / "twice")["parent"] == str(tmp_path / "once")
+    assert read_stage(tmp_path / "twice")["inputs"]["teacher"]["path"] == str(folder / "dense")
+
+
+def test_of_a_model_that_was_trained_and_then_pruned_the_trained_one_is_the_dense_one(folder, tmp_path):
+    save_decoder(tmp_path / "trained", dense_model(), stage_of(folder / "dense") | {"stage": "recovery"})
+    save_decoder(tmp_path / "pruned", pruned("qwen2"), stage_of(tmp_path / "trained"))
+    assert dense_of(tmp_path / "pruned", "--flag") == tmp_path / "trained"
+    assert dense_of(tmp_path / "trained", "--flag") == folder / "dense"
+
+
+def test_without_the_dense_model_the_teacher_is_to_be_named(folder, tmp_path):
+    dense, small = tmp_path / "dense", tmp_path / "pruned"
+    shutil.copytree(folder / "dense", dense)
+    save_decoder(small, pruned("qwen2"), stage_of(dense))
+    config = settings(folder, lora_rank_by_share=True)
+    needs = f"--lora_rank_by_share: needs the dense model, and {small}"
+    shutil.rmtree(dense)
+    save_decoder(dense, tiny_decoder("qwen2", seed=1, max_position_embeddings=128))
+    with pytest.raises(UserError, match=f"{needs} was made from {dense}, which holds other weights now; name it: --t"):
+        recover(config, small, tmp_path / "out")
+    shutil.rmtree(dense)
+    with pytest.raises(UserError, match=f"{needs} was made from {dense}, which is not there; name it: --teacher"):
+        recover(config, small, tmp_path / "out")
+    shutil.rmtree(small)
+    save_decoder(small, pruned("qwen2"))
+    with pytest.raises(UserError, match=f"{needs} does not say what it was made from .*; name it: --teacher"):
+        recover(config, small, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Which layer of the dense model each layer of a pruned one was, by the records, and how much of it went."""
+"""Where a pruned model comes from, by the records: the dense one, which of its layers each layer was, how much went."""
 
 from pathlib import Path
 from typing import Any
@@ -7,14 +7,42 @@ import torch
 from transformers import PreTrainedModel
 
 from compression.checkpoint import load_skeleton
-from compression.files import read_object
+from compression.files import read_object, restore_replaced
 from compression.lineage import Record, ancestors, as_object
-from compression.runtime import UserError
+from compression.runtime import ROOT, UserError
 from compression.stage_record import contents, identify, read_stage
 from compression.structures import layers_of
 
 KEPT_LAYERS = "kept_layers"
 """Among the metrics of a pruned checkpoint: of each of its layers, its place in the model that it was made from."""
+
+PRUNINGS = ("global_pruning", "gqa_pruning")
+"""The stages that remove something."""
+
+
+def dense_of(folder: Path, flag: str) -> Path:
+    """What a checkpoint was before any pruning that the records tell of; without one, what it was made from.
+
+    Args:
+        flag: what needs it, for the error text.
+
+    Raises:
+        UserError: the records do not say, or it is not there any more.
+    """
+    stage = read_stage(folder) or {}
+    records = [stage, *(ancestor.record for ancestor in ancestors(stage))]
+    first = ([record for record in records if record.get("stage") in PRUNINGS] or [stage])[-1]
+    parent, digest = first.get("parent"), contents(first.get("inputs")).get("parent")
+    needs = f"{flag}: needs the dense model, and {folder}"
+    if not isinstance(parent, str):
+        raise UserError(f"{needs} does not say what it was made from (stage.json); name it: --teacher")
+    dense = ROOT / parent
+    restore_replaced(dense)
+    there = (dense / "config.json").is_file()
+    if not there or digest not in (None, identify(dense)["sha256"]):
+        what = "holds other weights now" if there else "is not there"
+        raise UserError(f"{needs} was made from {dense}, which {what}; name it: --teacher")
+    return dense
 
 
 def kept_layers(folder: Path, dense: Path, flag: str) -> list[int]:

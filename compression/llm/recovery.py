@@ -27,7 +27,7 @@ from compression.integrity import digest_of
 from compression.llm.evaluate import evaluation_windows, measure, sizes
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
 from compression.llm.lora import adapter_weights, add_lora, draw_adapter, ranks_by_share, write_adapter
-from compression.llm.origin import kept_layers, pruned_shares
+from compression.llm.origin import dense_of, kept_layers, pruned_shares
 from compression.llm.perplexity import perplexity
 from compression.llm.recovery_data import padding_token, training_data, validation_windows
 from compression.llm.recovery_settings import Recovery
@@ -36,7 +36,7 @@ from compression.llm.spread import load_unfilled, save_spread, spread
 from compression.llm.teacher import KeptTeacher, LiveTeacher, Teacher, keep_largest
 from compression.outputs import HISTORY_FILE, KEPT_LOGITS, STATES_END, Output, owned
 from compression.quantization import nf4_base
-from compression.runtime import ROOT, UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
+from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
 from compression.saved_parts import SavedParts
 from compression.sharding import fill, within
 from compression.stage_record import contents, describe_stage, identify, is_made_from, read_stage
@@ -272,15 +272,7 @@ def find_dense(recovery: Recovery, pruned: Path) -> Path | None:
     """
     if recovery.needs_dense is None:
         return None
-    dense = recovery.teacher
-    if dense is None:
-        parent = (read_stage(pruned) or {}).get("parent")
-        if not isinstance(parent, str):
-            raise UserError(
-                f"{recovery.needs_dense}: needs the dense model, and {pruned} does not say what it was made from "
-                "(stage.json); name it: --teacher"
-            )
-        dense = ROOT / parent
+    dense = recovery.teacher or dense_of(pruned, recovery.needs_dense)
     require_language_model(dense, "--teacher", "python download_model.py --only llm")
     found, wanted = (read_object(folder / "config.json") for folder in (dense, pruned))
     for field, what in (("vocab_size", "tokens"), ("hidden_size", "hidden features")):
