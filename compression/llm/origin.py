@@ -29,9 +29,8 @@ def dense_of(folder: Path, flag: str) -> Path:
     Raises:
         UserError: the records do not say, or it is not there any more.
     """
-    stage = read_stage(folder) or {}
-    records = [stage, *(ancestor.record for ancestor in ancestors(stage))]
-    first = ([record for record in records if record.get("stage") in PRUNINGS] or [stage])[-1]
+    records = [record for _, record in _way_back(folder)]
+    first = ([record for record in records if record.get("stage") in PRUNINGS] or records[:1])[-1]
     parent, digest = first.get("parent"), contents(first.get("inputs")).get("parent")
     needs = f"{flag}: needs the dense model, and {folder}"
     if not isinstance(parent, str):
@@ -74,16 +73,19 @@ def kept_layers(folder: Path, dense: Path, flag: str) -> list[int]:
 def _steps(folder: Path, dense: Path) -> list[tuple[Path, Path, Record]]:
     """Each checkpoint on the way back to the dense one, what it was made from, and its record; without such a way the
     checkpoint itself and an empty record."""
-    stage, digest = read_stage(folder) or {}, identify(dense)["sha256"]
-    folders, records = [folder], [stage]
-    for ancestor in ancestors(stage):
-        folders.append(ancestor.path)
-        records.append(ancestor.record)
+    folders, records = zip(*_way_back(folder), strict=True)
+    digest = identify(dense)["sha256"]
     made_from = [contents(record.get("inputs")).get("parent") for record in records]
     if digest not in made_from:
         return [(folder, dense, {})]
     count = made_from.index(digest) + 1
     return list(zip(folders[:count], [*folders[1:count], dense], records[:count], strict=True))
+
+
+def _way_back(folder: Path) -> list[tuple[Path, Record]]:
+    """A checkpoint, what it was made from, what that was made from and so on, each with its record."""
+    stage = read_stage(folder) or {}
+    return [(folder, stage), *((ancestor.path, ancestor.record) for ancestor in ancestors(stage))]
 
 
 def pruned_shares(model: PreTrainedModel, folder: Path, dense: Path, flag: str) -> list[float]:
