@@ -235,9 +235,9 @@ def letters(count, seed=0):
     return " ".join(WORDS[letter] for letter in draw)
 
 
-def repair(model, kept, windows, batch_size=1, choice=None, error_share=0.0):
+def repair(model, kept, windows, batch_size=1, choice=None, error_share=0.0, mlp_rounds=0):
     """Repair all layers of a model before any is cut down."""
-    step = repairing(model, kept, RepairText(model, windows, batch_size, error_share), choice)
+    step = repairing(model, kept, RepairText(model, windows, batch_size, error_share), choice, mlp_rounds)
     for index in range(len(kept[structures.GROUPS])):
         step(index)
 

@@ -13,8 +13,8 @@ METHODS = [method for method in sorted(SCORES) if SCORES[method].needs_text]
 SCRIPTS = {
     # Perplexities of several choices, the removal analysis and two steps, each of which one process has less work for.
     "run_global_pruning.py": ["--attention_factors", "0.5", "2", "--temperature", "1", "--iterative_steps", "2"]
-    + ["--removal_steps", "3"],
-    "gqa_aware_pruning.py": ["--protect_first", "0", "--protect_last", "0"],
+    + ["--removal_steps", "3", "--mlp_rounds", "1"],
+    "gqa_aware_pruning.py": ["--protect_first", "0", "--protect_last", "0", "--mlp_rounds", "2"],
 }
 FLAGS = ["--pruning_ratio", "0.4", "--round_to", "8", "--num_samples", "5", "--repair_samples", "7"]
 

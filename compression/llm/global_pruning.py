@@ -250,11 +250,12 @@ class GlobalPruning:
         model = self.model
 
         def repairs() -> Callable[[int], None]:
-            if self.budget.repair.compensation == "none":
+            repair = self.budget.repair
+            if repair.compensation == "none":
                 return lambda _: None
-            if solutions is not None:
+            if solutions is not None and not repair.mlp_rounds:  # solved for the output projections alone
                 return placing(model, kept, solutions)
-            return repairing(model, kept, self._repair_text(self.budget.repair.error_share), choice)
+            return repairing(model, kept, self._repair_text(repair.error_share), choice, repair.mlp_rounds)
 
         def chosen() -> Kept:
             return kept if choice is None else self._cached_by_kind(f"chosen_in_step_{step}", lambda: kept)

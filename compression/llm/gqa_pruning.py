@@ -370,7 +370,8 @@ class LayerwisePruning:
                         due = 0.0
                 if repair is not None and repair.layer == index:  # nothing of the layer went
                     parts = layers_of(self.model)[index]
-                    repair_layer(repair, {kind: torch.ones(parts.count(kind)).bool() for kind in DECODER_KINDS})
+                    everything = {kind: torch.ones(parts.count(kind)).bool() for kind in DECODER_KINDS}
+                    repair_layer(repair, everything, mlp_rounds=self.cuts.repair.mlp_rounds)
                 if index < last:
                     scored.advance()
                 done(layer)
@@ -394,7 +395,8 @@ class LayerwisePruning:
         )
         pruned = {kind: select_gqa_groups_to_prune(scores[kind], count) for kind, count in counts.items()}
         if repair is not None:
-            repair_layer(repair, {kind: ~gone for kind, gone in pruned.items()})
+            kept = {kind: ~gone for kind, gone in pruned.items()}
+            repair_layer(repair, kept, mlp_rounds=self.cuts.repair.mlp_rounds)
         prune_attention_by_gqa_groups(self.model, index, pruned[GROUPS])
         prune_mlp_channels(self.model, index, pruned[CHANNELS])
 

@@ -27,14 +27,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compression.config import Between, Originally, Settings
+from compression.config import AtLeast, Between, Originally, Settings
 from compression.importance import contributions, keep_in_rounds
 from compression.least_squares import refit
+from compression.llm.mlp_repair import solve_inputs
 from compression.llm.perplexity import broken_weight, suspect
 from compression.llm.repair_text import Moments, RepairText
+from compression.offload import States
 from compression.progress import progress
 from compression.runtime import UserError
-from compression.structures import DECODER_KINDS, layers_of, spread
+from compression.structures import CHANNELS, DECODER_KINDS, layers_of, spread
 
 LocalRanking = Literal["obs", "product"]
 
@@ -48,6 +50,9 @@ class Repair(Settings):
     error_share: Annotated[float, Between(0, 1), Originally(0.0)] = 0.5
     """Share of the errors that earlier layers leave in the states which a repair makes up for, also in layers that lose
     nothing; 0: each layer makes up for what it loses itself alone."""
+    mlp_rounds: Annotated[int, AtLeast(0), Originally(0)] = 0
+    """Rounds in which the repair solves for gates and ups of the MLPs too, and for their output projections again. For
+    high ratios; each takes about as long as the repair without."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,11 @@ class LocalChoice:
 
 
 def repairing(
-    model: PreTrainedModel, kept: dict[str, list[Tensor]], text: RepairText, choice: LocalChoice | None = None
+    model: PreTrainedModel,
+    kept: dict[str, list[Tensor]],
+    text: RepairText,
+    choice: LocalChoice | None = None,
+    mlp_rounds: int = 0,
 ) -> Callable[[int], None]:
     """Solve output projections anew, in place: those of pruned layers, where the columns of what goes become zero, and
     where errors are made up for all behind the first of them.
@@ -91,6 +100,7 @@ def repairing(
         kept: for groups and channels one bool tensor [structures] per layer, True where the structure stays.
         text: the model's, before the first layer.
         choice: chooses anew which structures of a layer stay, as many as `kept` says; it is put right layer by layer.
+        mlp_rounds: in which what MLPs read is solved for too, see `mlp_repair`.
 
     Returns:
         A function of a layer's index, to be called for one layer after the other. It raises UserError where a
@@ -100,7 +110,7 @@ def repairing(
 
     def step(index: int) -> None:
         with text.decoder.present(index):
-            stays = repair_layer(text, {kind: kept[kind][index] for kind in DECODER_KINDS}, choice)
+            stays = repair_layer(text, {kind: kept[kind][index] for kind in DECODER_KINDS}, choice, mlp_rounds)
         for kind in DECODER_KINDS:
             kept[kind][index] = stays[kind]
         bar.update()
@@ -109,7 +119,9 @@ def repairing(
 
 
 @torch.no_grad()
-def repair_layer(text: RepairText, kept: dict[str, Tensor], choice: LocalChoice | None = None) -> dict[str, Tensor]:
+def repair_layer(
+    text: RepairText, kept: dict[str, Tensor], choice: LocalChoice | None = None, mlp_rounds: int = 0
+) -> dict[str, Tensor]:
     """As `repairing`, of the layer that a text stands before; its weights are on the device.
 
     Args:
@@ -123,17 +135,35 @@ def repair_layer(text: RepairText, kept: dict[str, Tensor], choice: LocalChoice 
     """
     parts, kept = layers_of(text.model)[text.layer], dict(kept)
     for kind in DECODER_KINDS:
-        moments = text.enter(kind, wanted=bool(parts.count(kind)) and (text.owes or not kept[kind].all()))
+        wanted = bool(parts.count(kind)) and (text.owes or not kept[kind].all())
+        targets = text.decoder.states() if mlp_rounds and kind == CHANNELS else None
+        moments = text.enter(kind, wanted, targets)
         if moments is not None:
-            outer = parts.split(kind)[1]
             if choice is not None:
-                kept[kind] = choice.stays(kind, text.layer, outer.weight, moments.gram, kept[kind])
-            weight, bias = refitted(text.model, text.layer, kind, moments, kept[kind])
-            outer.weight.copy_(weight)
-            if bias is not None:
-                outer.bias.copy_(bias)
+                weight = parts.split(kind)[1].weight
+                kept[kind] = choice.stays(kind, text.layer, weight, moments.gram, kept[kind])
+            _refit(text, kind, moments, kept[kind])
+            if targets is not None and kept[kind].any():
+                _solve_in_rounds(text, targets, kept[kind], mlp_rounds)
         text.leave(kind, changed=moments is not None)
     return kept
+
+
+def _solve_in_rounds(text: RepairText, targets: States, stays: Tensor, rounds: int) -> None:
+    """Solve for what an MLP reads, and for its output projection again, as long as it helps."""
+    for _ in range(rounds):
+        if not solve_inputs(text, targets, stays):
+            return
+        _refit(text, CHANNELS, text.lacking(CHANNELS, targets), stays)
+
+
+def _refit(text: RepairText, kind: str, moments: Moments, stays: Tensor) -> None:
+    """Give an output projection what `refitted` finds."""
+    outer = layers_of(text.model)[text.layer].split(kind)[1]
+    weight, bias = refitted(text.model, text.layer, kind, moments, stays)
+    outer.weight.copy_(weight)
+    if bias is not None:
+        outer.bias.copy_(bias)
 
 
 def refitted(

@@ -57,18 +57,33 @@ class RepairText:
             for number in range(len(self.options)):
                 self.whole.put(number, self.states.get(number))
 
-    def enter(self, kind: str, wanted: bool = True) -> Moments | None:
+    def enter(self, kind: str, wanted: bool = True, targets: States | None = None) -> Moments | None:
         """Moments at the output projection of the attention or MLP that the text stands before, of all processes' text.
 
         Args:
             kind: of the structures there.
             wanted: where not, the text as it was goes on all the same.
+            targets: where what the projection is to give is put, [windows, length, outputs] in fp32 for each batch.
         """
         if wanted:
-            return self._moments(kind)
+            return self._moments(kind, targets)
         if self.whole is not None:
             self._advance(self.whole, kind)
         return None
+
+    @torch.no_grad()
+    def lacking(self, kind: str, targets: States) -> Moments:
+        """As `enter`, once more after a change there; what is owed is all that targets from `enter` are away."""
+        sums = _Sums(layers_of(self.model)[self.layer].split(kind)[1], owes=True)
+        for number in range(len(self.options)):
+            sums.add(*self.residual(kind, number, targets))
+        return sums.moments(1.0)
+
+    def residual(self, kind: str, number: int, targets: States) -> tuple[Tensor, Tensor]:
+        """Of a batch, what goes into the output projection there, and what that gives too little for the targets."""
+        outer = layers_of(self.model)[self.layer].split(kind)[1]
+        inputs, outputs, _ = _watched(outer, partial(self.branch, kind, number))
+        return inputs, targets.get(number) - outputs.float()
 
     def leave(self, kind: str, changed: bool) -> None:
         """Go through that attention or MLP, which may have changed meanwhile."""
@@ -82,12 +97,15 @@ class RepairText:
             state = states.get(number)
             states.put(number, state + self._branch(kind, number, state))
 
+    def branch(self, kind: str, number: int) -> Tensor:
+        """What the attention or MLP that the text stands before adds to the states of a batch."""
+        return self._branch(kind, number, self.states.get(number))
+
     def _branch(self, kind: str, number: int, state: Tensor) -> Tensor:
-        """What the attention or MLP adds to the states of a batch."""
         return self.decoder.branch(self.decoder.layers[self.layer], kind, state, self.options[number][self.layer])
 
     @torch.no_grad()
-    def _moments(self, kind: str) -> Moments:
+    def _moments(self, kind: str, targets: States | None) -> Moments:
         layer, outer = self.decoder.layers[self.layer], layers_of(self.model)[self.layer].split(kind)[1]
         sums = _Sums(outer, owes=self.whole is not None)
         for number in range(len(self.options)):
@@ -101,6 +119,9 @@ class RepairText:
                 error = error + self.decoder.before_added(layer, kind, whole.float() - state.float())
                 self.whole.put(number, whole + added)
             sums.add(inputs, error)
+            if targets is not None:
+                wanted = outputs.float()
+                targets.put(number, wanted if error is None else wanted + self.error_share * error)
         return sums.moments(self.error_share)
 
 

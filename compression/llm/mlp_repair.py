@@ -1,0 +1,196 @@
+"""Rounds in which a repair also solves for what the channels of an MLP read (gates and ups), by Gauss and Newton.
+
+With the output projection D as it is solved already, the rows W of gates and ups that stay are to minimise
+
+    |D f(W x) - T|^2
+
+over a text, T being what the projection itself was fitted to (see `repair`). Each channel has its own rows, so f has a
+derivative c per row and token, which makes it linear: D (c * (dW x)). A few steps of conjugate gradients on that, from
+zero, change the rows; few steps change little where the text says little. They are preconditioned with the Kronecker
+product of the second moments of what goes in and of what a row does to the output (Martens & Grosse 2015, "K-FAC"),
+for each share (gates, ups) alone. The projection is solved anew after each round.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from compression.hooks import hooked
+from compression.importance import damp
+from compression.llm.repair_text import RepairText
+from compression.offload import States
+from compression.runtime import sum_over_processes
+from compression.structures import CHANNELS, layers_of, spread
+
+# Of conjugate gradients, in each round.
+STEPS = 4
+# What is added to the diagonals of the preconditioner's factors, as a share of them.
+DAMPING = 0.01
+# The linear model of f holds near by: a change after which the error is no smaller is halved, so often.
+HALVINGS = 3
+
+
+@torch.no_grad()
+def solve_inputs(text: RepairText, targets: States, stays: Tensor) -> bool:
+    """One round for the MLP that the text stands before, in place; its weights are on the device.
+
+    Args:
+        targets: of each batch, what the output projection is to give, [windows, length, outputs].
+        stays: bool [channels]; only the rows of these change.
+
+    Returns:
+        Whether a change was found that brings the output nearer to the targets. If not, nothing has changed.
+    """
+    problem = _Linear(text, targets, stays)
+    change = _conjugate_gradients(problem, STEPS)
+    old = problem.weight.clone()
+    for _ in range(HALVINGS + 1):
+        problem.put(old + change)
+        if problem.error() < problem.start:
+            return True
+        change = change / 2
+    problem.put(old)
+    return False
+
+
+def _conjugate_gradients(problem: "_Linear", steps: int) -> Tensor:
+    """The change of the rows [rows, inputs] after some steps from zero; changes the problem's residuals."""
+    gradient = problem.gradient()
+    direction = pulled = problem.preconditioned(gradient)
+    change, slope = torch.zeros_like(gradient), (gradient * pulled).sum()
+    for step in range(steps):
+        if not slope > 0:  # solved, or not finite
+            break
+        change += problem.advance(direction, slope) * direction
+        if step + 1 < steps:
+            gradient = problem.gradient()
+            pulled, before = problem.preconditioned(gradient), slope
+            slope = (gradient * pulled).sum()
+            direction = pulled + slope / before * direction
+    return change
+
+
+class _Linear:
+    """What the output of an MLP becomes with other rows, to first order around the present ones.
+
+    Args: see `solve_inputs`.
+
+    Attributes:
+        weight: the rows of the channels that stay, of all modules and shares behind one another, [rows, inputs] in
+            fp32.
+        start: the squared error with them.
+    """
+
+    def __init__(self, text: RepairText, targets: States, stays: Tensor):
+        self.text, self.targets = text, targets
+        self.inner, self.outer = layers_of(text.model)[text.layer].split(CHANNELS)
+        device = self.outer.weight.device
+        self.columns = spread(stays, self.outer.in_features).to(device)
+        self.rows = [rows.spread(stays).to(device) for rows in self.inner]
+        self.weight = torch.cat(
+            [each.module.weight[rows] for each, rows in zip(self.inner, self.rows, strict=True)]
+        ).float()
+        self.shares = len(self.weight) // int(self.columns.sum())
+        self.projection = self.outer.weight[:, self.columns]
+        self.inputs, self.slopes, self.residuals = (text.decoder.states() for _ in range(3))
+        self.start, self.factors = self._linearise()
+
+    def _linearise(self) -> tuple[Tensor, tuple[list[Tensor], Tensor]]:
+        """Note inputs, derivatives and residuals of the whole text; gives the squared error, and the factors of the
+        preconditioner: of each share's rows, and of the inputs."""
+        error = torch.zeros((), dtype=torch.double, device=self.weight.device)
+        given = torch.zeros(self.weight.shape[1], self.weight.shape[1], device=self.weight.device)
+        channels = self.projection.shape[1]
+        felt = torch.zeros(self.shares, channels, channels, device=self.weight.device)
+        for number in range(len(self.text.options)):
+            inputs, slopes, outputs = self._watched(number)
+            residual = self.targets.get(number).flatten(0, -2) - outputs
+            error += residual.square().sum(dtype=torch.double)
+            given += inputs.T @ inputs
+            for sums, share in zip(felt, slopes.chunk(self.shares, dim=1), strict=True):
+                sums += share.T @ share
+            for states, values in ((self.inputs, inputs), (self.slopes, slopes), (self.residuals, residual)):
+                states.put(number, values)
+        sum_over_processes(error, given, felt)
+        products = self.projection.float().T @ self.projection.float()
+        return error, ([_factor(share * products) for share in felt], _factor(given))
+
+    def _watched(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a batch's tokens: what goes into the rows, each row's derivative of what goes into the projection, and
+        what that gives."""
+        inputs: list[Tensor] = []
+        sums: list[Tensor] = []
+        read: list[Tensor] = []
+
+        def cut(_: nn.Module, given: tuple[Tensor], output: Tensor) -> Tensor:
+            inputs.append(given[0])
+            sums.append(output.detach().requires_grad_())
+            return sums[-1]
+
+        def note(_: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
+            read.extend([given[0], output])
+
+        handles = [rows.module.register_forward_hook(cut) for rows in self.inner]
+        with torch.enable_grad(), hooked([*handles, self.outer.register_forward_hook(note)]):
+            self.text.branch(CHANNELS, number)
+            slopes = torch.autograd.grad(read[0].sum(), sums)
+        chosen = [each.flatten(0, -2)[:, rows] for each, rows in zip(slopes, self.rows, strict=True)]
+        return inputs[0].flatten(0, -2), torch.cat(chosen, 1), read[1].detach().float().flatten(0, -2)
+
+    def gradient(self) -> Tensor:
+        """Half of the negative gradient of the squared error, [rows, inputs]."""
+        total = torch.zeros_like(self.weight)
+        for number in range(len(self.text.options)):
+            inputs, slopes = self.inputs.get(number), self.slopes.get(number)
+            felt = self.residuals.get(number).to(inputs.dtype) @ self.projection
+            total += (felt.repeat(1, self.shares) * slopes).T @ inputs
+        sum_over_processes(total)
+        return total
+
+    def advance(self, direction: Tensor, slope: Tensor) -> Tensor:
+        """How far to go in a direction in which the squared error falls by twice `slope` at first; the residuals are
+        those there then."""
+        outputs = self.text.decoder.states()
+        curvature = torch.zeros((), dtype=torch.double, device=direction.device)
+        for number in range(len(self.text.options)):
+            inputs, slopes = self.inputs.get(number), self.slopes.get(number)
+            felt = (inputs @ direction.T.to(inputs.dtype)) * slopes
+            output = felt.unflatten(1, (self.shares, -1)).sum(1) @ self.projection.T
+            curvature += output.float().square().sum(dtype=torch.double)
+            outputs.put(number, output)
+        sum_over_processes(curvature)
+        length = (slope / curvature).float()
+        for number in range(len(self.text.options)):
+            self.residuals.put(number, self.residuals.get(number) - length * outputs.take(number).float())
+        return length
+
+    def preconditioned(self, gradient: Tensor) -> Tensor:
+        """An approximation of the solution."""
+        of_rows, of_inputs = self.factors
+        parts = gradient.double().chunk(self.shares)
+        solved = [torch.cholesky_solve(part, factor) for part, factor in zip(parts, of_rows, strict=True)]
+        return torch.cholesky_solve(torch.cat(solved).T, of_inputs).T.float()
+
+    def put(self, weight: Tensor) -> None:
+        """Give the modules these rows."""
+        counts = [int(rows.sum()) for rows in self.rows]
+        for each, rows, part in zip(self.inner, self.rows, weight.split(counts), strict=True):
+            each.module.weight[rows] = part.to(each.module.weight.dtype)
+
+    def error(self) -> Tensor:
+        """The squared error with the rows that the modules have."""
+        error = torch.zeros_like(self.start)
+        for number in range(len(self.text.options)):
+            error += self.text.residual(CHANNELS, number, self.targets)[1].square().sum(dtype=torch.double)
+        sum_over_processes(error)
+        return error
+
+
+def _factor(moments: Tensor) -> Tensor:
+    """The lower factor of second moments in float64, damped so far that there is one: in 16 bits moments can be off by
+    more than the least damping."""
+    damping = DAMPING
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(damp(moments.double(), damping))
+        if not failed or damping > 1:
+            return factor
+        damping *= 10
