@@ -27,7 +27,7 @@ from compression.structures import CHANNELS, DECODER_KINDS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
 from run_global_pruning import GlobalPruningConfig
 
-ERROR_SHARE = Repair().error_share
+ERROR_SHARE = Repair().share
 
 
 @pytest.fixture(scope="module")

@@ -226,7 +226,7 @@ class GlobalPruning:
             self.search,
             self.text,
             self._repair_text,
-            self.budget.repair.error_share,
+            self.budget.repair.share,
             choice,
             lambda name, make: self.cached(f"search_of_step_{step}_{name}", make),
         )
@@ -255,7 +255,7 @@ class GlobalPruning:
                 return lambda _: None
             if solutions is not None and not repair.mlp_rounds:  # solved for the output projections alone
                 return placing(model, kept, solutions)
-            return repairing(model, kept, self._repair_text(repair.error_share), choice, repair.mlp_rounds)
+            return repairing(model, kept, self._repair_text(repair.share), choice, repair.mlp_rounds)
 
         def chosen() -> Kept:
             return kept if choice is None else self._cached_by_kind(f"chosen_in_step_{step}", lambda: kept)

@@ -355,10 +355,10 @@ class LayerwisePruning:
         scored = LayerStream(self.model, self.text.scores, self.text.batch_size)
         repair = None
         if self.cuts.repair.compensation == "lstsq":
-            repair = RepairText(self.model, self.text.repair, self.text.batch_size, self.cuts.repair.error_share)
+            repair = RepairText(self.model, self.text.repair, self.text.batch_size, self.cuts.repair.share)
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
-        repairs_all = repair is not None and self.cuts.repair.error_share > 0
+        repairs_all = repair is not None and self.cuts.repair.share > 0
         for index in progress(range(len(self.rates) if repairs_all else last + 1), "layers"):
             with scored.decoder.present(index) as layer:
                 if self.rates[index]:

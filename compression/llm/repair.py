@@ -40,6 +40,10 @@ from compression.structures import CHANNELS, DECODER_KINDS, layers_of, spread
 
 LocalRanking = Literal["obs", "product"]
 
+# Of earlier layers' errors that is made up for: best at half the size of SmolLM2-135M (docs/results.md).
+SHARE = 0.5
+SHARE_WITH_ROUNDS = 0.25
+
 
 @dataclass
 class Repair(Settings):
@@ -47,12 +51,19 @@ class Repair(Settings):
 
     compensation: Literal["none", "lstsq"] = "lstsq"
     """Repair. lstsq: solve the output projections anew so that what stays makes up for what goes."""
-    error_share: Annotated[float, Between(0, 1), Originally(0.0)] = 0.5
+    error_share: Annotated[float | None, Between(0, 1), Originally(0.0)] = None
     """Share of the errors that earlier layers leave in the states which a repair makes up for, also in layers that lose
-    nothing; 0: each layer makes up for what it loses itself alone."""
+    nothing; 0: each layer makes up for what it loses itself alone. None: 0.5, with `mlp_rounds` 0.25."""
     mlp_rounds: Annotated[int, AtLeast(0), Originally(0)] = 0
     """Rounds in which the repair solves for gates and ups of the MLPs too, and for their output projections again. For
     high ratios; each takes about as long as the repair without."""
+
+    @property
+    def share(self) -> float:
+        """`error_share`; where it is None, what suits the rounds: more freedom meets its targets better."""
+        if self.error_share is not None:
+            return self.error_share
+        return SHARE_WITH_ROUNDS if self.mlp_rounds else SHARE
 
 
 @dataclass(frozen=True)
