@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, removal steps": dict(removal_steps=ROUNDS),
     "H-GSP, search": dict(search="exchange"),
     "H-GSP, two steps": dict(iterative_steps=2),
+    "H-GSP, gates and ups repaired": dict(mlp_rounds=1),
     "H-GSP, each layer for itself": dict(error_share=0.0),
     "H-GSP, no repair": dict(compensation="none"),
     **{f"H-GSP, {score} scores": dict(importance_method=score) for score in SCORES if score != DEFAULT_SCORE},
