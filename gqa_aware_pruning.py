@@ -138,7 +138,8 @@ class GQAAwarePruningConfig(Config):
             recovery_after(self)
 
     def as_dict(self) -> dict[str, Any]:
-        return super().as_dict() | {"score_loss": loss_of(self.score_loss, self.importance_method)}
+        score_loss = loss_of(self.score_loss, self.importance_method)
+        return super().as_dict() | {"score_loss": score_loss, "error_share": self.repair.share}
 
     @property
     def rates(self) -> Rates:

@@ -142,7 +142,7 @@ class GlobalPruningConfig(Config):
         scoring = pick(Scoring, self)
         ratio = None if self.target is not None else pick(Budget, self).share
         resolved = {"pruning_ratio": ratio, "normalize": scoring.normalization, "score_loss": scoring.loss}
-        return super().as_dict() | resolved
+        return super().as_dict() | resolved | {"error_share": self.repair.share}
 
 
 def main(config: GlobalPruningConfig) -> None:

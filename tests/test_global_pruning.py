@@ -310,6 +310,7 @@ def test_what_is_kept_is_where_the_table_says(text, fields):
         ({"attention_factors": ()}, "allowed are one or more above 0"),
         ({"removal_steps": -1}, "--removal_steps -1: allowed is at least 0"),
         ({"removal_steps": 4}, "--removal_steps 4: allowed with --compensation none is 0"),
+        ({"mlp_rounds": 2}, "--mlp_rounds 2: allowed with --compensation none is 0"),
     ],
 )
 def test_bad_values_are_refused(fields, message):

@@ -10,6 +10,8 @@ from compression.llm.mlp_repair import _conjugate_gradients, _Linear, solve_inpu
 from compression.llm.repair_text import RepairText
 from compression.structures import CHANNELS, GROUPS, layers_of
 from compression.surgery import shrink_decoder
+from gqa_aware_pruning import GQAAwarePruningConfig
+from run_global_pruning import GlobalPruningConfig
 
 
 @pytest.fixture
@@ -120,3 +122,10 @@ def test_many_steps_give_the_least_squares_solution(windows):
     left = residuals - linear @ _conjugate_gradients(problem, 60).double().flatten()
     assert best.square().sum() < 0.99 * residuals.square().sum()
     assert left.square().sum() < 1.001 * best.square().sum()
+
+
+@pytest.mark.parametrize("settings", [GlobalPruningConfig, GQAAwarePruningConfig])
+def test_what_is_made_up_for_is_recorded(settings):
+    shares = [settings.make(**fields).as_dict()["error_share"] for fields in ({}, {"mlp_rounds": 1})]
+    assert shares == [0.5, 0.25]
+    assert settings.make(mlp_rounds=1, error_share=0.4).as_dict()["error_share"] == 0.4

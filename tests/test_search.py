@@ -345,6 +345,15 @@ def parameters(model):
     return sum(parts.parameters for parts in layers_of(model))
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_gates_are_solved_for_after_a_search_where_that_is_asked_for(text, rounds):
+    small, dense = searched(text, mlp_rounds=rounds).prune(), tiny_decoder()
+    stays = [parts for parts in layers_of(small) if parts.channels]
+    rows = {tuple(row) for parts in layers_of(dense) for row in parts.split(CHANNELS)[0][0].module.weight.tolist()}
+    own = [tuple(row) in rows for parts in stays for row in parts.split(CHANNELS)[0][0].module.weight.tolist()]
+    assert any(own) != bool(rounds)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -58,6 +58,10 @@ class Repair(Settings):
     """Rounds in which the repair solves for gates and ups of the MLPs too, and for their output projections again. For
     high ratios; each takes about as long as the repair without."""
 
+    def check(self) -> None:
+        if self.mlp_rounds and self.compensation == "none":
+            raise UserError(f"--mlp_rounds {self.mlp_rounds}: allowed with --compensation none is 0")
+
     @property
     def share(self) -> float:
         """`error_share`; where it is None, what suits the rounds: more freedom meets its targets better."""
