@@ -11,7 +11,8 @@ goes through the layers beside the other. With a share of 0 a layer answers for 
 it answers for all of them, and fits the text. Li et al. 2025 ("GPTAQ") quantize to such targets, with a share of 1.
 
 All of it is known from X^T X and X^T R alone, so the text is gone through once, layer by layer, and no activations are
-stored but the states between layers.
+stored but the states between layers. With `mlp_rounds`, what an MLP's channels read is solved for too (`mlp_repair`),
+on activations of one layer at a time.
 
 Where the projection has a bias, that takes over the mean of what goes (An et al. 2024, "FLAP"), in the same solution:
 with inputs counted from their mean, the bias gains (W - W') mean, and the ridge is on W' alone.
