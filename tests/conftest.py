@@ -235,6 +235,23 @@ def letters(count, seed=0):
     return " ".join(WORDS[letter] for letter in draw)
 
 
+@pytest.fixture
+def windows():
+    """Token ids that repairs are fitted to."""
+    return torch.randint(3, 120, (40, 16), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=sorted(DECODERS))
+def model(request):
+    return tiny_decoder(request.param)
+
+
+def everything(model):
+    """For each kind of structure of a model one mask per layer, after which all stay."""
+    layers = structures.layers_of(model)
+    return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers] for kind in layers[0].kinds}
+
+
 def repair(model, kept, windows, batch_size=1, choice=None, error_share=0.0, mlp_rounds=0):
     """Repair all layers of a model before any is cut down."""
     step = repairing(model, kept, RepairText(model, windows, batch_size, error_share), choice, mlp_rounds)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DECODERS, repair, tiny_decoder
+from conftest import everything, repair, tiny_decoder
 
 from compression.decoder import decoder_of
 from compression.importance import contributions, keep_in_rounds
@@ -13,20 +13,6 @@ from compression.llm.repair import LocalChoice
 from compression.llm.repair_text import RepairText
 from compression.structures import CHANNELS, GROUPS, layers_of, spread
 from compression.surgery import shrink_decoder
-
-
-@pytest.fixture
-def windows():
-    return torch.randint(3, 120, (40, 16), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(params=sorted(DECODERS))
-def model(request):
-    return tiny_decoder(request.param)
-
-
-def everything(model):
-    return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in (GROUPS, CHANNELS)}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from operator import attrgetter
 
 import pytest
 import torch
-from conftest import KEPT, letters_tokenizer
+from conftest import KEPT, everything, letters_tokenizer
 from safetensors.torch import save_file
 from scripts import run_elsewhere
 from torch import nn
@@ -150,10 +150,6 @@ def test_pruned_again(small):
     }
     smaller = shrink(small, again)
     torch.testing.assert_close(logits(smaller), masked_logits(small, again), atol=1e-5, rtol=0)
-
-
-def everything(model):
-    return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in ENCODER_KINDS}
 
 
 NONE = torch.zeros(48, dtype=torch.bool)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DECODERS, repair, tiny_decoder
+from conftest import everything, repair, tiny_decoder
 
 from compression.llm.mlp_repair import _conjugate_gradients, _Linear, solve_inputs
 from compression.llm.repair_text import RepairText
@@ -14,19 +14,9 @@ from gqa_aware_pruning import GQAAwarePruningConfig
 from run_global_pruning import GlobalPruningConfig
 
 
-@pytest.fixture
-def windows():
-    return torch.randint(3, 120, (40, 16), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(params=sorted(DECODERS))
-def model(request):
-    return tiny_decoder(request.param)
-
-
 def pruned(model):
     """What stays where the MLPs of two layers lose two thirds, and an attention a group."""
-    kept = {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in (GROUPS, CHANNELS)}
+    kept = everything(model)
     kept[CHANNELS][1], kept[CHANNELS][2] = torch.arange(48) % 3 == 0, torch.arange(48) % 3 == 1
     kept[GROUPS][2][0] = False
     return kept

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import repair, tiny_decoder
+from conftest import everything, repair, tiny_decoder
 
 from compression.config import pick
 from compression.decoder import Decoder
@@ -35,10 +35,6 @@ def broken():
     with torch.no_grad():
         layers_of(model)[2].down.weight[3, 5] = torch.nan
     return model
-
-
-def everything(model):
-    return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers_of(model)] for kind in DECODER_KINDS}
 
 
 def one_line(error):

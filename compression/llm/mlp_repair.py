@@ -11,12 +11,14 @@ product of the second moments of what goes in and of what a row does to the outp
 for each share (gates, ups) alone. The projection is solved anew after each round.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from compression.hooks import hooked
 from compression.importance import damp
-from compression.llm.repair_text import RepairText
+from compression.llm.repair_text import Moments, RepairText, watched
 from compression.offload import States
 from compression.runtime import sum_over_processes
 from compression.structures import CHANNELS, layers_of, spread
@@ -30,7 +32,7 @@ HALVINGS = 3
 
 
 @torch.no_grad()
-def solve_inputs(text: RepairText, targets: States, stays: Tensor) -> bool:
+def solve_inputs(text: RepairText, targets: States, stays: Tensor) -> Moments | None:
     """One round for the MLP that the text stands before, in place; its weights are on the device.
 
     Args:
@@ -38,18 +40,19 @@ def solve_inputs(text: RepairText, targets: States, stays: Tensor) -> bool:
         stays: bool [channels]; only the rows of these change.
 
     Returns:
-        Whether a change was found that brings the output nearer to the targets. If not, nothing has changed.
+        What is lacking then for the targets, see `RepairText.lacking`; None where no change was found that brings the
+        output nearer to them, and nothing has changed.
     """
     problem = _Linear(text, targets, stays)
     change = _conjugate_gradients(problem, STEPS)
-    old = problem.weight.clone()
     for _ in range(HALVINGS + 1):
-        problem.put(old + change)
-        if problem.error() < problem.start:
-            return True
+        problem.put(problem.weight + change)
+        moments, error = text.lacking(CHANNELS, targets)
+        if error < problem.start:
+            return moments
         change = change / 2
-    problem.put(old)
-    return False
+    problem.put(problem.weight)
+    return None
 
 
 def _conjugate_gradients(problem: "_Linear", steps: int) -> Tensor:
@@ -81,7 +84,7 @@ class _Linear:
     """
 
     def __init__(self, text: RepairText, targets: States, stays: Tensor):
-        self.text, self.targets = text, targets
+        self.text = text
         self.inner, self.outer = layers_of(text.model)[text.layer].split(CHANNELS)
         device = self.outer.weight.device
         self.columns = spread(stays, self.outer.in_features).to(device)
@@ -92,9 +95,9 @@ class _Linear:
         self.shares = len(self.weight) // int(self.columns.sum())
         self.projection = self.outer.weight[:, self.columns]
         self.inputs, self.slopes, self.residuals = (text.decoder.states() for _ in range(3))
-        self.start, self.factors = self._linearise()
+        self.start, self.factors = self._linearise(targets)
 
-    def _linearise(self) -> tuple[Tensor, tuple[list[Tensor], Tensor]]:
+    def _linearise(self, targets: States) -> tuple[Tensor, tuple[list[Tensor], Tensor]]:
         """Note inputs, derivatives and residuals of the whole text; gives the squared error, and the factors of the
         preconditioner: of each share's rows, and of the inputs."""
         error = torch.zeros((), dtype=torch.double, device=self.weight.device)
@@ -103,7 +106,7 @@ class _Linear:
         felt = torch.zeros(self.shares, channels, channels, device=self.weight.device)
         for number in range(len(self.text.options)):
             inputs, slopes, outputs = self._watched(number)
-            residual = self.targets.get(number).flatten(0, -2) - outputs
+            residual = targets.get(number).flatten(0, -2) - outputs
             error += residual.square().sum(dtype=torch.double)
             given += inputs.T @ inputs
             for sums, share in zip(felt, slopes.chunk(self.shares, dim=1), strict=True):
@@ -119,22 +122,17 @@ class _Linear:
         what that gives."""
         inputs: list[Tensor] = []
         sums: list[Tensor] = []
-        read: list[Tensor] = []
 
         def cut(_: nn.Module, given: tuple[Tensor], output: Tensor) -> Tensor:
             inputs.append(given[0])
             sums.append(output.detach().requires_grad_())
             return sums[-1]
 
-        def note(_: nn.Module, given: tuple[Tensor], output: Tensor) -> None:
-            read.extend([given[0], output])
-
-        handles = [rows.module.register_forward_hook(cut) for rows in self.inner]
-        with torch.enable_grad(), hooked([*handles, self.outer.register_forward_hook(note)]):
-            self.text.branch(CHANNELS, number)
-            slopes = torch.autograd.grad(read[0].sum(), sums)
+        with torch.enable_grad(), hooked(rows.module.register_forward_hook(cut) for rows in self.inner):
+            read, outputs, _ = watched(self.outer, partial(self.text.branch, CHANNELS, number))
+            slopes = torch.autograd.grad(read.sum(), sums)
         chosen = [each.flatten(0, -2)[:, rows] for each, rows in zip(slopes, self.rows, strict=True)]
-        return inputs[0].flatten(0, -2), torch.cat(chosen, 1), read[1].detach().float().flatten(0, -2)
+        return inputs[0].flatten(0, -2), torch.cat(chosen, 1), outputs.detach().float().flatten(0, -2)
 
     def gradient(self) -> Tensor:
         """Half of the negative gradient of the squared error, [rows, inputs]."""
@@ -175,14 +173,6 @@ class _Linear:
         counts = [int(rows.sum()) for rows in self.rows]
         for each, rows, part in zip(self.inner, self.rows, weight.split(counts), strict=True):
             each.module.weight[rows] = part.to(each.module.weight.dtype)
-
-    def error(self) -> Tensor:
-        """The squared error with the rows that the modules have."""
-        error = torch.zeros_like(self.start)
-        for number in range(len(self.text.options)):
-            error += self.text.residual(CHANNELS, number, self.targets)[1].square().sum(dtype=torch.double)
-        sum_over_processes(error)
-        return error
 
 
 def _factor(moments: Tensor) -> Tensor:

@@ -168,9 +168,10 @@ def repair_layer(
 def _solve_in_rounds(text: RepairText, targets: States, stays: Tensor, rounds: int) -> None:
     """Solve for what an MLP reads, and for its output projection again, as long as it helps."""
     for _ in range(rounds):
-        if not solve_inputs(text, targets, stays):
+        lacking = solve_inputs(text, targets, stays)
+        if lacking is None:
             return
-        _refit(text, CHANNELS, text.lacking(CHANNELS, targets), stays)
+        _refit(text, CHANNELS, lacking, stays)
 
 
 def _refit(text: RepairText, kind: str, moments: Moments, stays: Tensor) -> None:

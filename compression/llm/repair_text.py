@@ -72,17 +72,22 @@ class RepairText:
         return None
 
     @torch.no_grad()
-    def lacking(self, kind: str, targets: States) -> Moments:
-        """As `enter`, once more after a change there; what is owed is all that targets from `enter` are away."""
-        sums = _Sums(layers_of(self.model)[self.layer].split(kind)[1], owes=True)
+    def lacking(self, kind: str, targets: States) -> tuple[Moments, Tensor]:
+        """As `enter`, once more after a change there; what is owed is all that targets from `enter` are away. And the
+        squared error, that of all processes' text."""
+        outer = layers_of(self.model)[self.layer].split(kind)[1]
+        sums, squares = _Sums(outer, owes=True), torch.zeros((), dtype=torch.double, device=outer.weight.device)
         for number in range(len(self.options)):
-            sums.add(*self.residual(kind, number, targets))
-        return sums.moments(1.0)
+            inputs, missing = self.residual(kind, number, targets)
+            sums.add(inputs, missing)
+            squares += missing.square().sum(dtype=torch.double)
+        sum_over_processes(squares)
+        return sums.moments(1.0), squares
 
     def residual(self, kind: str, number: int, targets: States) -> tuple[Tensor, Tensor]:
         """Of a batch, what goes into the output projection there, and what that gives too little for the targets."""
         outer = layers_of(self.model)[self.layer].split(kind)[1]
-        inputs, outputs, _ = _watched(outer, partial(self.branch, kind, number))
+        inputs, outputs, _ = watched(outer, partial(self.branch, kind, number))
         return inputs, targets.get(number) - outputs.float()
 
     def leave(self, kind: str, changed: bool) -> None:
@@ -110,11 +115,11 @@ class RepairText:
         sums = _Sums(outer, owes=self.whole is not None)
         for number in range(len(self.options)):
             state, branch = self.states.get(number), partial(self._branch, kind, number)
-            inputs, outputs, _ = _watched(outer, partial(branch, state))
+            inputs, outputs, _ = watched(outer, partial(branch, state))
             error = None
             if self.whole is not None:
                 whole = self.whole.get(number)
-                _, expected, added = _watched(outer, partial(branch, whole))
+                _, expected, added = watched(outer, partial(branch, whole))
                 error = expected.float() - outputs.float()
                 error = error + self.decoder.before_added(layer, kind, whole.float() - state.float())
                 self.whole.put(number, whole + added)
@@ -172,7 +177,7 @@ class _Sums:
         return Moments(gram, share * owed if share else None, means)
 
 
-def _watched(outer: nn.Linear, compute: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def watched(outer: nn.Linear, compute: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """What goes into a projection and what it gives while something is computed, and that."""
     seen: list[Tensor] = []
     with hooked([outer.register_forward_hook(lambda _, given, output: seen.extend([*given, output]))]):
