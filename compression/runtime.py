@@ -164,12 +164,19 @@ def pick_dtype(name: Dtype, use: str) -> torch.dtype:
     """
     if name != "auto":
         return getattr(torch, name)
-    from bitsandbytes.functional import has_avx512bf16  # its import takes seconds
-
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else has_avx512bf16()
+    fast = multiplies_bf16()
     dtype = torch.bfloat16 if fast else torch.float32
     log.info("%s: %s (this machine %s bf16 instructions)", use, str(dtype)[6:], "has" if fast else "has no")
     return dtype
+
+
+def multiplies_bf16() -> bool:
+    """Whether the hardware has instructions that multiply bfloat16: the GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    from bitsandbytes.functional import has_avx512bf16  # its import takes seconds
+
+    return has_avx512bf16()
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:

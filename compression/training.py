@@ -23,7 +23,7 @@ from compression.config import NO_EFFECT, AtLeast, Between, Settings
 from compression.files import remove_folder
 from compression.health import Health
 from compression.progress import progress
-from compression.runtime import UserError, log, processes, seed_step
+from compression.runtime import UserError, log, multiplies_bf16, processes, seed_step
 from compression.saved_states import SavedStates
 from compression.schedule import SCHEDULES, EarlyStopping, ScheduleName
 from compression.sharding import whole
@@ -50,7 +50,7 @@ class Training(Settings):
     max_grad_norm: Annotated[float, AtLeast(1e-6)] = 1.0
     """Norm that gradients are scaled down to."""
     amp: Literal["no", "auto", "bf16", "fp16"] = "no"
-    """Mixed precision; auto: bf16 (else fp16) on CUDA, none on the CPU."""
+    """Mixed precision; auto: bf16 where the hardware multiplies it, else fp16 on CUDA, none on the CPU."""
     track: Annotated[Literal["none", "tensorboard", "trackio", "wandb"], NO_EFFECT] = "none"
     """Tracker that gets the metrics of each epoch besides the log."""
     save_steps: Annotated[int, AtLeast(1), NO_EFFECT] = 500
@@ -277,9 +277,9 @@ def pick_precision(amp: str) -> str:
     """Accelerate's name for the mixed precision to use."""
     if amp != "auto":
         return amp
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if multiplies_bf16():
+        return "bf16"
+    return "fp16" if torch.cuda.is_available() else "no"
 
 
 def _tracker(name: str) -> str | None:

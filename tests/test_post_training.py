@@ -68,6 +68,7 @@ def settings(folder, **changes):
         learning_rate=5e-3,
         save_steps=2,
         dtype="float32",
+        amp="no",
     )
     return pick(Recovery, PostTrainingConfig.make(**fields | changes))
 
@@ -593,6 +594,8 @@ def test_two_processes_agree_with_one(folder, tmp_path):
         tmp_path,
         "--dtype",
         "float32",
+        "--amp",
+        "no",
     ]
     launcher = [
         "-m",

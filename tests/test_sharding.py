@@ -36,7 +36,7 @@ def flags(folder, *more):
     words = ["--pruned_model", folder / "pruned", "--dataset", text, "--eval_ppl_datasets", text, "--results_dir"]
     words += [folder, "--max_length", 16, "--eval_length", 16, "--eval_samples", 7, "--finetune_samples", 24]
     words += ["--validation_samples", 3, "--batch_size", 4, "--gradient_accumulation_steps", 2, "--save_steps", 2]
-    return [TRAIN, *words, "--learning_rate", "1e-3", "--kd_weight", 0.5, *more]
+    return [TRAIN, *words, "--learning_rate", "1e-3", "--amp", "no", "--kd_weight", 0.5, *more]
 
 
 METHODS = {

@@ -15,7 +15,7 @@ from compression.config import pick
 from compression.flops import encoder_macs_formula
 from compression.runtime import UserError
 from compression.structures import layers_of
-from compression.training import Recipe, Training, clean_up, fit
+from compression.training import Recipe, Training, clean_up, fit, pick_precision
 
 
 class Killed(BaseException):
@@ -214,6 +214,22 @@ def test_mixed_precision_ends_with_training(train, tmp_path, batch, fresh_accele
     expected = fresh.eval()(**batch).logits
     torch.testing.assert_close(model.eval()(**batch).logits, expected, atol=0, rtol=0)
     assert evaluated[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("amp", "cuda", "multiplies", "expected"),
+    [
+        ("auto", True, True, "bf16"),
+        ("auto", True, False, "fp16"),
+        ("auto", False, True, "bf16"),
+        ("auto", False, False, "no"),
+        ("no", True, True, "no"),
+    ],
+)
+def test_precision_is_what_the_hardware_multiplies(monkeypatch, amp, cuda, multiplies, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr("compression.training.multiplies_bf16", lambda: multiplies)
+    assert pick_precision(amp) == expected
 
 
 class BreaksDown(CrossEntropy):
