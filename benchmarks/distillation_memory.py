@@ -8,18 +8,17 @@ GPU of allocated memory) less what it was with both models loaded: gradients, th
 Writes results/distillation_memory.json.
 """
 
-import multiprocessing
 import sys
 import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from importance_memory import peak_bytes, start_peak
+from common.memory import in_own_process, peak_bytes, start_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compression.config import AtLeast, Config, pick, run_script
@@ -80,7 +79,8 @@ def block_loss(model: LlamaForCausalLM, teacher: LlamaForCausalLM, batch: dict[s
     return recipe.loss(recipe.module(model), batch, 0)["loss"]
 
 
-def measure(way: str, method: str, checkpointing: bool, config: DistillationMemoryConfig, answers: Any) -> None:
+def measure(way: str, method: str, checkpointing: bool, config: DistillationMemoryConfig) -> tuple[int, float]:
+    """Most memory above the models in bytes, and the seconds of the step."""
     device = pick_device()
     model, teacher = (make_model(config.layers, device) for _ in range(2))
     teacher.requires_grad_(False)
@@ -102,19 +102,13 @@ def measure(way: str, method: str, checkpointing: bool, config: DistillationMemo
     loss = {WHOLE: whole_loss, BLOCKS: block_loss}[way](model, teacher, batch)
     loss.backward()
     optimizer.step()
-    answers.put((peak_bytes(device) - loaded, time.perf_counter() - start))
+    return peak_bytes(device) - loaded, time.perf_counter() - start
 
 
 def main(config: DistillationMemoryConfig) -> None:
-    processes, found = multiprocessing.get_context("spawn"), []
+    found = []
     for method, checkpointing, way in product(("full", "lora"), (False, True), config.ways):
-        answers = processes.SimpleQueue()
-        process = processes.Process(target=measure, args=(way, method, checkpointing, config, answers))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"{way}, {method}: the process that measures it ended with {process.exitcode}")
-        extra, seconds = answers.get()
+        extra, seconds = in_own_process(measure, way, method, checkpointing, config)
         entry = {"method": method, "gradient_checkpointing": checkpointing, "way": way}
         found.append(entry | {"bytes_above_the_models": extra, "seconds": seconds})
         recomputed = "recomputed" if checkpointing else "kept"

@@ -7,8 +7,6 @@ what it was with the model loaded, on a GPU the peak of allocated memory less th
 results/importance_memory.json.
 """
 
-import gc
-import multiprocessing
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +16,7 @@ from typing import ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from common.memory import in_own_process, peak_bytes, start_peak
 
 from compression.assets import ensure_llm
 from compression.checkpoint import load_language_model
@@ -68,47 +67,22 @@ def ways() -> dict:
     return found
 
 
-def start_peak(device: torch.device) -> int:
-    """Forget the peak so far; the bytes that this process holds now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's way to set the peak back to what is held
-    return _status("VmRSS")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory that this process has held since `start_peak`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def measure(name: str, config: MemoryConfig, base: Path, answers) -> None:
+def measure(name: str, config: MemoryConfig, base: Path) -> tuple[int, int]:
+    """Most memory above the loaded model, and the memory of that, in bytes."""
     device = pick_device()
     model, _ = load_language_model(base, device, pick_dtype(config.dtype, "Weights"))
     ids = torch.randint(model.config.vocab_size, (2, config.length), device=device)
     perplexity(model, ids[:1, :16])  # kernels and their buffers are there
     loaded = start_peak(device)
     ways()[name](model, ids)
-    answers.put((peak_bytes(device) - loaded, sum(weight.nbytes for weight in model.parameters())))
+    return peak_bytes(device) - loaded, sum(weight.nbytes for weight in model.parameters())
 
 
 def main(config: MemoryConfig) -> None:
     base = ensure_llm(config.base_model, LLM_FOLDER)
-    processes, found = multiprocessing.get_context("spawn"), {}
+    found = {}
     for name in config.ways or ways():
-        answers = processes.SimpleQueue()
-        process = processes.Process(target=measure, args=(name, config, base, answers))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(f"{name}: the process that measures it ended with {process.exitcode}")
-        extra, weights = answers.get()
+        extra, weights = in_own_process(measure, name, config, base)
         found[name] = {"bytes_above_the_loaded_model": extra, "in_units_of_the_weights": extra / weights}
         log.info("%s: %.2f GB above the model's %.2f GB", name, extra / 1e9, weights / 1e9)
     path = RESULTS / "importance_memory.json"

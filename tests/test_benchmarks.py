@@ -138,6 +138,16 @@ CASES = {
         [],
         lambda found: found["largest_relative_difference"] < 1e-5,
     ),
+    "repair_ways": (
+        "--base_model {world}/llm --data_dir {world} --dtype float32 --length 16 --fast",
+        [],
+        lambda found: (
+            len(found["ways"]) == 4
+            and found["ways"]["each layer for itself"]["time_by_the_first"] == 1
+            and all(0.5 < way["perplexity_by_dense"] < 2 and way["seconds"] > 0 for way in found["ways"].values())
+            and all(way["bytes_above_the_model"] > 0 for way in found["ways"].values())
+        ),
+    ),
     "search_steps": (
         "--base_model {world}/llm --data_dir {world} --dtype float32 --length 16 --steps 8 --fast",
         [],
