@@ -40,7 +40,7 @@ def refit(weight: Tensor, gram: Tensor, columns: Tensor, owed: Tensor | None = N
 
 def _solver(gram: Tensor, columns: Tensor) -> Callable[[Tensor], Tensor]:
     """Solves for right-hand sides [columns that stay, count] with the damped Gram matrix of these columns."""
-    factor = _cholesky(_damped(gram, columns))
+    factor = cholesky(_damped(gram, columns))
     if factor is not None:
         return lambda sides: triangular(factor.mT, triangular(factor, sides, upper=False), upper=True)
     # In 16 bits the Gram matrix can be off by more than the ridge, and have a direction that counts below zero.
@@ -57,7 +57,7 @@ def _damped(gram: Tensor, columns: Tensor) -> Tensor:
     return damp(kept, RIDGE)
 
 
-def _cholesky(matrix: Tensor) -> Tensor | None:
+def cholesky(matrix: Tensor) -> Tensor | None:
     """The lower factor of a symmetric matrix, in its place; None where there is none."""
     factor, failed = matrix.mT, torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(factor, out=(factor, failed))

@@ -7,6 +7,9 @@ from transformers import LlamaForCausalLM
 from compression.decoder import decoder_of
 from compression.llm import memory
 from compression.llm.memory import SHAPES, Shape
+from compression.llm.mlp_repair import _Linear
+from compression.llm.repair_text import RepairText
+from compression.structures import CHANNELS, GROUPS
 
 # Parameters that the models' cards state, in billions.
 PUBLISHED = {"Llama-3.2-1B": 1.24, "Llama-3-8B": 8.03, "Llama-3-70B": 70.6, "Llama-3.1-405B": 406}
@@ -41,6 +44,27 @@ def test_a_layer_keeps_about_as_much_as_the_formula_says(hidden, intermediate, g
         decoder.layers[0](state.detach().requires_grad_(), **options[0])
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert memory.layer_activations(shape, length) == pytest.approx(found, rel=0.06)
+
+
+@torch.no_grad()
+def test_a_round_for_gates_and_ups_keeps_as_much_of_the_text_as_the_formula_says():
+    shape, windows, length = Shape(64, 1, 4, 2, 96, vocabulary=100), 4, 32
+    model = LlamaForCausalLM(shape.config()).to(torch.bfloat16).eval()
+    text = RepairText(model, torch.randint(100, (windows, length)))
+    targets = text.decoder.states()
+    text.leave(GROUPS, changed=False)
+    text.enter(CHANNELS, targets=targets)
+    problem = _Linear(text, targets, torch.ones(shape.intermediate, dtype=torch.bool))
+    kept = [targets, problem.inputs, problem.slopes, problem.residuals]
+    found = sum(tensor.nbytes for states in kept for tensor in states._held.values())
+    of_a_change = 2 * windows * length * shape.hidden  # while one is tried
+    assert memory.rounds_states(shape, length, windows) == found + of_a_change
+
+
+def test_rounds_take_more():
+    for name in ("Llama-3.2-1B", "Llama-3-8B"):
+        for peak in (memory.pruning_in_memory, memory.pruning_streamed):
+            assert peak(SHAPES[name], rounds=True) > 1.2 * peak(SHAPES[name])
 
 
 def test_a_streamed_run_takes_less_and_does_not_grow_with_depth():

@@ -114,6 +114,18 @@ def repair_matrices(shape: Shape) -> int:
     return FP32 * (channels**2 + channels * shape.hidden) + FP64 * (channels**2 + 2 * channels * BLOCK)
 
 
+def rounds_matrices(shape: Shape) -> int:
+    """A round of the repair for gates and ups of such a layer: the second moments that precondition, one factored in
+    float64 already and the other about to be, and the products of the output projection's columns."""
+    return (2 * FP32 + 2 * FP64) * shape.intermediate**2
+
+
+def rounds_states(shape: Shape, length: int, windows: int = 64) -> int:
+    """What such a round keeps of the text: targets and what is missing in float32, what goes in, what a change gives,
+    and the derivatives of gates and ups in bfloat16."""
+    return windows * length * ((2 * FP32 + 2 * BF16) * shape.hidden + 2 * BF16 * shape.intermediate)
+
+
 def repair_states(shape: Shape, length: int, windows: int = 64) -> int:
     """The states of the text that a repair is fitted to, in the model as it was and as it becomes, in bfloat16."""
     return 2 * BF16 * windows * length * shape.hidden
@@ -122,19 +134,23 @@ def repair_states(shape: Shape, length: int, windows: int = 64) -> int:
 # Peaks.
 
 
-def pruning_in_memory(shape: Shape, length: int = 1024) -> int:
+def pruning_in_memory(shape: Shape, length: int = 1024, rounds: bool = False) -> int:
     """Pruning with the whole model on the device: its bfloat16 weights, which are cut down in place, and the larger of
-    what the scores and the repair take."""
+    what the scores and the repair take, the latter with rounds for gates and ups or without."""
     scores = shape.layers * layer_activations(shape, length) + head_activations(shape)
-    return BF16 * shape.weights + max(scores, repair_matrices(shape) + repair_states(shape, length))
+    repair = repair_matrices(shape)
+    if rounds:
+        repair = max(repair, rounds_matrices(shape)) + rounds_states(shape, length)
+    return BF16 * shape.weights + max(scores, repair + repair_states(shape, length))
 
 
-def pruning_streamed(shape: Shape, length: int = 1024) -> int:
+def pruning_streamed(shape: Shape, length: int = 1024, rounds: bool = False) -> int:
     """Pruning layer by layer: embeddings, head and two layers in bfloat16, and the larger of what the scores and the
-    repair of one layer take."""
+    repair of one layer take, the latter with rounds for gates and ups or without."""
     weights = BF16 * (shape.table_weights + LAYERS_STREAMED * shape.layer_weights)
     scores = layer_activations(shape, length) + head_activations(shape)
-    return weights + max(scores, repair_matrices(shape))
+    repair = max(repair_matrices(shape), rounds_matrices(shape)) if rounds else repair_matrices(shape)
+    return weights + max(scores, repair)
 
 
 def states_on_disk(shape: Shape, windows: int = 32, length: int = 1024) -> int:
@@ -178,7 +194,9 @@ def lora_recovery(shape: Shape, four_bits: bool = False, ratio: float = 0.5, len
 
 JOBS: dict[str, Callable[[Shape], int]] = {
     "pruning by 50 % in memory": pruning_in_memory,
+    "the same with `--mlp_rounds`": lambda shape: pruning_in_memory(shape, rounds=True),
     "pruning by 50 % streamed": pruning_streamed,
+    "streamed with `--mlp_rounds`": lambda shape: pruning_streamed(shape, rounds=True),
     "LoRA beside bfloat16": lora_recovery,
     "LoRA beside 4 bits": lambda shape: lora_recovery(shape, four_bits=True),
     "training all weights, 1 device": full_recovery,

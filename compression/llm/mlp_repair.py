@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compression.hooks import hooked
 from compression.importance import damp
+from compression.least_squares import cholesky
 from compression.llm.repair_text import Moments, RepairText, watched
 from compression.offload import States
 from compression.runtime import sum_over_processes
@@ -103,7 +104,7 @@ class _Linear:
         error = torch.zeros((), dtype=torch.double, device=self.weight.device)
         given = torch.zeros(self.weight.shape[1], self.weight.shape[1], device=self.weight.device)
         channels = self.projection.shape[1]
-        felt = torch.zeros(self.shares, channels, channels, device=self.weight.device)
+        felt = [torch.zeros(channels, channels, device=self.weight.device) for _ in range(self.shares)]
         for number in range(len(self.text.options)):
             inputs, slopes, outputs = self._watched(number)
             residual = targets.get(number).flatten(0, -2) - outputs
@@ -113,9 +114,10 @@ class _Linear:
                 sums += share.T @ share
             for states, values in ((self.inputs, inputs), (self.slopes, slopes), (self.residuals, residual)):
                 states.put(number, values)
-        sum_over_processes(error, given, felt)
+        sum_over_processes(error, given, *felt)
         products = self.projection.float().T @ self.projection.float()
-        return error, ([_factor(share * products) for share in felt], _factor(given))
+        # One after the other: these are the largest matrices that there are.
+        return error, ([_factor(felt.pop(0).mul_(products)) for _ in range(self.shares)], _factor(given))
 
     def _watched(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of a batch's tokens: what goes into the rows, each row's derivative of what goes into the projection, and
@@ -177,10 +179,11 @@ class _Linear:
 
 def _factor(moments: Tensor) -> Tensor:
     """The lower factor of second moments in float64, damped so far that there is one: in 16 bits moments can be off by
-    more than the least damping."""
+    more than the least damping. Where there is none at all it is not finite."""
     damping = DAMPING
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(damp(moments.double(), damping))
-        if not failed or damping > 1:
+    while damping <= 1:
+        factor = cholesky(damp(moments.double(), damping))
+        if factor is not None:
             return factor
         damping *= 10
+    return torch.full_like(moments, torch.nan, dtype=torch.double)

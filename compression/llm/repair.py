@@ -159,9 +159,10 @@ def repair_layer(
                 weight = parts.split(kind)[1].weight
                 kept[kind] = choice.stays(kind, text.layer, weight, moments.gram, kept[kind])
             _refit(text, kind, moments, kept[kind])
+            del moments  # with the rounds' own matrices it would be the most that there is at a time
             if targets is not None and kept[kind].any():
                 _solve_in_rounds(text, targets, kept[kind], mlp_rounds)
-        text.leave(kind, changed=moments is not None)
+        text.leave(kind, changed=wanted)
     return kept
 
 
