@@ -96,6 +96,15 @@ def test_formula_of_the_paper(text):
             torch.testing.assert_close(densities[kind][layer], expected)
 
 
+def test_the_preset_for_quality_stays_nearer_to_the_dense_model(text):
+    expected, errors = tiny_decoder()(text.repair).logits, []
+    for settings in (GlobalPruningConfig(), GlobalPruningConfig.preset("quality")):
+        settings.pruning_ratio, settings.round_to = 0.4, 8
+        small = pruning_of(tiny_decoder(), settings, text).prune()
+        errors.append((small(text.repair).logits - expected).square().mean().item())
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_no_temperature_is_the_plain_score(text):
     model = tiny_decoder()
     scores = score_structures(model, text.scores, "taylor", text.batch_size)
