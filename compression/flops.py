@@ -88,8 +88,11 @@ def count_macs(model: PreTrainedModel, sequence_length: int, batch_size: int = 1
 
     flops = {name: sum(by_operator.values()) for name, by_operator in seen.get_flop_counts().items()}
     named = {name: module for name, module in model.named_modules() if module in macs}
-    # A matrix product outside every layer of these is attention's.
-    attention = (flops["Global"] - sum(flops.get(f"{type(model).__name__}.{name}", 0) for name in named)) // 2
+    # Some versions of transformers make the angles of rotary positions by a matrix product. What is outside those and
+    # every layer of these is attention's.
+    angles = [name for name, module in model.named_modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    elsewhere = sum(flops.get(f"{type(model).__name__}.{name}", 0) for name in [*named, *angles])
+    attention = (flops["Global"] - elsewhere) // 2
     linear = sum(macs[module] for name, module in named.items() if part_of(f"{name}.weight") == "encoder")
     return MacCount(sequence_length, batch_size, linear, attention, macs.total() - linear)
 
