@@ -100,6 +100,15 @@ CASES = {
             and list(found["parts"]) == list(found["rest"]) == ["prefill", "decode"]
         ),
     ),
+    "last_words": (
+        "--data_dir {world}/passages --passages 5 --dtype float32 --models {world}/llm {world}/llm",
+        [],
+        lambda found: (
+            [row["task"] for row in found["rows"]] == ["hellaswag", "boolq", "winogrande", "piqa"] * 2
+            and all(row["passages"] == 5 and row["perplexity"] > 1 for row in found["rows"])
+            and all(row["difference"] == row["standard_error"] == 0 for row in found["rows"])
+        ),
+    ),
     "llm_pruning_methods": (
         f"{LLM} {CALIBRATION} --ratios 0.3 --length 16 --unseen none --zeroshot_tasks none",
         ["--methods", DEFAULT, WHOLE],
@@ -183,6 +192,18 @@ def world(tmp_path_factory, tokenizer):
         (world / name).parent.mkdir(exist_ok=True)
         (world / name).write_text(letters(1500))
     (world / "fake.py").write_text(SCRIPT)
+    for number in range(6):
+        long, short = letters(70, seed=number), letters(5, seed=10 + number)
+        for task, row in (
+            ("hellaswag", {"query": long, "choices": [short, "x"], "gold": 0}),
+            ("boolq", {"passage": long}),
+            ("winogrande", {"sentence": f"{short} _ c d", "option1": "a", "option2": "b", "answer": "2"}),
+            ("piqa", {"goal": short, "sol1": "a b", "sol2": "c d", "label": 1}),
+        ):
+            path = world / "passages" / "zeroshot" / task / "validation.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
     save_decoder(world / "llm", tiny_decoder(max_position_embeddings=512, num_hidden_layers=6, attention_bias=False))
     for name, kept in (("bytes", 64), ("bytes_pruned", 32)):
         model = tiny_decoder(vocab_size=340, intermediate_size=kept, max_position_embeddings=128)
