@@ -295,3 +295,5 @@ def test_curves_are_told_apart_and_begin_at_the_dense_model():
     *curves, dense_line = panels[0].get_lines()
     assert len({(curve.get_color(), curve.get_marker()) for curve in curves}) == 25
     assert list(curves[0].get_xdata()) == [20, 50] and list(dense_line.get_ydata()) == [10, 10]
+    one_ratio = report.draw(found | {"rows": found["rows"][::2]})
+    assert one_ratio.axes[0].get_xlim() == (45, 55)

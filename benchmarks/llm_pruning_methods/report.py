@@ -15,6 +15,8 @@ STAGES = {"pruned": "no training", "recovered": "after recovery"}
 HIGHEST = 100
 # Inches of a method's line beside the panels.
 LEGEND_LINE = 0.17
+# Points of the share that is gone which are left beside the curves, also where there is one ratio only.
+BESIDE = 5
 
 Row = dict[str, Any]
 
@@ -91,6 +93,7 @@ def draw(found: dict[str, Any]) -> Figure:
     methods = list(dict.fromkeys(row["method"] for row in found["rows"]))
     figure = new_figure(4 * len(names) + 3, max(3.6 * len(times), LEGEND_LINE * (len(methods) + 2)))
     panels = figure.subplots(len(times), len(names), squeeze=False, sharex=True)
+    gone = [100 * row["removed"] for row in rows]
     styles = dict(zip(methods, zip(cycle(COLOURS), cycle((*MARKERS, *SPARE_MARKERS)), strict=False), strict=False))
     for stage, line in zip(times, panels, strict=True):
         for name, axes in zip(names, line, strict=True):
@@ -98,6 +101,7 @@ def draw(found: dict[str, Any]) -> Figure:
             dense = found["dense"]["perplexity"][name]
             axes.axhline(dense, color="0.6", linestyle="--", label="dense")
             axes.set(yscale="log", ylim=(0.9 * dense, HIGHEST * dense), title=f"{name}, {STAGES[stage]}")
+            axes.set_xlim(min(gone) - BESIDE, max(gone) + BESIDE)
             open_frame(axes)
         line[0].set_ylabel("perplexity")
     for axes in panels[-1]:
