@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -211,6 +212,7 @@ def fit(
         UserError: a tracker that is not installed, a damaged state, a loss or gradient that is not finite.
     """
     training = recipe.training
+    AcceleratorState._reset_state()  # the precision of an earlier training in this process does not bind this one
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=pick_precision(training.amp),

@@ -53,7 +53,6 @@ def run_script(script: str, *flags: Any, expect: int = 0) -> Result:
     out, err, status = StringIO(), StringIO(), 0
     path = ROOT / script
     log, arguments = logging.getLogger("compression"), [str(path), *map(str, flags)]
-    AcceleratorState._reset_state(reset_partial_state=True)
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         stack.callback(AcceleratorState._reset_state, reset_partial_state=True)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from conftest import VOCABULARY, load_script, tiny_bert, tiny_distilbert
 
 from compression.checkpoint import load_tensors
@@ -194,15 +193,9 @@ def test_frozen_weights_are_not_saved_to_resume_from(train, tmp_path):
     assert load_tensors(state).keys() == names
 
 
-@pytest.fixture
-def fresh_accelerate():
-    """Accelerate fixes the precision once per process; a test with another one starts and leaves it unset."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_mixed_precision_ends_with_training(train, tmp_path, batch, fresh_accelerate):
+def test_mixed_precision_ends_with_training(train, tmp_path, batch):
+    """And begins with it, whatever was trained before in the same process."""
+    fit(tiny_distilbert(), CrossEntropy(Training(num_epochs=1), len(train)), train, lambda _: {}, tmp_path / "no", 0)
     model = tiny_distilbert()
     config = Training(num_epochs=1, batch_size=8, amp="bf16")
     evaluated = []
