@@ -25,14 +25,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import load_language_model
+from compression.classifier.metrics import paired_difference
 from compression.config import AtLeast, Config, run_script
 from compression.files import write_json
-from compression.llm.agreement import PASSAGES
+from compression.llm.agreement import PASSAGES, read_passages
 from compression.progress import progress
 from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM_FOLDER
 from compression.tables import Column, at, text_table
-from compression.text_files import read_json_lines
 
 # Words that a passage has at least.
 LEAST_WORDS = {"hellaswag": 61}
@@ -64,13 +64,12 @@ def passages_of(task: str, config: LastWordsConfig) -> list[str]:
     """Some of a task's passages, each once.
 
     Raises:
-        UserError: they are not there.
+        UserError: they are not there, or malformed.
     """
     if config.data_dir is None:
         raise UserError("--data_dir: is not given; name the folder that has zeroshot/")
     path = config.data_dir.expanduser() / "zeroshot" / task / "validation.jsonl"
-    texts = dict.fromkeys(TEXTS[task](row) for _, row in read_json_lines(path, "--data_dir"))
-    long = [text for text in texts if len(text.split()) >= LEAST_WORDS.get(task, 2)]
+    long = [text for text in read_passages(path, TEXTS[task]) if len(text.split()) >= LEAST_WORDS.get(task, 2)]
     random.Random(config.seed).shuffle(long)
     return long[: config.passages]
 
@@ -97,11 +96,11 @@ def measure(
         hits.append(correct[-word:].all())
         right.append(correct)
         losses.append(loss)
-    words, tokens = torch.stack(hits).double().cpu(), torch.cat(right).double()
+    words, tokens = torch.stack(hits).cpu(), torch.cat(right).double()
     found = {
         "passages": len(texts),
         "tokens": len(tokens),
-        "last_words": words.mean().item(),
+        "last_words": words.double().mean().item(),
         "next_tokens": tokens.mean().item(),
         "perplexity": torch.cat(losses).double().mean().exp().item(),
     }
@@ -115,8 +114,8 @@ def main(config: LastWordsConfig) -> None:
         model, tokenizer = load_language_model(folder, pick_device(), pick_dtype(config.dtype, "Weights"))
         for task, passages in texts.items():
             found, words = measure(model, tokenizer, passages, config.length)
-            lost = words - first.setdefault(task, words)
-            paired = {"difference": lost.mean().item(), "standard_error": (lost.std() / len(lost) ** 0.5).item()}
+            points, error = paired_difference(words, first.setdefault(task, words)).values()
+            paired = {"difference": points / 100, "standard_error": error / 100}
             rows.append({"model": str(folder), "task": task} | found | paired)
     columns = [
         Column("model", at("model")),

@@ -12,7 +12,6 @@ Writes results/repair_ways.json.
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from common.memory import in_own_process, peak_bytes, start_peak
+from common.texts import wikitext2
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,7 +34,6 @@ from compression.llm.repair_text import RepairText
 from compression.llm.score_passes import score_structures
 from compression.llm.scoring import Scores
 from compression.llm.search import Kept
-from compression.llm.text import load_corpus, sample_windows, tokenize
 from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM, LLM_FOLDER
 from compression.structures import DECODER_KINDS
@@ -104,10 +103,7 @@ def measure(repair: Repair, kept: Kept, windows: Tensor, held_out: Tensor, confi
 
 def main(config: WaysConfig) -> None:
     model, tokenizer = config.load()
-    train, validation = (
-        partial(sample_windows, tokenize(tokenizer, load_corpus("wikitext2", part, config.data_dir)), config.length)
-        for part in ("train", "validation")
-    )
+    train, validation = wikitext2(tokenizer, config.data_dir, config.length)
     held_out, windows = validation(config.held_out_samples, config.seed), train(config.repair_samples, config.seed + 1)
     kept = keep_evenly(score_structures(model, train(config.num_samples, config.seed), "fisher"), config.pruning_ratio)
     dense = perplexity(model, held_out)

@@ -20,6 +20,7 @@ from typing import Annotated, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from common.texts import wikitext2
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,7 +35,6 @@ from compression.llm.repair_text import RepairText
 from compression.llm.score_passes import score_structures
 from compression.llm.scoring import Scores
 from compression.llm.stitching import Counts, Solutions, choices_of, layer_of, solutions_of, stitched
-from compression.llm.text import load_corpus, sample_windows, tokenize
 from compression.runtime import RESULTS, Dtype, fingerprint, log, pick_device, pick_dtype
 from compression.sources import LLM, LLM_FOLDER
 from compression.structures import DECODER_KINDS, GROUPS
@@ -100,10 +100,7 @@ def solve(model: PreTrainedModel, scores: Scores, path: Counts, steps: list[Step
 def main(config: StepsConfig) -> None:
     base = ensure_llm(config.base_model, LLM_FOLDER)
     model, tokenizer = load_language_model(base, pick_device(), pick_dtype(config.dtype, "Weights"))
-    train, validation = (
-        partial(sample_windows, tokenize(tokenizer, load_corpus("wikitext2", part, config.data_dir)), config.length)
-        for part in ("train", "validation")
-    )
+    train, validation = wikitext2(tokenizer, config.data_dir, config.length)
     held_out = validation(config.held_out_samples, config.seed)
     scores = score_structures(model, train(config.num_samples, config.seed), "fisher")
     left = 1 - config.pruning_ratio

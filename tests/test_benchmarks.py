@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KEPT, WORDS, bytes_tokenizer, letters, save_decoder, tiny_bert, tiny_decoder, tiny_distilbert
+from conftest import (
+    KEPT,
+    WORDS,
+    bytes_tokenizer,
+    letters,
+    save_decoder,
+    tiny_bert,
+    tiny_decoder,
+    tiny_distilbert,
+    write_zero_shot,
+)
 from scripts import ROOT, run_script, start_script
 from test_ablate import SCRIPT
 
@@ -192,18 +202,16 @@ def world(tmp_path_factory, tokenizer):
         (world / name).parent.mkdir(exist_ok=True)
         (world / name).write_text(letters(1500))
     (world / "fake.py").write_text(SCRIPT)
-    for number in range(6):
-        long, short = letters(70, seed=number), letters(5, seed=10 + number)
-        for task, row in (
-            ("hellaswag", {"query": long, "choices": [short, "x"], "gold": 0}),
-            ("boolq", {"passage": long}),
-            ("winogrande", {"sentence": f"{short} _ c d", "option1": "a", "option2": "b", "answer": "2"}),
-            ("piqa", {"goal": short, "sol1": "a b", "sol2": "c d", "label": 1}),
-        ):
-            path = world / "passages" / "zeroshot" / task / "validation.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    longs = [letters(70, seed) for seed in range(6)]
+    shorts = [letters(5, seed) for seed in range(10, 16)]
+    passages = {
+        "hellaswag": [dict(query=long, choices=["a b", "x"], gold=0) for long in longs],
+        "boolq": [dict(passage=long) for long in longs],
+        "winogrande": [dict(sentence=f"{short} _ c d", option1="a", option2="b", answer="2") for short in shorts],
+        "piqa": [dict(goal=short, sol1="a b", sol2="c d", label=1) for short in shorts],
+    }
+    for task, rows in passages.items():
+        write_zero_shot(world / "passages", task, *rows)
     save_decoder(world / "llm", tiny_decoder(max_position_embeddings=512, num_hidden_layers=6, attention_bias=False))
     for name, kept in (("bytes", 64), ("bytes_pruned", 32)):
         model = tiny_decoder(vocab_size=340, intermediate_size=kept, max_position_embeddings=128)

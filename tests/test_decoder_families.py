@@ -4,12 +4,20 @@ benchmarks/families.py makes a table of this file: a test is a column, a model t
 """
 
 import copy
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DECODERS, MORE_DECODERS, VARIANTS, letters, letters_tokenizer, save_decoder, tiny_decoder
+from conftest import (
+    DECODERS,
+    MORE_DECODERS,
+    VARIANTS,
+    letters,
+    letters_tokenizer,
+    save_decoder,
+    tiny_decoder,
+    write_zero_shot,
+)
 from test_decoder_surgery import difference_elsewhere, save_elsewhere
 from transformers import AutoModelForCausalLM
 
@@ -229,8 +237,6 @@ def test_gqa_aware(model, text, ids):
 
 def test_zero_shot(small, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # which takes a second
-    path = tmp_path / "zeroshot" / "piqa" / "validation.jsonl"
-    path.parent.mkdir(parents=True)
     words = letters(36).split()
     rows = [{"goal": f"{a} {b}", "sol1": c, "sol2": d} for a, b, c, d in zip(*[iter(words)] * 4, strict=True) if c != d]
     tokenizer = letters_tokenizer()
@@ -238,5 +244,5 @@ def test_zero_shot(small, tmp_path, monkeypatch):
         ids = tokenizer(f"Question: {row['goal']}\nAnswer:", return_tensors="pt").input_ids
         words = tokenizer.convert_tokens_to_ids([row["sol1"], row["sol2"]])
         row["label"] = int(small(ids).logits[0, -1, words].argmax())
-    path.write_text("\n".join(map(json.dumps, rows)))
+    write_zero_shot(tmp_path, "piqa", *rows)
     assert zero_shot(small, tokenizer, ["piqa"], str(tmp_path))["piqa"]["acc"] == 1

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import WORDS, leftovers, pruning_flags, tiny_decoder
+from conftest import WORDS, leftovers, pruning_flags, tiny_decoder, write_zero_shot
 from scripts import run_killed, run_script
 from transformers import AutoModelForCausalLM
 
@@ -403,10 +403,8 @@ def test_the_same_seed_gives_the_same_model(base, tmp_path):
 @torch.no_grad()
 def test_all_evaluations_on_a_pruned_model(base, tmp_path):
     data = tmp_path / "data"
-    task = data / "zeroshot" / "piqa" / "validation.jsonl"
-    task.parent.mkdir(parents=True)
     rows = [{"goal": f"a {WORDS[place]}", "sol1": "b c", "sol2": "d", "label": place % 2} for place in range(6)]
-    task.write_text("\n".join(map(json.dumps, rows)))
+    write_zero_shot(data, "piqa", *rows)
     run(
         base,
         tmp_path,

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCABULARY, letters, save_decoder, tiny_decoder
+from conftest import VOCABULARY, letters, save_decoder, tiny_decoder, write_zero_shot
 from scripts import ROOT, run_script
 
 from compression.decoder import decoder_of
@@ -186,10 +186,8 @@ def world(tmp_path_factory):
     for name in ("wikitext2/wiki.train.raw", "wikitext2/wiki.valid.raw", "wikitext2/wiki.test.raw", "ptb/ptb.test.txt"):
         (world / name).parent.mkdir(exist_ok=True)
         (world / name).write_text(letters(1500))
-    stories = world / "zeroshot" / "hellaswag" / "validation.jsonl"
-    stories.parent.mkdir(parents=True)
     row = {"query": letters(60), "choices": [letters(5, 1), letters(5, 2)], "gold": 0}
-    stories.write_text("\n".join(json.dumps(row | {"query": letters(60, seed)}) for seed in range(5)))
+    write_zero_shot(world, "hellaswag", *[row | {"query": letters(60, seed)} for seed in range(5)])
     save_decoder(world / "llm", tiny_decoder(max_position_embeddings=512, num_hidden_layers=6, attention_bias=False))
     return world
 

@@ -1,9 +1,7 @@
 """Files of zero-shot questions are checked line by line before a model is measured."""
 
-import json
-
 import pytest
-from conftest import save_decoder, tiny_decoder
+from conftest import save_decoder, tiny_decoder, write_zero_shot
 from transformers import AutoTokenizer
 
 from compression.llm.zeroshot import check_tasks, zero_shot
@@ -16,16 +14,9 @@ HELLASWAG = {"query": "a", "choices": ["b", "c"], "gold": 0}
 GOOD = {"piqa": PIQA, "arc_easy": ARC, "winogrande": WINOGRANDE, "hellaswag": HELLASWAG}
 
 
-def write(folder, task, *lines):
-    path = folder / "zeroshot" / task / "validation.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return path
-
-
 def test_good_files_pass(tmp_path):
     for task, row in GOOD.items():
-        write(tmp_path, task, row, row | {"note": "only here"}, row)
+        write_zero_shot(tmp_path, task, row, row | {"note": "only here"}, row)
     check_tasks(list(GOOD), str(tmp_path))
 
 
@@ -56,7 +47,7 @@ def test_good_files_pass(tmp_path):
     ],
 )
 def test_a_line_that_the_task_cannot_read_is_named(tmp_path, task, line, message):
-    path = write(tmp_path, task, GOOD[task], "", line)
+    path = write_zero_shot(tmp_path, task, GOOD[task], "", line)
     with pytest.raises(UserError) as caught:
         check_tasks([task], str(tmp_path))
     assert str(caught.value).startswith(f"--data_dir {path}: ") and message in str(caught.value)
@@ -67,19 +58,19 @@ def test_a_line_that_the_task_cannot_read_is_named(tmp_path, task, line, message
     ("content", "message"), [(b"", "is empty"), (b"\n", "no questions"), (b"a\0", "byte 1 is zero")]
 )
 def test_files_without_questions_are_refused(tmp_path, content, message):
-    write(tmp_path, "piqa").write_bytes(content)
+    write_zero_shot(tmp_path, "piqa").write_bytes(content)
     with pytest.raises(UserError, match=message):
         check_tasks(["piqa"], str(tmp_path))
 
 
 def test_a_column_that_all_lines_lack_is_named(tmp_path):
-    write(tmp_path, "piqa", {"goal": "a", "label": 0})
+    write_zero_shot(tmp_path, "piqa", {"goal": "a", "label": 0})
     with pytest.raises(UserError, match="validation.jsonl: .*the task piqa cannot read it .it lacks sol1, sol2"):
         check_tasks(["piqa"], str(tmp_path))
 
 
 def test_only_the_lines_that_are_used_are_put_to_the_task(tmp_path):
-    write(tmp_path, "piqa", PIQA, PIQA | {"label": 7})
+    write_zero_shot(tmp_path, "piqa", PIQA, PIQA | {"label": 7})
     check_tasks(["piqa"], str(tmp_path), limit=1)
     with pytest.raises(UserError, match="line 2"):
         check_tasks(["piqa"], str(tmp_path))
@@ -88,7 +79,7 @@ def test_only_the_lines_that_are_used_are_put_to_the_task(tmp_path):
 def test_what_the_harness_fails_on_is_said_with_task_and_file(tmp_path, monkeypatch):
     model = tiny_decoder()
     tokenizer = AutoTokenizer.from_pretrained(save_decoder(tmp_path / "model", model))
-    path = write(tmp_path, "piqa", PIQA)
+    path = write_zero_shot(tmp_path, "piqa", PIQA)
     assert zero_shot(model, tokenizer, ["piqa"], str(tmp_path))["piqa"]["n"] == 1
 
     def fail(*_, **__):

@@ -94,6 +94,7 @@ def draw(found: dict[str, Any]) -> Figure:
     figure = new_figure(4 * len(names) + 3, max(3.6 * len(times), LEGEND_LINE * (len(methods) + 2)))
     panels = figure.subplots(len(times), len(names), squeeze=False, sharex=True)
     gone = [100 * row["removed"] for row in rows]
+    panels[0, 0].set_xlim(min(gone) - BESIDE, max(gone) + BESIDE)  # shared by all
     styles = dict(zip(methods, zip(cycle(COLOURS), cycle((*MARKERS, *SPARE_MARKERS)), strict=False), strict=False))
     for stage, line in zip(times, panels, strict=True):
         for name, axes in zip(names, line, strict=True):
@@ -101,7 +102,6 @@ def draw(found: dict[str, Any]) -> Figure:
             dense = found["dense"]["perplexity"][name]
             axes.axhline(dense, color="0.6", linestyle="--", label="dense")
             axes.set(yscale="log", ylim=(0.9 * dense, HIGHEST * dense), title=f"{name}, {STAGES[stage]}")
-            axes.set_xlim(min(gone) - BESIDE, max(gone) + BESIDE)
             open_frame(axes)
         line[0].set_ylabel("perplexity")
     for axes in panels[-1]:

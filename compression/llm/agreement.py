@@ -111,18 +111,27 @@ def _pick(seen: Collection[str], data_dir: str | None) -> Corpus | None:
     for task in PASSAGES if data_dir is not None else ():
         path = Path(str(data_dir)).expanduser() / "zeroshot" / task / "validation.jsonl"
         if path.is_file():
-            return _passages(path, task)
+            text = "\n\n".join(read_passages(path, PASSAGES[task]))
+            return Corpus(f"{task} passages", "validation", "a local folder", text)
     return next((load_corpus(name, "test") for name, title in EMBEDDED.items() if title not in seen), None)
 
 
-def _passages(path: Path, task: str) -> Corpus:
-    found: dict[str, None] = {}  # each once, in their order: several questions are about one passage
+def read_passages(path: Path, passage_of: Callable[[Any], str]) -> list[str]:
+    """The passages of a file of zero-shot data in --data_dir, each once: several questions are about one.
+
+    Args:
+        passage_of: gives that of a row.
+
+    Raises:
+        UserError: the file cannot be read, or a row has none.
+    """
+    found: dict[str, None] = {}
     for number, row in read_json_lines(path, "--data_dir"):
         try:
-            found[PASSAGES[task](row)] = None
+            found[passage_of(row)] = None
         except (LookupError, TypeError, AttributeError):
             raise UserError(f"--data_dir {path}: line {number} has no passage") from None
-    return Corpus(f"{task} passages", "validation", "a local folder", "\n\n".join(found))
+    return list(found)
 
 
 @torch.no_grad()

@@ -106,23 +106,19 @@ def head_activations(shape: Shape, rows: int = LOGIT_ROWS) -> int:
     return 3 * FP32 * rows * shape.vocabulary
 
 
-def repair_matrices(shape: Shape) -> int:
+def repair_matrices(shape: Shape, rounds: bool = False) -> int:
     """The repair of a layer that keeps nearly all of its MLP's channels, as some do whatever the ratio: their Gram
     matrix and what they owe in float32, the matrix's Cholesky factor in float64, and both sides for a block of outputs.
-    """
+    With rounds for gates and ups the larger of that and of theirs: the second moments that precondition, one factored
+    in float64 already and the other about to be, and the products of the output projection's columns."""
     channels = shape.intermediate
-    return FP32 * (channels**2 + channels * shape.hidden) + FP64 * (channels**2 + 2 * channels * BLOCK)
-
-
-def rounds_matrices(shape: Shape) -> int:
-    """A round of the repair for gates and ups of such a layer: the second moments that precondition, one factored in
-    float64 already and the other about to be, and the products of the output projection's columns."""
-    return (2 * FP32 + 2 * FP64) * shape.intermediate**2
+    plain = FP32 * (channels**2 + channels * shape.hidden) + FP64 * (channels**2 + 2 * channels * BLOCK)
+    return max(plain, (2 * FP32 + 2 * FP64) * channels**2) if rounds else plain
 
 
 def rounds_states(shape: Shape, length: int, windows: int = 64) -> int:
-    """What such a round keeps of the text: targets and what is missing in float32, what goes in, what a change gives,
-    and the derivatives of gates and ups in bfloat16."""
+    """What a round for gates and ups keeps of the text: targets and what is missing in float32, what goes in, what a
+    change gives, and the derivatives of gates and ups in bfloat16."""
     return windows * length * ((2 * FP32 + 2 * BF16) * shape.hidden + 2 * BF16 * shape.intermediate)
 
 
@@ -138,10 +134,8 @@ def pruning_in_memory(shape: Shape, length: int = 1024, rounds: bool = False) ->
     """Pruning with the whole model on the device: its bfloat16 weights, which are cut down in place, and the larger of
     what the scores and the repair take, the latter with rounds for gates and ups or without."""
     scores = shape.layers * layer_activations(shape, length) + head_activations(shape)
-    repair = repair_matrices(shape)
-    if rounds:
-        repair = max(repair, rounds_matrices(shape)) + rounds_states(shape, length)
-    return BF16 * shape.weights + max(scores, repair + repair_states(shape, length))
+    states = repair_states(shape, length) + (rounds_states(shape, length) if rounds else 0)
+    return BF16 * shape.weights + max(scores, repair_matrices(shape, rounds) + states)
 
 
 def pruning_streamed(shape: Shape, length: int = 1024, rounds: bool = False) -> int:
@@ -149,8 +143,7 @@ def pruning_streamed(shape: Shape, length: int = 1024, rounds: bool = False) -> 
     repair of one layer take, the latter with rounds for gates and ups or without."""
     weights = BF16 * (shape.table_weights + LAYERS_STREAMED * shape.layer_weights)
     scores = layer_activations(shape, length) + head_activations(shape)
-    repair = max(repair_matrices(shape), rounds_matrices(shape)) if rounds else repair_matrices(shape)
-    return weights + max(scores, repair)
+    return weights + max(scores, repair_matrices(shape, rounds))
 
 
 def states_on_disk(shape: Shape, windows: int = 32, length: int = 1024) -> int:
