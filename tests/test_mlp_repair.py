@@ -61,6 +61,18 @@ def test_what_goes_can_be_cut_off_and_nothing_else_changes(model, windows):
     torch.testing.assert_close(shrink_decoder(model, kept)(windows).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_an_input_that_is_next_to_nothing_gets_no_large_weights(model, windows):
+    nothing = 5
+    model.model.layers[1].post_attention_layernorm.weight[nothing] = 1e-4
+    before = copy.deepcopy(model.model.layers[1].mlp)
+    repair(model, pruned(model), windows, batch_size=7, mlp_rounds=1)
+    now = model.model.layers[1].mlp
+    for name in ("gate_proj", "up_proj"):
+        change = (now.get_submodule(name).weight - before.get_submodule(name).weight).abs()
+        assert change[:, nothing].max() < 0.1 * change.max(), name
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
 def test_the_gradient_is_that_of_the_squared_error(family, windows):
     model = tiny_decoder(family)

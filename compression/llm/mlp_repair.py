@@ -26,7 +26,8 @@ from compression.structures import CHANNELS, layers_of, spread
 
 # Of conjugate gradients, in each round.
 STEPS = 4
-# What is added to the diagonals of the preconditioner's factors, as a share of them.
+# What is added to the diagonals of the preconditioner's factors, as a share of them and of their median: an input that
+# is next to nothing in every token would get weights without bound, which no training survives.
 DAMPING = 0.01
 # The linear model of f holds near by: a change after which the error is no smaller is halved, so often.
 HALVINGS = 3
@@ -180,9 +181,11 @@ class _Linear:
 def _factor(moments: Tensor) -> Tensor:
     """The lower factor of second moments in float64, damped so far that there is one: in 16 bits moments can be off by
     more than the least damping. Where there is none at all it is not finite."""
-    damping = DAMPING
+    damping, median = DAMPING, moments.diagonal().median().double()
     while damping <= 1:
-        factor = cholesky(damp(moments.double(), damping))
+        damped = damp(moments.double(), damping)
+        damped.diagonal().add_(damping * median)
+        factor = cholesky(damped)
         if factor is not None:
             return factor
         damping *= 10
