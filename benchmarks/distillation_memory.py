@@ -33,6 +33,7 @@ from compression.llm.rows import of_windows
 from compression.llm.teacher import LiveTeacher
 from compression.runtime import RESULTS, fingerprint, log, pick_device
 from compression.structures import family_of
+from compression.training import recompute_activations
 from post_training import PostTrainingConfig
 
 WHOLE, BLOCKS = "whole logits", "blocks"
@@ -89,7 +90,7 @@ def measure(way: str, method: str, checkpointing: bool, config: DistillationMemo
     if method == "lora":
         add_lora(model, 8, 16.0, 0.0, family_of(model).projections)
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, True)
     trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
     for parameter in trained:

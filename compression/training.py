@@ -232,7 +232,7 @@ def fit(
     if training.track != "none":
         accelerator.init_trackers("compression", config={k: str(v) for k, v in (record or training.as_dict()).items()})
     if training.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model, True)
     optimizer = _optimizer(model, recipe)
     wrapped = recipe.module(model)
     if isinstance(wrapped, FSDPModule):  # its parameters are spread over the processes already
@@ -262,7 +262,7 @@ def fit(
         run.epoch += 1
         run.save()
     if training.gradient_checkpointing:
-        model.activation_checkpointing_disable()
+        recompute_activations(model, False)
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.free_memory()
@@ -273,6 +273,17 @@ def clean_up(work_dir: Path) -> None:
     """Remove the states to resume from, once the result is saved."""
     if processes().is_main_process:
         remove_folder(work_dir)
+
+
+def recompute_activations(model: PreTrainedModel, recompute: bool) -> None:
+    """Whether the backward pass computes what is inside the layers anew (Chen et al. 2016, arXiv:1604.06174), or the
+    forward pass keeps it."""
+    # transformers 5.17 has only the older of two names, later releases warn of it.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if recompute:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def pick_precision(amp: str) -> str:

@@ -10,6 +10,7 @@ from compression.classifier.masks import add_masks
 from compression.distillation import distillation_loss
 from compression.importance import RIDGE
 from compression.structures import HEADS, NEURONS
+from compression.training import recompute_activations
 
 ROWS = 40
 stage = load_script("8_pruning_with_finetuning")
@@ -107,7 +108,7 @@ def test_recomputed_activations_are_counted_once():
     for recompute in (False, True):
         recipe = make(tiny_distilbert())
         if recompute:
-            recipe.model.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(recipe.model, True)
         backward(recipe, a_batch(), 0)
         recipe.after_backward(0)
         found.append(recipe.scores.curvature)
