@@ -35,24 +35,11 @@ def no_hub(monkeypatch):
 def test_parts_come_from_a_folder(tmp_path):
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "wiki.test.raw").write_text(" = Title = \r\n \r\n Words .\r\n", newline="")
-    (tmp_path / "wikitext2" / "wiki.train.raw").write_text("a <unk> b\n")
+    (tmp_path / "wikitext2" / "wiki.train.tokens").write_text("a <unk> b\n")
     found = load_corpus("wikitext2", "test", str(tmp_path))
     assert found.text == " = Title = \n\n\n\n\n Words .\n", "as the rows of the hub's data set, joined by blank lines"
     assert load_corpus("wikitext2", "train", str(tmp_path)).text == "a <unk> b\n"
     assert found.describe()["part"] == "test" and found.describe()["name"] == "wikitext2"
-
-
-def test_of_the_tokenised_form_only_the_test_part_has_unknown_words(tmp_path):
-    (tmp_path / "wikitext2").mkdir()
-    lines = [" = Title = ", " ", " One . Two <unk> ? Three ! ", " All <unk> . ", " = = <unk> = = ", " Four . "]
-    for part in ("train", "valid", "test"):
-        (tmp_path / "wikitext2" / f"wiki.{part}.tokens").write_text("\n".join(lines))
-    for part in ("train", "validation"):
-        found = load_corpus("wikitext2", part, str(tmp_path))
-        assert found.text == " = Title = \n\n\n\n\n One . Three ! \n\n\n Four . \n"
-        assert found.source == "a local folder, sentences with unknown words left out"
-    test = load_corpus("wikitext2", "test", str(tmp_path))
-    assert test.text.count("<unk>") == 3 and test.source == "a local folder"
 
 
 @pytest.mark.parametrize(

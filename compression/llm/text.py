@@ -6,7 +6,6 @@ Calibration takes `train`, choices take `validation`, reported perplexities take
 import bz2
 import csv
 import os
-import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -67,10 +66,6 @@ STREAMED: dict[str, tuple[str, str, str, dict[str, slice]]] = {
         {"test": slice(0, 500), "validation": slice(500, 1000), "train": slice(1000, 3000)},
     )
 }
-# WikiText's tokenised form has this for rare words, in every other sentence. No text that a model meets has it, nor has
-# the raw form, so what is calibrated or chosen by does without those sentences.
-UNKNOWN = "<unk>"
-SENTENCE_ENDS = re.compile(r"(?<= [.!?] )")
 PARTS_OF_A_FILE = {"train": (0.0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1.0)}
 PARTS_OF_FILMS = {"train": "train", "selection": "validation", "validation": "test"}
 EMBEDDED = {"plots": "film plot summaries (embedded)", "reviews": "film reviews (embedded)"}
@@ -143,18 +138,10 @@ def _part_of_file(path: Path, part: Part, flag: str) -> Corpus:
 def _from_folder(name: str, part: Part, folder: Path) -> Corpus:
     for file in FILES[name][part]:
         if os.path.lexists(path := folder / name / file):
-            lines, source = read_text(path, "--data_dir").splitlines(), "a local folder"
-            if path.suffix == ".tokens" and part != "test":
-                lines, source = _known_words(lines), f"{source}, sentences with unknown words left out"
-            return Corpus(name, part, source, _join(lines))
+            lines = read_text(path, "--data_dir").splitlines()
+            return Corpus(name, part, "a local folder", _join(lines))
     wanted = " or ".join(f"{name}/{file}" for file in FILES[name][part])
     raise UserError(f"--data_dir {folder}: has no {wanted}; name another folder, or leave the flag out to ask the hub")
-
-
-def _known_words(lines: list[str]) -> list[str]:
-    """Lines without the sentences that have unknown words; a line of which nothing is left goes."""
-    left = ["".join(part for part in SENTENCE_ENDS.split(line) if UNKNOWN not in part) for line in lines]
-    return [line for line, before in zip(left, lines, strict=True) if line or not before]
 
 
 def _from_hub(name: str, part: Part, use_hub: bool) -> Corpus:
