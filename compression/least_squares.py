@@ -10,9 +10,24 @@ from compression.importance import RIDGE, damp
 
 # Rows of a large matrix that are worked on at a time.
 BLOCK = 1024
+# What keeps a language model's projections as they are, in columns per token of text. With an eighth of it half of
+# SmolLM2-135M fits its text more closely and is worse on all others, with three times as much it is worse on its own
+# (docs/results.md).
+COLUMNS_PER_TOKEN = 8.0
+# More than this is not measured.
+LARGEST_RIDGE = 0.5
 
 
-def refit(weight: Tensor, gram: Tensor, columns: Tensor, owed: Tensor | None = None) -> Tensor:
+def ridge_of(columns: int, tokens: float) -> float:
+    """The ridge for so many columns that stay and tokens of text: what is asked for by little text is done by half.
+
+    The share of its own square that least squares add for noise is columns / tokens where tokens are independent; those
+    of a text are not, and other text is another matter yet. From `RIDGE`, which rounding needs, to `LARGEST_RIDGE`.
+    """
+    return min(max(COLUMNS_PER_TOKEN * columns / tokens, RIDGE), LARGEST_RIDGE)
+
+
+def refit(weight: Tensor, gram: Tensor, columns: Tensor, owed: Tensor | None = None, ridge: float = RIDGE) -> Tensor:
     """The projection [out, in] with these columns only that comes nearest to the whole one, or to what that should be.
 
     Minimises |X_S W_S'^T - (X W^T + R)|^2 + ridge * |(W_S' - W_S) D|^2, S the columns that stay and G those that go,
@@ -24,11 +39,12 @@ def refit(weight: Tensor, gram: Tensor, columns: Tensor, owed: Tensor | None = N
     Args:
         weight: [out, in]. gram: X^T X [in, in], or its mean over tokens. columns: [in], bool, True for those that stay.
         owed: X^T R [in, out], or its mean, R [tokens, out] what is to be given more; None: nothing.
+        ridge: see above.
     """
     solved = torch.zeros_like(weight)
     if columns.any():
         stay, go = columns.nonzero(), (~columns).nonzero()[:, 0]
-        solve, lost = _solver(gram, columns), gram[stay, go].double()  # in one step: no rows are copied whole
+        solve, lost = _solver(gram, columns, ridge), gram[stay, go].double()  # in one step: no rows are copied whole
         for start, old in zip(range(0, len(weight), BLOCK), weight.split(BLOCK), strict=True):
             rows = slice(start, start + BLOCK)
             side = lost @ old[:, ~columns].double().T
@@ -38,23 +54,23 @@ def refit(weight: Tensor, gram: Tensor, columns: Tensor, owed: Tensor | None = N
     return solved
 
 
-def _solver(gram: Tensor, columns: Tensor) -> Callable[[Tensor], Tensor]:
+def _solver(gram: Tensor, columns: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
     """Solves for right-hand sides [columns that stay, count] with the damped Gram matrix of these columns."""
-    factor = cholesky(_damped(gram, columns))
+    factor = cholesky(_damped(gram, columns, ridge))
     if factor is not None:
         return lambda sides: triangular(factor.mT, triangular(factor, sides, upper=False), upper=True)
     # In 16 bits the Gram matrix can be off by more than the ridge, and have a direction that counts below zero.
-    factors, pivots, singular = _lu(_damped(gram, columns))
+    factors, pivots, singular = _lu(_damped(gram, columns, ridge))
     return lambda sides: torch.linalg.lu_solve(factors, pivots, sides).masked_fill(singular != 0, torch.nan)
 
 
-def _damped(gram: Tensor, columns: Tensor) -> Tensor:
+def _damped(gram: Tensor, columns: Tensor, ridge: float) -> Tensor:
     """The damped Gram matrix of these columns, in float64; made in blocks of rows, for it is the largest there is."""
     places = columns.nonzero()[:, 0]
     kept = torch.empty(len(places), len(places), dtype=torch.double, device=gram.device)
     for rows, part in zip(places.split(BLOCK), kept.split(BLOCK), strict=True):
         part.copy_(gram[rows][:, places])
-    return damp(kept, RIDGE)
+    return damp(kept, ridge)
 
 
 def cholesky(matrix: Tensor) -> Tensor | None:

@@ -49,6 +49,7 @@ from transformers import (
 
 from compression import structures
 from compression.checkpoint import save_checkpoint
+from compression.least_squares import RIDGE
 from compression.llm.repair import repairing
 from compression.llm.repair_text import RepairText
 from compression.outputs import WRITTEN_FILE
@@ -260,9 +261,9 @@ def everything(model):
     return {kind: [torch.ones(parts.count(kind)).bool() for parts in layers] for kind in layers[0].kinds}
 
 
-def repair(model, kept, windows, batch_size=1, choice=None, error_share=0.0, mlp_rounds=0):
+def repair(model, kept, windows, batch_size=1, choice=None, error_share=0.0, mlp_rounds=0, ridge=RIDGE):
     """Repair all layers of a model before any is cut down."""
-    step = repairing(model, kept, RepairText(model, windows, batch_size, error_share), choice, mlp_rounds)
+    step = repairing(model, kept, RepairText(model, windows, batch_size, error_share, ridge), choice, mlp_rounds)
     for index in range(len(kept[structures.GROUPS])):
         step(index)
 

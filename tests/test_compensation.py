@@ -16,9 +16,8 @@ from compression.surgery import shrink_decoder
 
 
 @torch.no_grad()
-def test_what_others_can_do_is_taken_over(model, windows, monkeypatch):
+def test_what_others_can_do_is_taken_over(model, windows):
     """Channels and groups that are copies of others can go with no other trace than the ridge's."""
-    monkeypatch.setattr("compression.least_squares.RIDGE", RIDGE / 100)
     kept = everything(model)
     for index in (1, 3):
         parts = layers_of(model)[index]
@@ -31,7 +30,7 @@ def test_what_others_can_do_is_taken_over(model, windows, monkeypatch):
             kept[kind][index] = torch.arange(2 * half) < half
     expected = model(windows).logits
     plain = shrink_decoder(copy.deepcopy(model), kept)(windows).logits
-    repair(model, kept, windows, batch_size=8)
+    repair(model, kept, windows, batch_size=8, ridge=RIDGE / 100)
     repaired = shrink_decoder(model, kept)(windows).logits
     assert (plain - expected).std() > 0.1 * expected.std()
     assert (repaired - expected).std() < 0.01 * expected.std()
@@ -138,15 +137,31 @@ def test_a_gram_matrix_that_is_off_by_rounding_is_solved_all_the_same():
     assert not solved[:, ~kept].any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("columns", "count", "ridge"), [(32, 640, 0.4), (16, 640, 0.2), (32, 64, 0.5), (16, 16000, RIDGE)]
+)
+def test_the_ridge_is_what_suits_columns_and_tokens(windows, columns, count, ridge):
+    """Eight times the columns that stay per token, from the least to the largest; or what is given."""
+    model, expected, given = tiny_decoder(), tiny_decoder(), tiny_decoder()
+    ids = torch.randint(100, (count // 16, 16), generator=torch.Generator().manual_seed(1))
+    kept = everything(model)
+    kept[CHANNELS][1] = torch.arange(48) < columns
+    for each, value in ((model, None), (expected, ridge), (given, 2 * ridge)):
+        repair(each, {kind: list(stays) for kind, stays in kept.items()}, ids, 8, ridge=value)
+    found, same, other = (layers_of(each)[1].down.weight for each in (model, expected, given))
+    assert torch.equal(found, same)
+    assert not torch.equal(found, other)
+
+
 # Biases of output projections.
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [GROUPS, CHANNELS])
 @pytest.mark.parametrize("left", [0, 2])
-def test_a_bias_takes_over_what_is_constant(windows, monkeypatch, kind, left):
+def test_a_bias_takes_over_what_is_constant(windows, kind, left):
     """What always gives the same can go, also all of it, with no other trace than rounding's."""
-    monkeypatch.setattr("compression.least_squares.RIDGE", 1e-6)
     model = tiny_decoder("llama", mlp_bias=True)
     parts, kept = layers_of(model)[1], everything(model)
     kept[kind][1] = stays = torch.arange(parts.count(kind)) < left
@@ -154,7 +169,7 @@ def test_a_bias_takes_over_what_is_constant(windows, monkeypatch, kind, left):
         rows.module.weight[~rows.spread(stays)] = 0.0
     expected = model(windows).logits
     plain = shrink_decoder(copy.deepcopy(model), kept)(windows).logits
-    repair(model, kept, windows, batch_size=8)
+    repair(model, kept, windows, batch_size=8, ridge=1e-6)
     repaired = shrink_decoder(model, kept)(windows).logits
     assert (plain - expected).abs().max() > 0.05
     torch.testing.assert_close(repaired, expected, atol=2e-3, rtol=0)

@@ -351,7 +351,7 @@ def test_repair_is_that_of_the_whole_model(text):
             mask = torch.zeros(len(scores[kind][index])).bool()
             mask[scores[kind][index].topk(parts.count(kind)).indices] = True
             kept[kind].append(mask)
-    repair(model, kept, text.repair, text.batch_size, error_share=config.repair.share)
+    repair(model, kept, text.repair, text.batch_size, error_share=config.repair.share, ridge=None)
     model = shrink_decoder(model, kept)
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(weight, small.state_dict()[name], atol=1e-4, rtol=1e-3, msg=name)

@@ -26,7 +26,7 @@ PLAIN = dict(compensation="none", epsilon=0.0, round_to=1)
 PAPER = GlobalPruningConfig.presets["paper"]
 # Rounds of local removal.
 ROUNDS = 32
-LOCAL_OBS = dict(uniform=True, removal_steps=ROUNDS, local_choice="obs", round_to=1, error_share=0.0)
+LOCAL_OBS = dict(uniform=True, removal_steps=ROUNDS, local_choice="obs", round_to=1, error_share=0.0, ridge=0.01)
 # Name -> the fields in which the method differs from the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},

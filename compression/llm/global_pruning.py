@@ -236,7 +236,7 @@ class GlobalPruning:
 
     def _repair_text(self, error_share: float) -> RepairText:
         """What repairs are fitted to, before the first layer."""
-        return RepairText(self.model, self.text.repair, self.text.batch_size, error_share)
+        return RepairText(self.model, self.text.repair, self.text.batch_size, error_share, self.budget.repair.ridge)
 
     def _shrink(
         self, kept: Kept, step: int, choice: LocalChoice | None, solutions: list[Solutions] | None

@@ -355,7 +355,8 @@ class LayerwisePruning:
         scored = LayerStream(self.model, self.text.scores, self.text.batch_size)
         repair = None
         if self.cuts.repair.compensation == "lstsq":
-            repair = RepairText(self.model, self.text.repair, self.text.batch_size, self.cuts.repair.share)
+            settings = self.cuts.repair
+            repair = RepairText(self.model, self.text.repair, self.text.batch_size, settings.share, settings.ridge)
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
         repairs_all = repair is not None and self.cuts.repair.share > 0

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from compression.config import AtLeast, Between, Originally, Settings
 from compression.importance import contributions, keep_in_rounds
-from compression.least_squares import refit
+from compression.least_squares import refit, ridge_of
 from compression.llm.mlp_repair import solve_inputs
 from compression.llm.perplexity import broken_weight, suspect
 from compression.llm.repair_text import Moments, RepairText
@@ -55,6 +55,9 @@ class Repair(Settings):
     error_share: Annotated[float | None, Between(0, 1), Originally(0.0)] = None
     """Share of the errors that earlier layers leave in the states which a repair makes up for, also in layers that lose
     nothing; 0: each layer makes up for what it loses itself alone. None: 0.5, with `mlp_rounds` 0.25."""
+    ridge: Annotated[float | None, Between(1e-4, 10), Originally(0.01)] = None
+    """What keeps output projections as they are in a repair, as a share of each input's own square. None: the more the
+    less text there is, 8 times the columns that stay per token, from 0.01 to 0.5."""
     mlp_rounds: Annotated[int, AtLeast(0), Originally(0)] = 0
     """Rounds in which the repair solves for gates and ups of the MLPs too, and for their output projections again. For
     high ratios; each takes about as long as the repair without."""
@@ -198,7 +201,8 @@ def refitted(
     """
     outer: Any = layers_of(model)[index].split(kind)[1]
     columns, bias = spread(stays, outer.in_features).to(outer.weight.device), None
-    weight = refit(outer.weight, moments.gram, columns, moments.owed)
+    ridge = ridge_of(int(columns.sum()), moments.tokens) if moments.ridge is None else moments.ridge
+    weight = refit(outer.weight, moments.gram, columns, moments.owed, ridge)
     if moments.means is not None:
         mean, owed = moments.means
         bias = outer.bias + ((outer.weight.float() - weight.float()) @ mean + owed).to(outer.bias.dtype)
