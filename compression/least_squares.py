@@ -10,21 +10,21 @@ from compression.importance import RIDGE, damp
 
 # Rows of a large matrix that are worked on at a time.
 BLOCK = 1024
-# What keeps a language model's projections as they are, in columns per token of text. With an eighth of it half of
-# SmolLM2-135M fits its text more closely and is worse on all others, with three times as much it is worse on its own
+# What keeps a language model's projections as they are, times the width per token of text. With a tenth of it half of
+# SmolLM2-135M is worse on every text, with three times as much on text like the one that it is fitted to
 # (docs/results.md).
-COLUMNS_PER_TOKEN = 8.0
+WIDTHS_PER_TOKEN = 12.0
 # More than this is not measured.
 LARGEST_RIDGE = 0.5
 
 
-def ridge_of(columns: int, tokens: float) -> float:
-    """The ridge for so many columns that stay and tokens of text: what is asked for by little text is done by half.
+def ridge_of(width: int, tokens: float) -> float:
+    """The ridge for a model of this hidden size and so many tokens of text: little text is fitted less closely.
 
-    The share of its own square that least squares add for noise is columns / tokens where tokens are independent; those
-    of a text are not, and other text is another matter yet. From `RIDGE`, which rounding needs, to `LARGEST_RIDGE`.
+    Noise asks for a share that falls with the number of tokens, as they are independent; those of a text are not, and
+    other text is another matter yet, so that it is larger. From `RIDGE`, which rounding needs, to `LARGEST_RIDGE`.
     """
-    return min(max(COLUMNS_PER_TOKEN * columns / tokens, RIDGE), LARGEST_RIDGE)
+    return min(max(WIDTHS_PER_TOKEN * width / tokens, RIDGE), LARGEST_RIDGE)
 
 
 def refit(weight: Tensor, gram: Tensor, columns: Tensor, owed: Tensor | None = None, ridge: float = RIDGE) -> Tensor:

@@ -57,7 +57,7 @@ class Repair(Settings):
     nothing; 0: each layer makes up for what it loses itself alone. None: 0.5, with `mlp_rounds` 0.25."""
     ridge: Annotated[float | None, Between(1e-4, 10), Originally(0.01)] = None
     """What keeps output projections as they are in a repair, as a share of each input's own square. None: the more the
-    less text there is, 8 times the columns that stay per token, from 0.01 to 0.5."""
+    less text there is, 12 times the hidden size per token, from 0.01 to 0.5."""
     mlp_rounds: Annotated[int, AtLeast(0), Originally(0)] = 0
     """Rounds in which the repair solves for gates and ups of the MLPs too, and for their output projections again. For
     high ratios; each takes about as long as the repair without."""
@@ -201,7 +201,7 @@ def refitted(
     """
     outer: Any = layers_of(model)[index].split(kind)[1]
     columns, bias = spread(stays, outer.in_features).to(outer.weight.device), None
-    ridge = ridge_of(int(columns.sum()), moments.tokens) if moments.ridge is None else moments.ridge
+    ridge = ridge_of(outer.out_features, moments.tokens) if moments.ridge is None else moments.ridge
     weight = refit(outer.weight, moments.gram, columns, moments.owed, ridge)
     if moments.means is not None:
         mean, owed = moments.means

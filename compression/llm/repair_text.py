@@ -25,7 +25,7 @@ class Moments:
         owed: [columns, outputs] in fp32, X^T R; None where no errors are made up for.
         means: where the projection has a bias, of X [columns] and of R [outputs]; X counts from its mean then.
         tokens: how many.
-        ridge: what keeps the projection as it is, see `least_squares.refit`; None: what suits columns and tokens.
+        ridge: what keeps the projection as it is, see `least_squares.refit`; None: what suits hidden size and tokens.
     """
 
     gram: Tensor
