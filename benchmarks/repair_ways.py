@@ -1,4 +1,4 @@
-"""What a repair takes and what it brings: each layer for itself, earlier errors, gates and ups as well.
+"""What a repair takes and what it brings: each layer for itself, earlier errors, gates and ups.
 
     python benchmarks/repair_ways.py --base_model models/llm-local --data_dir TEXTS [--pruning_ratio 0.5] [--rounds 3]
 
@@ -42,6 +42,7 @@ from compression.surgery import shrink_decoder
 WAYS = {
     "each layer for itself": Repair(error_share=0.0),
     "earlier errors": Repair(),
+    "the same, close to the text": Repair(ridge=0.01),
     "gates and ups, one round": Repair(mlp_rounds=1),
     "gates and ups, two rounds": Repair(mlp_rounds=2),
 }
@@ -93,7 +94,7 @@ def measure(repair: Repair, kept: Kept, windows: Tensor, held_out: Tensor, confi
     device = model.device
     perplexity(model, held_out[:1, :16])  # kernels and their buffers are there
     loaded, started = start_peak(device), time.perf_counter()
-    text = RepairText(model, windows, error_share=repair.share)
+    text = RepairText(model, windows, error_share=repair.share, ridge=repair.ridge)
     small = shrink_decoder(model, kept, repairing(model, kept, text, mlp_rounds=repair.mlp_rounds))
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -9,6 +9,7 @@ share of what the layers before it owe, also where all stay: minimise
 R is what the projection would have to give more for the state behind it to be that of the whole model, whose own text
 goes through the layers beside the other. With a share of 0 a layer answers for itself alone, and errors pile up; with 1
 it answers for all of them, and fits the text. Li et al. 2025 ("GPTAQ") quantize to such targets, with a share of 1.
+The ridge is the larger the less text there is (`least_squares.ridge_of`).
 
 All of it is known from X^T X and X^T R alone, so the text is gone through once, layer by layer, and no activations are
 stored but the states between layers. With `mlp_rounds`, what an MLP's channels read is solved for too (`mlp_repair`),
