@@ -161,7 +161,7 @@ CASES = {
         "--base_model {world}/llm --data_dir {world} --dtype float32 --length 16 --fast",
         [],
         lambda found: (
-            len(found["ways"]) == 4
+            len(found["ways"]) == 5
             and found["ways"]["each layer for itself"]["time_by_the_first"] == 1
             and all(0.5 < way["perplexity_by_dense"] < 2 and way["seconds"] > 0 for way in found["ways"].values())
             and all(way["bytes_above_the_model"] > 0 for way in found["ways"].values())
