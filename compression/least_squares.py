@@ -18,7 +18,7 @@ WIDTHS_PER_TOKEN = 12.0
 LARGEST_RIDGE = 0.5
 
 
-def ridge_of(width: int, tokens: float) -> float:
+def ridge_of(width: int, tokens: int) -> float:
     """The ridge for a model of this hidden size and so many tokens of text: little text is fitted less closely.
 
     Noise asks for a share that falls with the number of tokens, as they are independent; those of a text are not, and

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from compression.config import pick
+from compression.importance import RIDGE
 from compression.llm.global_pruning import Budget, GlobalPruning, Scoring
 from compression.llm.removal import removal_perplexities
 from compression.llm.scoring import SCORES
@@ -26,7 +27,7 @@ PLAIN = dict(compensation="none", epsilon=0.0, round_to=1)
 PAPER = GlobalPruningConfig.presets["paper"]
 # Rounds of local removal.
 ROUNDS = 32
-LOCAL_OBS = dict(uniform=True, removal_steps=ROUNDS, local_choice="obs", round_to=1, error_share=0.0, ridge=0.01)
+LOCAL_OBS = dict(uniform=True, removal_steps=ROUNDS, local_choice="obs", round_to=1, error_share=0.0, ridge=RIDGE)
 # Name -> the fields in which the method differs from the defaults.
 METHODS: dict[str, dict[str, Any]] = {
     "H-GSP, default": {},

@@ -353,13 +353,12 @@ class LayerwisePruning:
         """
         share = step / self.cuts.iterative_steps
         scored = LayerStream(self.model, self.text.scores, self.text.batch_size)
-        repair = None
-        if self.cuts.repair.compensation == "lstsq":
-            settings = self.cuts.repair
+        repair, settings = None, self.cuts.repair
+        if settings.compensation == "lstsq":
             repair = RepairText(self.model, self.text.repair, self.text.batch_size, settings.share, settings.ridge)
         due = 0.0
         last = max((index for index, rate in enumerate(self.rates) if rate), default=-1)
-        repairs_all = repair is not None and self.cuts.repair.share > 0
+        repairs_all = repair is not None and settings.share > 0
         for index in progress(range(len(self.rates) if repairs_all else last + 1), "layers"):
             with scored.decoder.present(index) as layer:
                 if self.rates[index]:
@@ -372,7 +371,7 @@ class LayerwisePruning:
                 if repair is not None and repair.layer == index:  # nothing of the layer went
                     parts = layers_of(self.model)[index]
                     everything = {kind: torch.ones(parts.count(kind)).bool() for kind in DECODER_KINDS}
-                    repair_layer(repair, everything, mlp_rounds=self.cuts.repair.mlp_rounds)
+                    repair_layer(repair, everything, mlp_rounds=settings.mlp_rounds)
                 if index < last:
                     scored.advance()
                 done(layer)

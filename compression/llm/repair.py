@@ -182,17 +182,15 @@ def _solve_in_rounds(text: RepairText, targets: States, stays: Tensor, rounds: i
 def _refit(text: RepairText, kind: str, moments: Moments, stays: Tensor) -> None:
     """Give an output projection what `refitted` finds."""
     outer = layers_of(text.model)[text.layer].split(kind)[1]
-    weight, bias = refitted(text.model, text.layer, kind, moments, stays)
+    weight, bias = refitted(text, kind, moments, stays)
     outer.weight.copy_(weight)
     if bias is not None:
         outer.bias.copy_(bias)
 
 
-def refitted(
-    model: PreTrainedModel, index: int, kind: str, moments: Moments, stays: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The weight of a layer's output projection with the columns of some structures only, the others zero, see
-    `least_squares.refit`; and its bias, if it has one.
+def refitted(text: RepairText, kind: str, moments: Moments, stays: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight of the output projection that a text stands before, with the columns of some structures only, the
+    others zero, see `least_squares.refit`; and its bias, if it has one.
 
     Args:
         stays: bool [structures].
@@ -200,9 +198,10 @@ def refitted(
     Raises:
         UserError: it is not finite.
     """
+    model, index = text.model, text.layer
     outer: Any = layers_of(model)[index].split(kind)[1]
     columns, bias = spread(stays, outer.in_features).to(outer.weight.device), None
-    ridge = ridge_of(outer.out_features, moments.tokens) if moments.ridge is None else moments.ridge
+    ridge = ridge_of(outer.out_features, text.tokens) if text.ridge is None else text.ridge
     weight = refit(outer.weight, moments.gram, columns, moments.owed, ridge)
     if moments.means is not None:
         mean, owed = moments.means

@@ -24,15 +24,11 @@ class Moments:
         gram: [columns, columns] in fp32, X^T X.
         owed: [columns, outputs] in fp32, X^T R; None where no errors are made up for.
         means: where the projection has a bias, of X [columns] and of R [outputs]; X counts from its mean then.
-        tokens: how many.
-        ridge: what keeps the projection as it is, see `least_squares.refit`; None: what suits hidden size and tokens.
     """
 
     gram: Tensor
     owed: Tensor | None
     means: tuple[Tensor, Tensor] | None
-    tokens: float
-    ridge: float | None
 
 
 class RepairText:
@@ -45,10 +41,11 @@ class RepairText:
     Args:
         windows: token ids [count, length].
         error_share: the share of errors that is made up for, from 0 to 1.
-        ridge: see `Moments`.
+        ridge: what keeps projections as they are, see `least_squares.refit`; None: what suits hidden size and tokens.
 
     Attributes:
         layer: the index of the layer that the text stands before, or in.
+        tokens: how many the text has, those of all processes.
         owes: whether there are errors to make up for: something before was changed.
     """
 
@@ -61,7 +58,8 @@ class RepairText:
         ridge: float | None = None,
     ):
         stream = LayerStream(model, windows, batch_size)
-        self.model, self.error_share, self.ridge, self.layer, self.owes = model, error_share, ridge, 0, False
+        self.model, self.error_share, self.layer, self.owes = model, error_share, 0, False
+        self.ridge, self.tokens = ridge, windows.numel()
         self.decoder, self.states, self.options = stream.decoder, stream.states, stream.options
         self.whole: States | None = None
         if error_share:
@@ -94,7 +92,7 @@ class RepairText:
             sums.add(inputs, missing)
             squares += missing.square().sum(dtype=torch.double)
         sum_over_processes(squares)
-        return sums.moments(1.0, self.ridge), squares
+        return sums.moments(1.0), squares
 
     def residual(self, kind: str, number: int, targets: States) -> tuple[Tensor, Tensor]:
         """Of a batch, what goes into the output projection there, and what that gives too little for the targets."""
@@ -139,7 +137,7 @@ class RepairText:
             if targets is not None:
                 wanted = outputs.float()
                 targets.put(number, wanted if error is None else wanted + self.error_share * error)
-        return sums.moments(self.error_share, self.ridge)
+        return sums.moments(self.error_share)
 
 
 class _Sums:
@@ -174,11 +172,11 @@ class _Sums:
             self.owed += rows.T @ error.to(rows.dtype)
             self.errors += error.sum(0, dtype=torch.double)
 
-    def moments(self, share: float, ridge: float | None) -> Moments:
+    def moments(self, share: float) -> Moments:
         """The moments, of all processes' tokens.
 
         Args:
-            share: of the errors. ridge: goes with them.
+            share: of the errors.
         """
         sum_over_processes(self.gram, self.owed, self.inputs, self.errors, self.tokens)
         gram, owed, means = self.gram, self.owed, None
@@ -186,7 +184,7 @@ class _Sums:
             means = (self.inputs / self.tokens).float(), (share * self.errors / self.tokens).float()
             gram = gram.addr(means[0], self.inputs.float(), alpha=-1)
             owed = owed.addr(means[0], self.errors.float(), alpha=-1) if share else owed
-        return Moments(gram, share * owed if share else None, means, self.tokens.item(), ridge)
+        return Moments(gram, share * owed if share else None, means)
 
 
 def watched(outer: nn.Linear, compute: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -95,7 +95,7 @@ def _solve(
             for count, stays in changed.items():
                 if choice is not None:
                     stays = choice.stays(kind, index, outer.weight, moments.gram, stays)
-                weight, bias = refitted(model, index, kind, moments, stays)
+                weight, bias = refitted(text, kind, moments, stays)
                 columns = spread(stays, outer.in_features).to(weight.device)
                 solutions |= {f"{kind}.{count}.stays": stays, f"{kind}.{count}.weight": weight[:, columns]}
                 if bias is not None:
