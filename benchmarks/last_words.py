@@ -1,13 +1,14 @@
 """How often language models predict the last word of a passage, and the next token anywhere in it.
 
     python benchmarks/last_words.py --data_dir TEXTS --models models/llm-local results/NAME/models
+    python benchmarks/last_words.py --data_dir TEXTS --others others.txt     # what is not measured, to calibrate on
 
 Passages are of the zero-shot data, which nothing is calibrated on: those of BoolQ, those of HellaSwag with more than 60
 words, the sentences of WinoGrande, the goals of PIQA with their right solution. A last word is predicted where each of
 its tokens is the first choice behind all that comes before it, as in LAMBADA (Paperno et al. 2016, arXiv:1606.06031).
 Differences are to the first model, over the same passages.
 
-Writes results/last_words.json.
+Writes results/last_words.json, or with --others that text alone.
 """
 
 import random
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compression.checkpoint import load_language_model
 from compression.classifier.metrics import paired_difference
 from compression.config import AtLeast, Config, run_script
-from compression.files import write_json
+from compression.files import write_json, write_text
 from compression.llm.agreement import PASSAGES, read_passages
 from compression.progress import progress
 from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
@@ -56,12 +57,14 @@ class LastWordsConfig(Config):
     """Of the weights; auto: bfloat16 where the hardware multiplies it, else float32."""
     seed: int = 0
     """Fixes which passages are taken."""
+    others: Path | None = None
+    """Measure nothing; write passages that are not measured here, up to four times as many of a task."""
 
     presets: ClassVar = {"fast": dict(passages=50)}
 
 
-def passages_of(task: str, config: LastWordsConfig) -> list[str]:
-    """Some of a task's passages, each once.
+def passages_of(task: str, config: LastWordsConfig) -> tuple[list[str], list[str]]:
+    """Those of a task's passages that are measured, each once, and all others.
 
     Raises:
         UserError: they are not there, or malformed.
@@ -69,9 +72,22 @@ def passages_of(task: str, config: LastWordsConfig) -> list[str]:
     if config.data_dir is None:
         raise UserError("--data_dir: is not given; name the folder that has zeroshot/")
     path = config.data_dir.expanduser() / "zeroshot" / task / "validation.jsonl"
-    long = [text for text in read_passages(path, TEXTS[task]) if len(text.split()) >= LEAST_WORDS.get(task, 2)]
+    every = read_passages(path, TEXTS[task])
+    long = [text for text in every if len(text.split()) >= LEAST_WORDS.get(task, 2)]
     random.Random(config.seed).shuffle(long)
-    return long[: config.passages]
+    measured = dict.fromkeys(long[: config.passages])
+    return list(measured), [text for text in every if text not in measured]
+
+
+def write_others(path: Path, others: list[list[str]], config: LastWordsConfig) -> None:
+    """A text of other passages, of all tasks in any order."""
+    taken = []
+    for passages in others:
+        random.Random(config.seed + 1).shuffle(passages)
+        taken += passages[: 4 * config.passages]
+    random.Random(config.seed + 2).shuffle(taken)
+    write_text(path, "\n\n".join(text.replace("\n", " ") for text in taken) + "\n")
+    log.info("%d passages -> %s", len(taken), path)
 
 
 @torch.no_grad()
@@ -108,7 +124,11 @@ def measure(
 
 
 def main(config: LastWordsConfig) -> None:
-    texts, rows = {task: passages_of(task, config) for task in TEXTS}, []
+    passages = {task: passages_of(task, config) for task in TEXTS}
+    if config.others is not None:
+        write_others(config.others, [others for _, others in passages.values()], config)
+        return
+    texts, rows = {task: measured for task, (measured, _) in passages.items()}, []
     first: dict[str, Tensor] = {}
     for folder in config.models:
         model, tokenizer = load_language_model(folder, pick_device(), pick_dtype(config.dtype, "Weights"))

@@ -297,6 +297,17 @@ def test_benchmark_runs_and_writes_what_it_measures(name, world, tmp_path, monke
     assert holds(found), found
 
 
+def test_last_words_gives_the_passages_that_it_does_not_measure(world, tmp_path):
+    passages = {}
+    for count in (4, 6):
+        out = tmp_path / f"{count}.txt"
+        run_script("benchmarks/last_words.py", "--data_dir", world / "passages", "--passages", count, "--others", out)
+        passages[count] = out.read_text().split("\n\n")
+    assert len(passages[4]) == len(set(passages[4])) == 4 * (6 - 4)
+    assert any(len(text.split()) > 61 for text in passages[4]) and any(text.endswith(" c d") for text in passages[4])
+    assert passages[6] == ["\n"]  # all are measured
+
+
 def test_attack_holds_in_one_case(tmp_path):
     flags = ["--sections", "damage", "--limit", 1, "--jobs", 1, "--results_dir", tmp_path]
     start_script("benchmarks/faults.py", *flags).wait().check()
