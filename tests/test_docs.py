@@ -87,11 +87,12 @@ def test_paths_of_the_repository_exist(page):
 
 @pytest.fixture
 def as_a_script(tmp_path, monkeypatch):
-    """What a dry run changes is put back; the file that a command names is there, and what a benchmark needs."""
+    """What a dry run changes is put back; the files that commands name are there, and what a benchmark needs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     (tmp_path / "alpaca.json").write_text("[]")
+    (tmp_path / "others.txt").touch()
     (tmp_path / "torch_pruning.py").touch()
     handler = signal.getsignal(signal.SIGTERM)
     yield
