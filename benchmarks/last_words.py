@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compression.checkpoint import load_language_model
 from compression.classifier.metrics import paired_difference
 from compression.config import AtLeast, Config, run_script
-from compression.files import write_json, write_text
+from compression.files import real_path, write_json, write_text
 from compression.llm.agreement import PASSAGES, read_passages
 from compression.progress import progress
 from compression.runtime import RESULTS, Dtype, UserError, fingerprint, log, pick_device, pick_dtype
@@ -80,7 +80,13 @@ def passages_of(task: str, config: LastWordsConfig) -> tuple[list[str], list[str
 
 
 def write_others(path: Path, others: list[list[str]], config: LastWordsConfig) -> None:
-    """A text of other passages, of all tasks in any order."""
+    """A text of other passages, of all tasks in any order.
+
+    Raises:
+        UserError: something is there already.
+    """
+    if real_path(path, "--others").exists():
+        raise UserError(f"--others {path}: is there already; name a file that is not, or remove it")
     taken = []
     for passages in others:
         random.Random(config.seed + 1).shuffle(passages)

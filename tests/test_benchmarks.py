@@ -306,6 +306,9 @@ def test_last_words_gives_the_passages_that_it_does_not_measure(world, tmp_path)
     assert len(passages[4]) == len(set(passages[4])) == 4 * (6 - 4)
     assert any(len(text.split()) > 61 for text in passages[4]) and any(text.endswith(" c d") for text in passages[4])
     assert passages[6] == ["\n"]  # all are measured
+    there = "--data_dir", world / "passages", "--others", tmp_path / "4.txt"
+    assert "4.txt: is there already" in run_script("benchmarks/last_words.py", *there, expect=2).stderr
+    assert (tmp_path / "4.txt").read_text().split("\n\n") == passages[4]
 
 
 def test_attack_holds_in_one_case(tmp_path):

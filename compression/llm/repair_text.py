@@ -86,7 +86,7 @@ class RepairText:
         """As `enter`, once more after a change there; what is owed is all that targets from `enter` are away. And the
         squared error, that of all processes' text."""
         outer = layers_of(self.model)[self.layer].split(kind)[1]
-        sums, squares = _Sums(outer, owes=True), torch.zeros((), dtype=torch.double, device=outer.weight.device)
+        sums, squares = _Sums(outer, True, self.tokens), torch.zeros((), dtype=torch.double, device=outer.weight.device)
         for number in range(len(self.options)):
             inputs, missing = self.residual(kind, number, targets)
             sums.add(inputs, missing)
@@ -122,7 +122,7 @@ class RepairText:
     @torch.no_grad()
     def _moments(self, kind: str, targets: States | None) -> Moments:
         layer, outer = self.decoder.layers[self.layer], layers_of(self.model)[self.layer].split(kind)[1]
-        sums = _Sums(outer, owes=self.whole is not None)
+        sums = _Sums(outer, self.whole is not None, self.tokens)
         for number in range(len(self.options)):
             state, branch = self.states.get(number), partial(self._branch, kind, number)
             inputs, outputs, _ = watched(outer, partial(branch, state))
@@ -146,16 +146,16 @@ class _Sums:
     Args:
         outer: the projection.
         owes: whether there are errors.
+        tokens: how many the text has, those of all processes.
     """
 
-    def __init__(self, outer: nn.Linear, owes: bool):
+    def __init__(self, outer: nn.Linear, owes: bool, tokens: int):
         columns, outputs, device = outer.in_features, outer.out_features, outer.weight.device
-        self.biased = outer.bias is not None
+        self.biased, self.tokens = outer.bias is not None, tokens
         self.gram = torch.zeros(columns, columns, device=device)
         self.owed = torch.zeros(columns, outputs if owes else 0, device=device)
         self.inputs = torch.zeros(columns, dtype=torch.double, device=device)
         self.errors = torch.zeros(outputs, dtype=torch.double, device=device)
-        self.tokens = torch.zeros((), dtype=torch.double, device=device)
 
     def add(self, inputs: Tensor, error: Tensor | None) -> None:
         """Add some windows' tokens.
@@ -166,7 +166,6 @@ class _Sums:
         rows = inputs.flatten(0, -2)
         self.gram += rows.T @ rows
         self.inputs += rows.sum(0, dtype=torch.double)
-        self.tokens += len(rows)
         if error is not None:
             error = error.flatten(0, -2)
             self.owed += rows.T @ error.to(rows.dtype)
@@ -178,7 +177,7 @@ class _Sums:
         Args:
             share: of the errors.
         """
-        sum_over_processes(self.gram, self.owed, self.inputs, self.errors, self.tokens)
+        sum_over_processes(self.gram, self.owed, self.inputs, self.errors)
         gram, owed, means = self.gram, self.owed, None
         if self.biased:
             means = (self.inputs / self.tokens).float(), (share * self.errors / self.tokens).float()
