@@ -132,6 +132,7 @@ def main(config: FaultsConfig) -> None:
     columns = [Column("section", at("section")), *(Column(name, at(name), "{:.0f}") for name in names)]
     rows = [{"section": name} | found for name, found in (results | {"all": total}).items()]
     print(f"\n{text_table(columns, rows)}")
+    config.results_dir.mkdir(parents=True, exist_ok=True)
     path = config.results_dir / "faults.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps({"total": total, "sections": results}, indent=2) + "\n")

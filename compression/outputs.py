@@ -43,6 +43,8 @@ EVALUATION_FILE = Path("evaluation", "evaluation_results.json")
 """In the folder of a language model's pruning run: what was measured."""
 STUDIES = "studies"
 """The folder of studies among the results."""
+OWN_TEXT = "own_text"
+"""The kind of a folder with a text that a language model wrote."""
 FETCHED = "fetched"
 """The kind of every folder with a `source.json`, wherever it came from."""
 

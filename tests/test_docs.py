@@ -93,6 +93,8 @@ def as_a_script(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     (tmp_path / "alpaca.json").write_text("[]")
     (tmp_path / "others.txt").touch()
+    (tmp_path / "results" / "own_text").mkdir(parents=True)
+    (tmp_path / "results" / "own_text" / "text.txt").touch()
     (tmp_path / "torch_pruning.py").touch()
     handler = signal.getsignal(signal.SIGTERM)
     yield

@@ -61,9 +61,13 @@ OUTPUTS = {
     "recovery": ("post_training.py", "results_dir", "mine"),
     "recovery, elsewhere": ("post_training.py", "output_dir", "."),
     "merged": ("merge_and_save_lora.py", "output_dir", "."),
+    "own text": ("generate_text.py", "results_dir", "mine"),
     "adapters evaluated": ("evaluate_lora_model.py", "output_file", "figures.json"),
 }
-KINDS = {case: case.replace(" ", "_") for case in ("teacher", "student", "global pruning", "gqa pruning", "merged")}
+KINDS = {
+    case: case.replace(" ", "_")
+    for case in ("teacher", "student", "global pruning", "gqa pruning", "merged", "own text")
+}
 KINDS |= {"soft labels": "student_softlabel", "recovery": "recovery", "recovery, elsewhere": "recovery"}
 KINDS |= {"quantized, default": "pruned_quantized", "quantized": "pruned_quantized", "export": "pruned_onnx"}
 
@@ -84,6 +88,8 @@ def config_of(case, world, target):
     known |= dict(throughput_batch_size=2, output_name="mine", overwrite=True, embedded=True, agreement_text="none")
     if name == "post_training.py":
         known["teacher"] = None
+    if name == "generate_text.py":
+        known |= dict(tokens=32, length=16, batch_size=2)
     if case == "soft labels":
         known["variant"] = "soft_labels"
     if "validation_fraction" in config_class().as_dict():
@@ -120,7 +126,7 @@ def test_a_users_files_stay(case, world, tmp_path, users, earlier):
     folder.mkdir(parents=True)
     if earlier and case in KINDS:  # a real result, and then a file of the user's
         (folder / "result.bin").write_bytes(b"ours")
-        record = "run.json" if case.endswith("pruning") else "stage.json"
+        record = "run.json" if case.endswith(("pruning", "text")) else "stage.json"
         seal(folder, {"stage": KINDS[case], "config": {}, "inputs": {}}, record)
     for name, value in users.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -157,6 +157,13 @@ RANGES = {
     },
     "merge": {"seed": HUGE},
     "evaluate": {"eval_length": "128", "eval_samples": f"-1 {HUGE}"},
+    "write": {
+        "tokens": "0",
+        "length": f"0 128 {HUGE}",
+        "temperature": "0 nan inf",
+        "batch_size": f"0 {HUGE}",
+        "seed": HUGE,
+    },
 }
 
 
@@ -173,7 +180,22 @@ def ranges() -> Iterable[Row]:
 
 
 def choices() -> Iterable[Row]:
-    for stage in ("1", "2", "8", "9", "10", "7", "plot", "prune", "gqa", "lora", "merge", "evaluate", "download"):
+    for stage in (
+        "1",
+        "2",
+        "8",
+        "9",
+        "10",
+        "7",
+        "plot",
+        "prune",
+        "gqa",
+        "lora",
+        "merge",
+        "evaluate",
+        "write",
+        "download",
+    ):
         yield Row(stage, ("--nope 1",))
     for stage, *flags in (
         ("8", "--preset nope"),
@@ -190,6 +212,7 @@ def choices() -> Iterable[Row]:
         ("prune", "--normalize nope"),
         ("lora", "--finetune_method nope"),
         ("download", "--only nope"),
+        ("write", "--device_map moon"),
         ("lora", "--lora_projections q_proj,lm_head"),
         ("prune", "--run_evaluation nope"),
         ("full", "--load_in_4bit"),

@@ -36,9 +36,10 @@ ON_THE_DISK = {
     "full": (("--results_dir {}",), "results/full", ("--results_dir", "full")),
     "merge": (("--output_dir {}/merged",), "results/merged", ("--output_dir", "merged")),
     "evaluate": (("--output_file {}/lora_evaluation.json",), "", ("--output_file", "lora_evaluation")),
+    "write": (("--results_dir {}",), "results/own_text", ("--results_dir", "own_text")),
     "download": (("--models_dir {}",), "downloads", ("--models_dir", "bert-local")),
 }
-HAVING_SEED = ("1", "2", "8", "10", "prune", "gqa", "lora", "full")
+HAVING_SEED = ("1", "2", "8", "10", "prune", "gqa", "lora", "full", "write")
 SEEDED = ["--seed 5"]
 
 

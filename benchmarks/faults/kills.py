@@ -61,6 +61,7 @@ SCENARIOS = (
     Scenario(
         "evaluate_lora_model over a result", "evaluate", ("--eval_samples 3",), (), ("results/lora_evaluation.json",)
     ),
+    Scenario("own text over a result", "write", (SEED,), ("results/own_text",)),
     Scenario("download", "download", ("--models_dir fetched",), ("fetched/bert-local", "fetched/distilbert-local")),
     Scenario("download over another", "download", ("--teacher models/teacher_model",), ("downloads/bert-local",)),
 )

@@ -34,6 +34,7 @@ OUTPUTS = [
     ("merge", ("--output_dir {}",), ""),
     ("evaluate", ("--output_file {}/figures.json",), "figures.json"),
     ("evaluate", ("--output_file {}/figures.json",), ""),
+    ("write", ("--results_dir {}", "--output_name mine"), "mine"),
     ("download", ("--models_dir {}",), "bert-local"),
     ("download", ("--models_dir {}",), "distilbert-local"),
 ]

@@ -49,13 +49,15 @@ STAGES = {
     " --output_dir results/merged",
     "evaluate": "evaluate_lora_model.py --pruned_model results/hgsp/models --lora_dir results/recovered"
     f" --output_file results/lora_evaluation.json --run_evaluation ppl --dtype float32 {EVALUATE}",
+    "write": "generate_text.py --base_model models/llm-local --results_dir results --tokens 64 --length 16"
+    " --batch_size 2 --dtype float32",
     "download": "download_model.py --teacher ../other/bert --student ../other/distilbert --data_dir ../data"
     " --models_dir downloads",
 }
 
 
 # Those that write to a fixed place: what is attacked is not the question whether a result may be replaced.
-OVERWRITING = ("1", "2", "9", "prune", "gqa", "lora", "full", "merge")
+OVERWRITING = ("1", "2", "9", "prune", "gqa", "lora", "full", "merge", "write")
 
 
 def command(stage: str, *flags: str) -> list[str]:

@@ -13,7 +13,7 @@ from compression.files import read_json, read_object
 from compression.integrity import RUN_FILE, SOURCE_FILE, STAGE_FILE, read_record
 from compression.lineage import Record, as_object
 from compression.model_card import kind_of
-from compression.outputs import EVALUATION_FILE, HISTORY_FILE, STUDIES
+from compression.outputs import EVALUATION_FILE, HISTORY_FILE, OWN_TEXT, STUDIES
 from compression.runtime import ROOT, UserError, first_line, relative_path
 
 RECOVERED = "recovered"
@@ -228,6 +228,8 @@ def _add_inputs(records: Records, checkpoint: Checkpoint) -> None:
 
 def _read_runs(records: Records) -> None:
     for path in sorted(records.results_dir.glob(f"[!.]*/{RUN_FILE}")):
+        if _record(records, path.parent, RUN_FILE).get("stage") == OWN_TEXT:
+            continue
         if run := _pruning_run(records, path.parent):
             records.results.append(run)
     for checkpoint in list(records.checkpoints.values()):
