@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 
 from compression.checkpoint import load_language_model
 from compression.config import Config, Flat, group, run_script
-from compression.decoder import decoder_of
 from compression.files import write_json
 from compression.inputs import require_language_model
-from compression.lineage import ancestors
-from compression.llm.agreement import FAST_AGREEMENT, Agreement, agreement, last_states, unseen_text
+from compression.lineage import texts_behind
+from compression.llm.agreement import FAST_AGREEMENT, Agreement, Reference, last_states, unseen_text
 from compression.llm.evaluate import (
     FAST_EVALUATION,
     Evaluation,
@@ -33,7 +32,6 @@ from compression.llm.evaluate import (
     measure_efficiency,
 )
 from compression.llm.lora import load_adapter, require_adapter
-from compression.model_card import data_of
 from compression.outputs import check_files, new_files
 from compression.page import update_page
 from compression.quantization import nf4_base
@@ -148,19 +146,16 @@ def add_agreement(
     config: LoraEvaluationConfig, models: dict[str, PreTrainedModel], tokenizer: Any, figures: dict[str, dict[str, Any]]
 ) -> None:
     """Compare the predictions of all models with the dense one's, on text that pruning was not calibrated on."""
-    stage, dense = read_stage(config.pruned_model) or {}, models[DENSE]
-    records = [stage, *(step.record for step in ancestors(stage))]
-    seen = {entry["name"] for record in records for entry in data_of(record)}
+    seen, dense = texts_behind(read_stage(config.pruned_model) or {}), models[DENSE]
     unseen = unseen_text(config.agreement, seen, config.data_dir, 0, tokenizer, dense)
     if unseen is None:
         return
-    states = last_states(dense, unseen.windows)
-    about = {"text": unseen.corpus.describe(), "windows": list(unseen.windows.shape)}
+    reference = Reference(unseen, last_states(dense, unseen.windows), dense.lm_head)
     for role, model in models.items():
         if model.config.vocab_size != dense.config.vocab_size:
             log.info("%s: predicts other tokens than the dense model, so their agreement is left out", role)
             continue
-        figures[role]["agreement"] = agreement(model, unseen.windows, states, decoder_of(dense).logits) | about
+        figures[role]["agreement"] = reference.compare(model)
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 
 from compression.config import NO_EFFECT, AtLeast, Between, Config, Flat, FolderName, group, pick, run_script
 from compression.hub import Publishing
+from compression.llm.agreement import FAST_AGREEMENT, Agreement
 from compression.llm.evaluate import FAST_EVALUATION, Evaluation
 from compression.llm.recovery import recover
 from compression.llm.recovery_settings import LEARNING_RATE, Recovery
@@ -97,7 +98,8 @@ class PostTrainingConfig(Config):
     hidden_weight: Annotated[float, AtLeast(0)] = 0.0
     """Weight of the states behind each layer, compared with those behind the same layer of the teacher."""
     teacher: Annotated[Path | None, NO_EFFECT] = None
-    """The model to learn from; by default the dense one that the records of the pruned model lead to."""
+    """The model to learn from and to be compared with; by default the dense one that the records of the pruned model
+    lead to."""
     teacher_offload: Annotated[Literal["none", "cpu", "disk"], NO_EFFECT] = "none"
     """Where the teacher's layers are that do not compute: none (on the device), cpu (in RAM), disk (in their files)."""
     teacher_cache: Annotated[int, AtLeast(0)] = 0
@@ -111,10 +113,13 @@ class PostTrainingConfig(Config):
         Training, num_epochs=2, batch_size=8, learning_rate=LEARNING_RATE, amp="auto", save_steps=100
     )
     evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
+    agreement: Flat[Agreement] = group(Agreement, agreement_text="auto")
     publishing: Flat[Publishing] = group(Publishing)
 
     presets: ClassVar = {
-        "fast": dict(finetune_samples=64, num_epochs=1, max_length=128, validation_samples=4) | FAST_EVALUATION,
+        "fast": dict(finetune_samples=64, num_epochs=1, max_length=128, validation_samples=4)
+        | FAST_EVALUATION
+        | FAST_AGREEMENT,
         "authors": AUTHORS,
         "headline": AUTHORS,
     }

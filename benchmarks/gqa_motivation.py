@@ -153,6 +153,7 @@ def main(config: MotivationConfig) -> None:
             num_epochs=config.finetune_epochs,
             learning_rate=config.finetune_learning_rate,
             seed=config.run.seed,
+            agreement_text="none",
             **config.evaluation.as_dict(),
         )
         recovery = pick(Recovery, training)

@@ -42,6 +42,19 @@ def ancestors(stage: Record) -> list[Ancestor]:
     return found
 
 
+def data_of(stage: Record) -> list[Record]:
+    """What a stage's data is, as its record says; each with a name."""
+    data = as_object(stage.get("data"))
+    entries = next((data[name] for name in ("calibration", "texts") if isinstance(data.get(name), list)), [data])
+    return [entry for entry in map(as_object, entries) if isinstance(entry.get("name"), str)]
+
+
+def texts_behind(stage: Record) -> set[str]:
+    """What the texts are called that a checkpoint, and what it was made from, were calibrated and trained on."""
+    records = [stage, *(step.record for step in ancestors(stage))]
+    return {entry["name"] for record in records for entry in data_of(record)}
+
+
 def input_of(stage: Record, role: str) -> Ancestor | None:
     """An input of a stage by its role, None where it has none."""
     entry = as_object(as_object(stage.get("inputs")).get(role))

@@ -21,7 +21,17 @@ from safetensors import SafetensorError, safe_open
 from compression.embedded import BERT_PACKAGE, LLM_PACKAGE
 from compression.files import read_object
 from compression.integrity import WEIGHT_FILES
-from compression.lineage import Ancestor, Record, ancestors, as_object, input_of, public, public_path, short_name
+from compression.lineage import (
+    Ancestor,
+    Record,
+    ancestors,
+    as_object,
+    data_of,
+    input_of,
+    public,
+    public_path,
+    short_name,
+)
 from compression.runtime import ROOT, UserError
 from compression.sources import LLM, STUDENT, TEACHER
 from compression.tables import Column, at, markdown_table
@@ -242,12 +252,14 @@ def figures_of(stage: Record) -> Iterator[Figure]:
     for task, found in as_object(model.get("zeroshot")).items():
         before = as_object(as_object(dense.get("zeroshot")).get(task)).get("acc")
         yield Figure("accuracy", found["acc"], task, "", f"zero-shot, n = {found['n']}", before)
-    if compared := as_object(metrics.get("agreement")):
+    if compared := as_object(metrics.get("agreement") or model.get("agreement")):
         windows, length = compared["windows"]
         where = compared["text"]["name"], compared["text"]["part"], f"{windows} windows of {length} tokens"
-        yield Figure("perplexity", compared["perplexity"]["pruned"], *where, compared["perplexity"]["dense"])
-        yield Figure("kl_from_dense", compared["kl"], *where)
-        yield Figure("top1_agreement_with_dense", compared["top1"], *where)
+        earlier = as_object(dense.get("agreement"))
+        before = earlier["perplexity"]["pruned"] if earlier else compared["perplexity"]["dense"]
+        yield Figure("perplexity", compared["perplexity"]["pruned"], *where, before)
+        yield Figure("kl_from_dense", compared["kl"], *where, earlier.get("kl"))
+        yield Figure("top1_agreement_with_dense", compared["top1"], *where, earlier.get("top1"))
 
 
 def other_figures(stage: Record) -> dict[str, float]:
@@ -260,13 +272,6 @@ def other_figures(stage: Record) -> dict[str, float]:
         found |= {key: number for key, number in entries.items() if isinstance(number, int | float)}
     shown = {name for figure in figures_of(stage) for name in (figure.metric, f"{figure.metric}_before")}
     return {name: value for name, value in found.items() if name not in shown}
-
-
-def data_of(stage: Record) -> list[Record]:
-    """What a stage's data is, as its record says; each with a name."""
-    data = as_object(stage.get("data"))
-    entries = next((data[name] for name in ("calibration", "texts") if isinstance(data.get(name), list)), [data])
-    return [entry for entry in map(as_object, entries) if isinstance(entry.get("name"), str)]
 
 
 def hub_data(entry: Record) -> str | None:

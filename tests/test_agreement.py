@@ -130,7 +130,7 @@ def test_embedded_text_that_calibration_has_not_seen_stands_in(tmp_path, tokeniz
     assert embedded == [("plots", "test"), ("reviews", "test")]
     with caplog.at_level("INFO", logger="compression"):
         assert find(tokenizer, seen=list(EMBEDDED.values())) is None
-    assert "left out (calibration has all there is); name a text: --agreement_text" in caplog.text
+    assert "left out (all there is has been seen); name a text: --agreement_text" in caplog.text
     assert find(tokenizer, "none") is None
 
 
@@ -207,7 +207,7 @@ def test_every_run_reports_it(base, other, tmp_path, script):
 def test_a_killed_run_compares_with_the_same_states(base, other, tmp_path):
     run_script(*words("run_global_pruning.py", base, tmp_path / "whole", other))
     killed = words("run_global_pruning.py", base, tmp_path / "killed", other, "--resume")
-    run_killed(*killed, at="compression.llm.run.agreement")
+    run_killed(*killed, at="compression.llm.agreement.agreement")
     assert list((tmp_path / "killed").glob(".one_*.resume/dense_states"))
     run_script(*killed)
     name = "one/evaluation/evaluation_results.json"

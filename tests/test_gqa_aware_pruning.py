@@ -487,7 +487,8 @@ def test_the_headlines_recipe_end_to_end(base, tmp_path):
     text = base.parent / "text.txt"
     texts = ["--dataset", tmp_path / "alpaca.json", "--validation_dataset", text, "--eval_ppl_datasets", text]
     flags = ["--pruned_model", models, "--output_dir", tmp_path / "lora", "--preset", "headline", *texts]
-    run_script("post_training.py", *flags, "--max_length", 100, "--eval_length", 32, "--eval_samples", 8)
+    lengths = ["--max_length", 100, "--eval_length", 32, "--eval_samples", 8, "--agreement_text", "none"]
+    run_script("post_training.py", *flags, *lengths)
     stage = read_stage(tmp_path / "lora")
     assert (stage["config"]["batch_size"], stage["config"]["lora_r"], stage["data"]["rows"]) == (128, 8, 8)
     assert stage["metrics"]["after"]["perplexity"]["text.txt"] > 1

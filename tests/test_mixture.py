@@ -9,10 +9,10 @@ from scripts import run_script
 
 from compression.checkpoint import load_language_model
 from compression.files import read_json
+from compression.lineage import data_of
 from compression.llm.mixture import Mixture, Weighted, parse_mixture, shares
 from compression.llm.run_settings import Calibration
 from compression.llm.text import Corpus
-from compression.model_card import data_of
 from compression.runtime import UserError
 
 

@@ -18,6 +18,7 @@ import merge_and_save_lora
 from compression.checkpoint import load_language_model, load_tensors
 from compression.config import pick
 from compression.files import read_json
+from compression.llm.agreement import agreement, last_states
 from compression.llm.lora import load_adapter
 from compression.llm.perplexity import perplexity
 from compression.llm.recovery import LanguageModelling, recover
@@ -25,7 +26,7 @@ from compression.llm.recovery_data import training_data
 from compression.llm.recovery_settings import Recovery
 from compression.llm.rows import of_instructions, of_windows, packed, read_instructions
 from compression.llm.teacher import LiveTeacher
-from compression.llm.text import load_corpus, tokenize, windows
+from compression.llm.text import load_corpus, sample_windows, tokenize, windows
 from compression.quantization import nf4_base
 from compression.runtime import UserError, setup_logging
 from compression.schedule import SCHEDULES
@@ -48,6 +49,7 @@ def folder(tmp_path_factory):
     save_decoder(folder / "dense", tiny_decoder(max_position_embeddings=128))
     save_decoder(folder / "pruned", pruned(), {"stage": "global_pruning", "parent": str(folder / "dense")})
     (folder / "text.txt").write_text(letters(6_000))
+    (folder / "unseen.txt").write_text(letters(6_000, seed=3))
     (folder / "alpaca.json").write_text(json.dumps(ALPACA))
     (folder / "alpaca.jsonl").write_text("\n".join(map(json.dumps, ALPACA)))
     return folder
@@ -62,6 +64,7 @@ def settings(folder, **changes):
         max_length=16,
         eval_length=16,
         eval_samples=8,
+        agreement_text="none",
         finetune_samples=24,
         validation_samples=4,
         batch_size=4,
@@ -440,6 +443,61 @@ def test_evaluation_side_by_side(folder, adapter, tmp_path, capsys):
     assert line.split()[6:] == [f"{figures['kl']:.3f}" for figures in compared.values()]
 
 
+# How near to the dense model on other text.
+
+
+def unseen(folder):
+    return dict(agreement_text=str(folder / "unseen.txt"), agreement_length=32, agreement_samples=4)
+
+
+def unseen_windows(folder):
+    _, tokenizer = load_language_model(folder / "dense")
+    ids = tokenize(tokenizer, load_corpus(str(folder / "unseen.txt"), "test"))
+    return sample_windows(ids, 32, 4, settings(folder).training.seed)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_is_compared_with_the_dense_model_on_text_that_it_has_not_seen(folder, tmp_path, method):
+    metrics = recover(settings(folder, finetune_method=method, **unseen(folder)), folder / "pruned", tmp_path / "out")
+    dense, _ = load_language_model(folder / "dense")
+    trained, _ = load_language_model(folder / "pruned" if method == "lora" else tmp_path / "out")
+    if method == "lora":
+        load_adapter(trained, tmp_path / "out", "--lora_dir")
+    windows = unseen_windows(folder)
+    models = {"before": load_language_model(folder / "pruned")[0], "after": trained}
+    for when, model in models.items():
+        expected = agreement(model, windows, last_states(dense, windows), dense.lm_head)
+        found = metrics[when]["agreement"]
+        assert {name: found[name] for name in expected} == expected, "by the dense model's own head"
+        assert found["text"]["name"] == "unseen.txt" and found["windows"] == [4, 32]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| kl_from_dense | {found['kl']:.4f} | {metrics['before']['agreement']['kl']:.4f} |" in card
+    plain = settings(folder, finetune_method=method)
+    recover(plain, folder / "pruned", tmp_path / "plain")
+    name = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    one, two = (load_tensors(tmp_path / each / name) for each in ("out", "plain"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items()), "comparing changes nothing"
+
+
+def test_without_the_dense_model_nothing_is_compared_unless_that_is_asked_for(folder, tmp_path, caplog):
+    save_decoder(tmp_path / "foundling", pruned())
+    small = dict(num_epochs=1, finetune_samples=4, agreement_length=32)
+    auto = settings(folder, **small, agreement_text="auto")
+    with caplog.at_level("INFO"):
+        metrics = recover(auto, tmp_path / "foundling", tmp_path / "out")
+    assert "agreement" not in metrics["before"] and "agreement" not in metrics["after"]
+    assert "Agreement with the dense model: left out (--agreement_text auto: needs the dense model, and " in caplog.text
+    asked = settings(folder, **small | unseen(folder))
+    with pytest.raises(UserError, match="unseen.txt: needs the dense model, and .* name it: --teacher"):
+        recover(asked, tmp_path / "foundling", tmp_path / "asked")
+    assert not list(tmp_path.glob("*asked*"))
+    named = settings(folder, **small | unseen(folder), teacher=folder / "dense")
+    found = recover(named, tmp_path / "foundling", tmp_path / "named")["before"]["agreement"]
+    dense, _ = load_language_model(folder / "dense")
+    windows = unseen_windows(folder)
+    assert found["kl"] == agreement(pruned(), windows, last_states(dense, windows), dense.lm_head)["kl"]
+
+
 # The command line.
 
 
@@ -449,7 +507,7 @@ TRAIN, MERGE, EVALUATE = "post_training.py", "merge_and_save_lora.py", "evaluate
 def training_flags(folder):
     """The pruned model, the text that it is trained and measured on, and short windows of it."""
     text = folder / "text.txt"
-    texts = ["--dataset", text, "--eval_ppl_datasets", text]
+    texts = ["--dataset", text, "--eval_ppl_datasets", text, "--agreement_text", "none"]
     return ["--pruned_model", folder / "pruned", *texts, "--max_length", 16, "--eval_length", 16]
 
 
@@ -491,7 +549,12 @@ def training_flags(folder):
         (TRAIN, "--teacher_cache 8", "--teacher_cache 8: is used with --kd_weight above 0 alone; give that too"),
         (TRAIN, "--teacher_offload cpu", "--teacher_offload cpu: is used with --kd_weight or --hidden_weight above 0"),
         (TRAIN, "--kd_weight 0.5 --teacher_cache 121", "--teacher_cache 121: allowed is 0 to 120"),
-        (TRAIN, "--teacher {}/dense", "dense: is used with --kd_weight or --hidden_weight above 0, or with --lora_"),
+        (TRAIN, "--teacher {}/dense", "dense: is used with --kd_weight or --hidden_weight above 0, with --lora_ran"),
+        (TRAIN, "--agreement_text wiki", "--agreement_text wiki: no such file; allowed are auto, none, a text file"),
+        (TRAIN, "--agreement_text {}/text.txt", "text.txt: is in --dataset; name another text, or none"),
+        (TRAIN, "--agreement_text {}/unseen.txt", "--agreement_length 512: allowed is at most 128, the model's pos"),
+        (TRAIN, "--agreement_text {}/unseen.txt --pruned_model {}/dense", "unseen.txt: needs the dense model, and "),
+        (TRAIN, "--agreement_text auto --teacher nowhere", "--teacher nowhere: no checkpoint there; make it with"),
         (TRAIN, "--hidden_weight -1", "--hidden_weight -1.0: allowed is at least 0"),
         (TRAIN, "--hidden_weight 1 --teacher_cache 8", "--teacher_cache 8: keeps no hidden states; not "),
         (TRAIN, "--hidden_weight 1 --pruned_model {}/dense", "--hidden_weight: needs the dense model, and "),
@@ -584,6 +647,12 @@ def test_two_processes_agree_with_one(folder, tmp_path):
         16,
         "--eval_samples",
         8,
+        "--agreement_text",
+        folder / "unseen.txt",
+        "--agreement_length",
+        32,
+        "--agreement_samples",
+        5,
         "--batch_size",
         8,
         "--gradient_accumulation_steps",
@@ -622,3 +691,4 @@ def test_two_processes_agree_with_one(folder, tmp_path):
     assert two["before"] == one["before"]
     for name, value in one["after"]["perplexity"].items():
         assert two["after"]["perplexity"][name] == pytest.approx(value, rel=1e-4)
+    assert two["after"]["agreement"]["kl"] == pytest.approx(one["after"]["agreement"]["kl"], rel=1e-3)

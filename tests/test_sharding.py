@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     save_decoder(folder / "dense", tiny_decoder(max_position_embeddings=128))
     save_decoder(folder / "pruned", pruned(), {"stage": "global_pruning", "parent": str(folder / "dense")})
     (folder / "text.txt").write_text(letters(6_000))
+    (folder / "unseen.txt").write_text(letters(6_000, seed=3))
     return folder
 
 
@@ -35,6 +36,7 @@ def flags(folder, *more):
     text = folder / "text.txt"
     words = ["--pruned_model", folder / "pruned", "--dataset", text, "--eval_ppl_datasets", text, "--results_dir"]
     words += [folder, "--max_length", 16, "--eval_length", 16, "--eval_samples", 7, "--finetune_samples", 24]
+    words += ["--agreement_text", folder / "unseen.txt", "--agreement_length", 16, "--agreement_samples", 5]
     words += ["--validation_samples", 3, "--batch_size", 4, "--gradient_accumulation_steps", 2, "--save_steps", 2]
     return [TRAIN, *words, "--learning_rate", "1e-3", "--amp", "no", "--kd_weight", 0.5, *more]
 
@@ -68,6 +70,8 @@ def check_same(one, two, method, tolerance):
             second[when]["parameters"] == first[when]["parameters"] and second[when]["layers"] == first[when]["layers"]
         )
         assert second[when]["perplexity"] == pytest.approx(first[when]["perplexity"], rel=tolerance)
+        one_kl, two_kl = (metrics[when]["agreement"]["kl"] for metrics in (first, second))
+        assert two_kl == pytest.approx(one_kl, rel=10 * tolerance)
     first, second = (load_tensors(folder / WEIGHTS[method]) for folder in (one, two))
     assert first.keys() == second.keys()
     for name, value in first.items():

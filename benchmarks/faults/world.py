@@ -27,7 +27,7 @@ PRUNE = (
 TRAIN = "--data_dir ../data --models_dir models --num_epochs 1 --batch_size 16 --max_length 16"
 RECOVER = (
     f"--pruned_model results/hgsp/models --dataset {TEXT} --max_length 16 --finetune_samples 8 --batch_size 4 "
-    f"--num_epochs 1 --validation_samples 2 {EVALUATE} --dtype float32"
+    f"--num_epochs 1 --validation_samples 2 --agreement_text none {EVALUATE} --dtype float32"
 )
 # Every stage's command line in the tiny world; the order is one in which each finds its inputs.
 STAGES = {

@@ -1,11 +1,12 @@
-"""How far a pruned model's predictions are from the dense model's, on text that calibration has not seen.
+"""How far a smaller model's predictions are from the dense model's, on text that it was not calibrated or trained on.
 
-Perplexity on text like the calibration text flatters a pruned model; the divergence from the dense model on other text
-shows what was lost. Of the dense model no more is kept than its last hidden states [windows, length, hidden]: the
+Perplexity on text like what it has seen flatters a model; the divergence from the dense model on other text shows what
+was lost. Of the dense model no more is kept than its last hidden states [windows, length, hidden]: the
 logits of both models are computed anew from these, a few tokens at a time.
 """
 
 from collections.abc import Callable, Collection
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compression.checkpoint import check_positions
-from compression.config import AtLeast, Settings
-from compression.decoder import decoder_of
+from compression.config import AtLeast, Originally, Settings
+from compression.decoder import Decoder, decoder_of
 from compression.distillation import soft_label_losses
 from compression.llm.head import in_blocks
 from compression.llm.layerwise import final_states
@@ -40,12 +41,13 @@ FAST_AGREEMENT = dict(agreement_samples=2)
 class Agreement(Settings):
     """On which text a model's predictions are compared with the dense model's."""
 
-    agreement_text: str = "auto"
-    """Text that calibration has not seen, for KL and agreement with the dense model: a name or file as of --dataset;
-    auto: passages of zeroshot/ in data_dir (hellaswag, boolq), else film plots, else film reviews; or none."""
-    agreement_samples: Annotated[int, AtLeast(1)] = 8
+    agreement_text: Annotated[str, Originally("none")] = "auto"
+    """Text that neither calibration nor training has seen, for KL and agreement with the dense model: a name or file as
+    of --dataset; auto: passages of zeroshot/ in data_dir (hellaswag, boolq), else film plots, else film reviews; or
+    none."""
+    agreement_samples: Annotated[int, AtLeast(1), Originally(8)] = 8
     """Windows of it."""
-    agreement_length: Annotated[int, AtLeast(2)] = 512
+    agreement_length: Annotated[int, AtLeast(2), Originally(512)] = 512
     """Tokens per window there."""
 
     def check(self) -> None:
@@ -56,17 +58,53 @@ class Agreement(Settings):
             )
 
     def check_unseen(self, calibrated: Collection[str]) -> None:
-        """Raise UserError where the text is one of those that calibration takes."""
+        """Raise UserError where the text is one of those that calibration or training takes."""
         if any(same_text(self.agreement_text, name) for name in calibrated):
             raise UserError(f"--agreement_text {self.agreement_text}: is in --dataset; name another text, or none")
 
 
 @dataclass(frozen=True)
 class Unseen:
-    """Text that calibration has not seen: where it is from, and token ids [count, length]."""
+    """Text that neither calibration nor training has seen: where it is from, and token ids [count, length]."""
 
     corpus: Corpus
     windows: Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the dense model says of such a text, to compare other models with.
+
+    Attributes:
+        states: see `last_states`.
+        head: the dense model's; None: it is the other models' own, which pruning leaves as it is.
+    """
+
+    text: Unseen
+    states: Tensor
+    head: nn.Module | None = None
+
+    def compare(self, model: PreTrainedModel, batch_size: int = 1) -> dict[str, Any]:
+        """How far a model's predictions are from the dense one's: see `agreement`; and on which text. Logs it."""
+        windows, logits = self.text.windows, None
+        if self.head is not None:
+            logits = partial(_logits_by, decoder_of(model), deepcopy(self.head).to(model.device))
+        found = agreement(model, windows, self.states, logits, batch_size)
+        log.info(
+            "On %s, not calibrated or trained on (%d windows of %d tokens): KL to the dense model %.3f, same first "
+            "choice %.1f %%, perplexity %.2f -> %.2f",
+            self.text.corpus.name,
+            *windows.shape,
+            found["kl"],
+            100 * found["top1"],
+            *found["perplexity"].values(),
+        )
+        return found | {"text": self.text.corpus.describe(), "windows": list(windows.shape)}
+
+
+def _logits_by(decoder: Decoder, head: nn.Module, states: Tensor) -> Tensor:
+    """Logits by another model's head, in its own type."""
+    return decoder.logits(states.to(next(head.parameters()).dtype), head=head)
 
 
 def unseen_text(
@@ -80,7 +118,7 @@ def unseen_text(
     """The text that models are compared on; None where there is none, which is logged unless it was asked for.
 
     Args:
-        seen: what the texts of calibration are called, see `Corpus.name`.
+        seen: what the texts of calibration and training are called, see `Corpus.name`.
         seed: of which windows are taken.
 
     Raises:
@@ -90,7 +128,7 @@ def unseen_text(
     if settings.agreement_text == "none":
         return None
     if settings.agreement_text == "auto":
-        corpus, problem = None, "calibration has all there is"
+        corpus, problem = None, "all there is has been seen"
         try:
             corpus = _pick(seen, data_dir)
         except UserError as error:
@@ -107,7 +145,7 @@ def unseen_text(
 
 
 def _pick(seen: Collection[str], data_dir: str | None) -> Corpus | None:
-    """The first text that is there and that calibration has not seen."""
+    """The first text that is there and has not been seen."""
     for task in PASSAGES if data_dir is not None else ():
         path = Path(str(data_dir)).expanduser() / "zeroshot" / task / "validation.jsonl"
         if path.is_file():

@@ -5,7 +5,8 @@ al. 2023), or all weights are. The loss is that of language modelling, with a sh
 where `kd_weight` asks for it, and a term for its hidden states where `hidden_weight` does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from compression.distillation import relative_errors
 from compression.files import read_object
 from compression.inputs import require_language_model
 from compression.integrity import digest_of
+from compression.lineage import data_of, texts_behind
+from compression.llm.agreement import Reference, last_states, unseen_text
 from compression.llm.evaluate import evaluation_windows, measure, sizes
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
 from compression.llm.lora import adapter_weights, add_lora, draw_adapter, ranks_by_share, write_adapter
@@ -34,6 +37,7 @@ from compression.llm.recovery_settings import Recovery
 from compression.llm.rows import Packed, Sequences
 from compression.llm.spread import load_unfilled, save_spread, spread
 from compression.llm.teacher import KeptTeacher, LiveTeacher, Teacher, keep_largest
+from compression.offload import pick_offload
 from compression.outputs import HISTORY_FILE, KEPT_LOGITS, STATES_END, Output, owned
 from compression.quantization import nf4_base
 from compression.runtime import UserError, log, pick_device, pick_dtype, processes, seed_everything, shown
@@ -42,6 +46,7 @@ from compression.sharding import fill, within
 from compression.stage_record import contents, describe_stage, identify, is_made_from, read_stage
 from compression.structures import DECODERS
 from compression.training import Recipe, clean_up, fit
+from compression.weights import Shards
 
 RANK_FLAG = "--lora_rank_by_share"
 
@@ -125,7 +130,8 @@ def recover(
         record: what `stage.json` says of the settings besides those of the recovery.
 
     Returns:
-        The metrics, as in `stage.json`: what `measure` finds `before` and `after`.
+        The metrics, as in `stage.json`: what `measure` finds `before` and `after`, with the agreement with the dense
+        model where that is there.
 
     Raises:
         UserError: an input that is missing or of the wrong kind, or an output that must not be replaced.
@@ -134,15 +140,13 @@ def recover(
     place = Output(output, flag, "recovery")
     place.check(filter(None, [pruned, recovery.teacher]))
     recovery.evaluation.check_zero_shot(data_dir)
-    dense = find_dense(recovery, pruned)
+    dense = find_dense(recovery, pruned, recovery.needs_dense) if recovery.needs_dense else None
     teacher = dense if recovery.learns else None
     layers = kept_layers(pruned, dense, "--hidden_weight") if dense and recovery.hidden_weight else []
     recovery = recovery.updated(lora_projections=named_projections(recovery.lora_projections, pruned)).in_one_epoch()
     inputs = {"parent": identify(pruned)} | ({"teacher": identify(teacher)} if teacher else {})
-    seed_everything(recovery.training.seed)
-    device = pick_device()
-    model, tokenizer = load_student(recovery, pruned, device)
-    train, data = training_data(recovery, data_dir, tokenizer, model)
+    skeleton, tokenizer = load_unfilled(pruned, training_dtype(recovery))
+    train, data = training_data(recovery, data_dir, tokenizer, skeleton)
     inputs["data"] = {"name": data["name"], "sha256": train.digest()}
     same = is_made_from(output, recovery.result_fields(), inputs, modernized=lambda noted: recovery.originals() | noted)
     if recovery.training.skip_existing and same and (earlier := read_stage(output)):
@@ -150,18 +154,27 @@ def recover(
         return earlier["metrics"]
     place.check_same(same, overwrite)
     held_out = validation_windows(recovery, data_dir, tokenizer)
-    tests = evaluation_windows(recovery.evaluation, data_dir, tokenizer, model)
+    tests = evaluation_windows(recovery.evaluation, data_dir, tokenizer, skeleton)
     # The same folder names keep runs with other settings or inputs apart.
     key = digest_of([recovery.result_fields(), contents(inputs), recovery.states_of], 12)
     work_dir, parts = (output.with_name(f".{output.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}"))
     with owned(output, work_dir, parts):
         saved = SavedParts(parts, recovery.training.resume)
+        seen = {entry["name"] for entry in data_of({"data": data})} | texts_behind(read_stage(pruned) or {})
+        # Before the student, so that the dense model is not there beside it.
+        reference = find_reference(recovery, pruned, seen, data_dir, parts) if recovery.compares else None
+        seed_everything(recovery.training.seed)
+        model = load_student(recovery, pruned, pick_device())
         bare = sizes(model)
         shares = pruned_shares(model, pruned, dense, RANK_FLAG) if dense and recovery.lora_rank_by_share else None
         student = Student(recovery, model, pruned, shares)
         learned_from = make_teacher(recovery, teacher, layers, train, output, parts) if teacher else None
-        figures = partial(student.compute, partial(measure, model, tokenizer, tests, recovery.evaluation, data_dir))
-        before = saved.json("before", lambda: figures() | bare)
+
+        def figures() -> dict[str, Any]:
+            found = measure(model, tokenizer, tests, recovery.evaluation, data_dir)
+            return found if reference is None else found | {"agreement": reference.compare(model)}
+
+        before = saved.json("before", lambda: student.compute(figures) | bare)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         log.info("Trained: %.2f million weights of %.2f", trained / 1e6, before["parameters"]["total"] / 1e6)
         history = fit(
@@ -176,7 +189,7 @@ def recover(
         )
 
         model.eval()
-        metrics = {"before": before, "after": figures(), "trained": trained}
+        metrics = {"before": before, "after": student.compute(figures), "trained": trained}
         stage = describe_stage("recovery", (record or {}) | recovery.as_dict(), inputs, metrics, data)
         student.save(output, tokenizer, stage, {HISTORY_FILE: history})
         clean_up(work_dir)
@@ -206,14 +219,14 @@ def named_projections(names: str, folder: Path) -> str:
     return names
 
 
-def load_student(
-    recovery: Recovery, folder: Path, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_student(recovery: Recovery, folder: Path, device: torch.device) -> PreTrainedModel:
     """The model to train; where it will be spread over processes, without its weights."""
     dtype = training_dtype(recovery)
     if recovery.spread:
-        return load_unfilled(folder, dtype)
-    return load_language_model(folder, device, dtype, nf4_base() if recovery.load_in_4bit else None)
+        model, _ = load_unfilled(folder, dtype)
+    else:
+        model, _ = load_language_model(folder, device, dtype, nf4_base() if recovery.load_in_4bit else None)
+    return model
 
 
 class Student:
@@ -263,16 +276,17 @@ def training_dtype(recovery: Recovery) -> torch.dtype:
     return torch.float32 if recovery.finetune_method == "full" else pick_dtype(recovery.dtype, "Frozen weights")
 
 
-def find_dense(recovery: Recovery, pruned: Path) -> Path | None:
-    """The checkpoint to learn from, or to compare the pruned one with; None where nothing needs it.
+def find_dense(recovery: Recovery, pruned: Path, flag: str) -> Path:
+    """The checkpoint to learn from, or to compare the pruned one with.
+
+    Args:
+        flag: what needs it, for the error text.
 
     Raises:
         UserError: it is not there, or not known; its vocabulary or hidden size is another one, or the former smaller
             than `teacher_cache`.
     """
-    if recovery.needs_dense is None:
-        return None
-    dense = recovery.teacher or dense_of(pruned, recovery.needs_dense)
+    dense = recovery.teacher or dense_of(pruned, flag)
     require_language_model(dense, "--teacher", "python download_model.py --only llm")
     found, wanted = (read_object(folder / "config.json") for folder in (dense, pruned))
     for field, what in (("vocab_size", "tokens"), ("hidden_size", "hidden features")):
@@ -282,6 +296,35 @@ def find_dense(recovery: Recovery, pruned: Path) -> Path | None:
             )
     Between(0, wanted.get("vocab_size") or 0).check("teacher_cache", recovery.teacher_cache)
     return dense
+
+
+def find_reference(
+    recovery: Recovery, pruned: Path, seen: Collection[str], data_dir: str | None, scratch: Path
+) -> Reference | None:
+    """What the trained model's predictions are compared with, on text that it has not seen; None where the dense model
+    or such a text is not there, which is logged.
+
+    Args:
+        seen: what the texts of calibration and training are called.
+        scratch: for what an offloaded dense model does not keep in memory.
+
+    Raises:
+        UserError: one of them is not there, and was named.
+    """
+    try:
+        dense = find_dense(recovery, pruned, f"--agreement_text {recovery.agreement.agreement_text}")
+    except UserError as problem:
+        if recovery.agreement.agreement_text != "auto" or recovery.teacher is not None:
+            raise
+        log.info("Agreement with the dense model: left out (%s)", problem)
+        return None
+    device, dtype = processes().device, pick_dtype(recovery.dtype, "Dense model")
+    place = pick_offload("auto", Shards(dense), device, dtype)
+    model, tokenizer = load_language_model(dense, device, dtype, offload=place, scratch=scratch)
+    unseen = unseen_text(recovery.agreement, seen, data_dir, recovery.training.seed, tokenizer, model)
+    if unseen is None:
+        return None
+    return Reference(unseen, last_states(model, unseen.windows), deepcopy(model.lm_head).cpu())
 
 
 def make_teacher(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from compression.config import NO_EFFECT, AtLeast, Originally, Settings
+from compression.llm.agreement import Agreement
 from compression.llm.evaluate import Evaluation
 from compression.llm.mixture import Weighted, check_one_of_each, parse_mixture
 from compression.llm.rows import is_instruction_file
@@ -48,10 +49,12 @@ class Recovery(Settings):
     schedule: Annotated[ScheduleName, Originally("linear")]
     training: Training
     evaluation: Evaluation
+    agreement: Agreement
 
     def check(self) -> None:
         self.evaluation.check_allowed(EVALUATIONS)
         self._check_texts()
+        self.agreement.check_unseen([text.name for text in self.texts])
         if self.finetune_method == "full" and self.load_in_4bit:
             raise UserError("--load_in_4bit: not allowed with --finetune_method full; use --finetune_method lora")
         if self.finetune_method == "full" and self.dtype not in ("auto", "float32"):
@@ -78,10 +81,10 @@ class Recovery(Settings):
                 f"--teacher_offload {self.teacher_offload}: is used with --kd_weight or --hidden_weight above 0 alone; "
                 "give one of them too"
             )
-        if self.teacher is not None and self.needs_dense is None:
+        if self.teacher is not None and self.needs_dense is None and not self.compares:
             raise UserError(
-                f"--teacher {self.teacher}: is used with --kd_weight or --hidden_weight above 0, or with "
-                "--lora_rank_by_share, alone; give one of them too"
+                f"--teacher {self.teacher}: is used with --kd_weight or --hidden_weight above 0, with "
+                "--lora_rank_by_share or with --agreement_text alone; give one of them too"
             )
 
     def _check_texts(self) -> None:
@@ -121,6 +124,11 @@ class Recovery(Settings):
     def learns(self) -> bool:
         """Whether anything is learned from a teacher."""
         return bool(self.kd_weight or self.hidden_weight)
+
+    @property
+    def compares(self) -> bool:
+        """Whether predictions are compared with the dense model's, before and after."""
+        return self.agreement.agreement_text != "none" and self.evaluation.run_evaluation != "none"
 
     @property
     def needs_dense(self) -> str | None:

@@ -24,7 +24,7 @@ from compression.decoder import decoder_of
 from compression.files import link_or_copy, read_json, write_json
 from compression.inputs import require_unquantized
 from compression.integrity import RUN_FILE, digest_of, seal
-from compression.llm.agreement import Unseen, agreement, last_states, unseen_text
+from compression.llm.agreement import Reference, last_states, unseen_text
 from compression.llm.evaluate import efficiency_ratios, evaluation_windows, measure, measure_efficiency
 from compression.llm.mixture import Mixture
 from compression.llm.recovery import recover
@@ -248,7 +248,8 @@ class Run:
             log.info("MACs of the layers x %.3f; prefill x %.2f, decode x %.2f as fast", *ratios.values())
             results["efficiency"] = costs | {"ratios": ratios}
         if self.unseen is not None and self.dense_states is not None:
-            results["agreement"] = self._agreement(model, self.unseen, self.dense_states)
+            reference = Reference(self.unseen, self.dense_states, self.dense_head)
+            results["agreement"] = reference.compare(model, self.config.calibration.gradient_batch_size)
         gone, sizes = results["reduction"], [figures["parameters"]["total"] / 1e6 for figures in (dense, pruned)]
         log.info(
             "Gone: %.1f %% of the layers' parameters, %.1f %% of the whole model's (%.1f -> %.1f million); "
@@ -260,22 +261,6 @@ class Run:
             len(pruned["layers"]),
         )
         return results
-
-    def _agreement(self, model: PreTrainedModel, unseen: Unseen, dense_states: Tensor) -> dict[str, Any]:
-        """How far the pruned model's predictions are from the dense one's on text that calibration has not seen."""
-        batch_size = self.config.calibration.gradient_batch_size
-        dense_logits = partial(decoder_of(model).logits, head=self.dense_head)
-        found = agreement(model, unseen.windows, dense_states, dense_logits, batch_size)
-        log.info(
-            "On %s, not calibrated on (%d windows of %d tokens): KL to the dense model %.3f, same first choice "
-            "%.1f %%, perplexity %.2f -> %.2f",
-            unseen.corpus.name,
-            *unseen.windows.shape,
-            found["kl"],
-            100 * found["top1"],
-            *found["perplexity"].values(),
-        )
-        return found | {"text": unseen.corpus.describe(), "windows": list(unseen.windows.shape)}
 
 
 def calibration_text(

@@ -193,4 +193,5 @@ def recovery_after(config: RunConfig) -> Recovery:
             skip_existing=run.resume,
         ),
         evaluation=evaluation.updated(run_evaluation=",".join(measured) or "none"),
+        agreement=config.agreement,
     )
