@@ -119,7 +119,7 @@ class GQAAwarePruningConfig(Config):
     calibration: Flat[Calibration] = group(
         Calibration, dataset="wikitext2", num_samples=8, repair_samples=64, sequence_length=1024
     )
-    evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
+    evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl")
     agreement: Flat[Agreement] = group(Agreement, agreement_text="auto")
     finetuning: Flat[Finetuning] = group(Finetuning, finetune=False)
     publishing: Flat[Publishing] = group(Publishing)

@@ -112,7 +112,7 @@ class PostTrainingConfig(Config):
     training: Flat[Training] = group(
         Training, num_epochs=2, batch_size=8, learning_rate=LEARNING_RATE, amp="auto", save_steps=100
     )
-    evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl", eval_ppl_datasets="wikitext2")
+    evaluation: Flat[Evaluation] = group(Evaluation, run_evaluation="ppl")
     agreement: Flat[Agreement] = group(Agreement, agreement_text="auto")
     publishing: Flat[Publishing] = group(Publishing)
 

@@ -77,7 +77,7 @@ class MotivationConfig(Config):
     """Folder with wikitext2/ and ptb/."""
     run: Flat[RunSettings] = group(RunSettings, output_name="gqa_motivation")
     calibration: Flat[Calibration] = group(Calibration, num_samples=8)
-    evaluation: Flat[Evaluation] = group(Evaluation, eval_samples=30)
+    evaluation: Flat[Evaluation] = group(Evaluation, eval_ppl_datasets="wikitext2", eval_samples=30)
 
     presets: ClassVar = {"fast": {**FAST, "finetune_samples": 16}}
 

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import WORDS, letters, pruning_flags
+from conftest import WORDS, letters, pruning_flags, tiny_decoder
 from scripts import run_script
 
 from compression.checkpoint import load_language_model
 from compression.files import read_json
 from compression.lineage import data_of
+from compression.llm.evaluate import Evaluation, evaluation_windows
 from compression.llm.mixture import Mixture, Weighted, parse_mixture, shares
 from compression.llm.run_settings import Calibration
 from compression.llm.text import Corpus
@@ -247,3 +248,62 @@ def test_instructions_beside_a_text_are_text_and_alone_are_instructions(base, in
     alone, beside = (read_json(tmp_path / name / "stage.json")["data"] for name in ("alone", "beside"))
     assert (alone["name"], alone["rows"]) == ("rows.jsonl", 4) and alone["tokens"] < alone["tokens_read"] - 4
     assert (beside["name"], beside["tokens"]) == ("rows.jsonl, text.txt", 4 * 99)
+
+
+# What perplexity is measured on.
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder with WikiText-2, and beside it texts of one's own: a long one, a short one, instructions."""
+    (tmp_path / "wikitext2").mkdir()
+    for number, part in enumerate(("train", "valid", "test")):
+        (tmp_path / "wikitext2" / f"wiki.{part}.raw").write_text(letters(3200, seed=number))
+    (tmp_path / "mine.txt").write_text(letters(33_000, seed=4))
+    (tmp_path / "short.txt").write_text(letters(100, seed=5))
+    rows = [{"instruction": f"{letter} b", "output": "c d e"} for letter in letters(300).split()]
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def measured(tokenizer, folder, *dataset, **fields):
+    names = [str(folder / name) if "." in name else name for name in dataset]
+    settings = Evaluation(eval_length=16, **fields)
+    return evaluation_windows(settings, str(folder), tokenizer, tiny_decoder(), names)
+
+
+def test_perplexity_is_of_wikitext2_and_of_each_text_that_calibration_takes(tokenizer, texts, caplog):
+    sizes = {name: len(ids) for name, ids in measured(tokenizer, texts, "mine.txt", "wikitext2").items()}
+    assert sizes == {"wikitext2": 3200 // 16, "mine.txt": 128}, "all of WikiText-2, which everyone measures on"
+    found = measured(tokenizer, texts, "mine.txt", eval_samples=150)
+    assert [len(ids) for ids in found.values()] == [150, 150]
+    named = measured(tokenizer, texts, "mine.txt", eval_ppl_datasets=str(texts / "mine.txt"))
+    assert list(named) == ["mine.txt"] and len(named["mine.txt"]) > 200, "what is named is measured whole"
+    assert torch.equal(found["mine.txt"], named["mine.txt"][:150])
+    assert list(measured(tokenizer, texts)) == list(measured(tokenizer, texts, "alpaca.json")) == ["wikitext2"]
+    assert list(measured(tokenizer, texts, "wikitext2", "alpaca.json")) == ["wikitext2", "alpaca.json"]
+    with caplog.at_level("INFO", logger="compression"):
+        assert list(measured(tokenizer, texts, "wikitext2", "short.txt")) == ["wikitext2"]
+    assert "short.txt: left out (short.txt has 10 tokens, less than one window of 16; use a shorter" in caplog.text
+    with pytest.raises(UserError, match="short.txt has 10 tokens"):
+        measured(tokenizer, texts, eval_ppl_datasets=str(texts / "short.txt"))
+
+
+def test_texts_of_one_name_are_told_apart_and_one_text_is_measured_once(tokenizer, texts):
+    for name, seed in (("other", 4), ("another", 6)):
+        (texts / name).mkdir()
+        (texts / name / "mine.txt").write_text(letters(33_000, seed=seed))
+    found = measured(tokenizer, texts, "mine.txt", "other/mine.txt", "another/mine.txt")
+    assert list(found) == ["wikitext2", "mine.txt", "mine.txt (2)"]
+
+
+def test_a_run_measures_on_the_texts_that_it_is_calibrated_and_trained_on(base, texts):
+    flags = [*pruning_flags(base, texts / "results"), "--data_dir", texts, "--output_name", "run", "--finetune"]
+    flags[flags.index("--dataset") + 1] = f"wikitext2,{texts / 'mine.txt'}:2"
+    flags[flags.index("--eval_ppl_datasets") + 1] = "auto"
+    run_script("run_global_pruning.py", *flags)
+    found = read_json(texts / "results" / "run" / "evaluation" / "evaluation_results.json")
+    for role in ("dense", "pruned", "finetuned"):
+        assert list(found[role]["perplexity"]) == ["wikitext2", "mine.txt"]
+    card = (texts / "results" / "run" / "models" / "README.md").read_text()
+    assert f"| perplexity | {found['pruned']['perplexity']['mine.txt']:.4f} |" in card

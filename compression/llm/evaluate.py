@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count
 from typing import Annotated, Any
 
 import torch
@@ -13,6 +14,7 @@ from compression.checkpoint import check_positions
 from compression.config import AtLeast, Settings
 from compression.flops import count_macs, count_parameters
 from compression.llm.perplexity import perplexity
+from compression.llm.rows import is_instruction_file
 from compression.llm.text import load_corpus, tokenize, windows
 from compression.llm.zeroshot import check_tasks, zero_shot
 from compression.offload import offload_of
@@ -27,6 +29,7 @@ SAMPLES = 3
 """Windows of each text whose beginnings a model goes on from, to be read side by side."""
 
 
+STANDARD, WINDOWS_OF_OTHERS = "wikitext2", 128
 EVALUATIONS = ("ppl", "zeroshot", "efficiency")
 FAST_EVALUATION = dict(eval_samples=4, eval_zeroshot_limit=20, efficiency_repeats=3)
 
@@ -37,12 +40,13 @@ class Evaluation(Settings):
 
     run_evaluation: str = "ppl"
     """What is measured of each model: some of ppl,zeroshot,efficiency, or all, or none."""
-    eval_ppl_datasets: str = "wikitext2"
-    """Texts for perplexity, separated by commas: those of --dataset, without weights."""
+    eval_ppl_datasets: str = "auto"
+    """Texts for perplexity, separated by commas: those of --dataset, without weights; auto: wikitext2, and of each
+    other text that --dataset names the first 128 windows."""
     eval_length: int = 1024
     """Tokens per window there."""
     eval_samples: Annotated[int, AtLeast(0)] = 0
-    """Number of windows; 0: the whole test part."""
+    """Number of windows of each; 0: the whole test part."""
     eval_zeroshot_tasks: str = "piqa,hellaswag,winogrande,arc_easy"
     """Tasks of lm-evaluation-harness, separated by commas."""
     eval_zeroshot_limit: Annotated[int, AtLeast(0)] = 0
@@ -68,6 +72,20 @@ class Evaluation(Settings):
         """Whether a kind of evaluation is asked for."""
         return what in self.run_evaluation.split(",") or self.run_evaluation == "all"
 
+    def texts(self, calibrated: Sequence[str]) -> list[tuple[str, int | None]]:
+        """Texts for perplexity, and of how many windows at most.
+
+        Args:
+            calibrated: what calibration and training take, which `auto` goes by.
+        """
+        limit = self.eval_samples or None
+        if self.eval_ppl_datasets != "auto":
+            return [(name, limit) for name in self.eval_ppl_datasets.split(",")]
+        others = [name for name in calibrated if name != STANDARD]
+        if len(calibrated) == 1 and is_instruction_file(calibrated[0]):
+            others = []  # all of its rows are trained on
+        return [(STANDARD, limit), *((name, limit or WINDOWS_OF_OTHERS) for name in others)]
+
     @property
     def tasks(self) -> list[str]:
         """The zero-shot tasks."""
@@ -80,26 +98,41 @@ class Evaluation(Settings):
 
 
 def evaluation_windows(
-    evaluation: Evaluation, data_dir: str | None, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    evaluation: Evaluation,
+    data_dir: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    calibrated: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Windows [count, length] of the test part of each text that perplexity is measured on, by name.
 
     Args:
         data_dir: folder with the texts; None asks the hub.
         model: whose positions `eval_length` is checked against.
+        calibrated: see `Evaluation.texts`.
 
     Raises:
-        UserError: a text that is not there, or that is shorter than a window; windows beyond the model's positions.
+        UserError: a text that is not there, or that is shorter than a window, unless only `auto` takes it, which is
+            logged; windows beyond the model's positions.
     """
     if evaluation.evaluates("ppl") or evaluation.evaluates("efficiency"):
         check_positions(model, "eval_length", evaluation.eval_length)
     if not evaluation.evaluates("ppl"):
         return {}
-    found = {}
-    for name in evaluation.eval_ppl_datasets.split(","):
-        corpus = load_corpus(name, "test", data_dir, flag="--eval_ppl_datasets")
-        every = windows(tokenize(tokenizer, corpus), evaluation.eval_length, corpus.name)
-        found[corpus.name] = every[: evaluation.eval_samples or None]
+    found: dict[str, Tensor] = {}
+    for name, limit in evaluation.texts(calibrated):
+        try:
+            corpus = load_corpus(name, "test", data_dir, flag="--eval_ppl_datasets")
+            every = windows(tokenize(tokenizer, corpus), evaluation.eval_length, corpus.name)[:limit]
+        except UserError as problem:
+            if evaluation.eval_ppl_datasets != "auto" or name == STANDARD:
+                raise
+            log.info("Perplexity on %s: left out (%s)", name, problem)
+            continue
+        # Where there is no hub, one text stands in for another.
+        if not any(torch.equal(every, other[: len(every)]) for other in found.values()):
+            titles = chain([corpus.name], (f"{corpus.name} ({number})" for number in count(2)))
+            found[next(title for title in titles if title not in found)] = every
     return found
 
 

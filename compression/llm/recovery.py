@@ -154,7 +154,8 @@ def recover(
         return earlier["metrics"]
     place.check_same(same, overwrite)
     held_out = validation_windows(recovery, data_dir, tokenizer)
-    tests = evaluation_windows(recovery.evaluation, data_dir, tokenizer, skeleton)
+    texts = [text.name for text in recovery.texts]
+    tests = evaluation_windows(recovery.evaluation, data_dir, tokenizer, skeleton, texts)
     # The same folder names keep runs with other settings or inputs apart.
     key = digest_of([recovery.result_fields(), contents(inputs), recovery.states_of], 12)
     work_dir, parts = (output.with_name(f".{output.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}"))

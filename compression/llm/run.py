@@ -82,7 +82,8 @@ class Run:
         self.base = ensure_llm(run.base_model, run.models_dir / LLM_FOLDER.name)
         require_unquantized(self.base, "--base_model")
         config.evaluation.check_zero_shot(config.data_dir)
-        config.agreement.check_unseen([text.name for text in config.calibration.texts])
+        texts = [text.name for text in config.calibration.texts]
+        config.agreement.check_unseen(texts)
         self.inputs = {"parent": identify(self.base)} | (inputs or {})
         self.output = Output(run.folder, "--output_name", kind, RUN_FILE)
         self._check_output()
@@ -95,7 +96,7 @@ class Run:
         self.calibration, self.text, self.analysis_windows = calibration_text(
             config.calibration, config.data_dir, run.seed, self.tokenizer, self.model
         )
-        self.tests = evaluation_windows(config.evaluation, config.data_dir, self.tokenizer, self.model)
+        self.tests = evaluation_windows(config.evaluation, config.data_dir, self.tokenizer, self.model, texts)
         self.unseen = None
         if config.evaluation.run_evaluation != "none":
             seen = {corpus.name for mixture in self.calibration for corpus in mixture.corpora}
