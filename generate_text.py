@@ -10,10 +10,12 @@ al. 2024, arXiv:2305.17888). Writes results/NAME: text.txt, and run.json with wh
 
 import compression  # noqa: F401  # isort: skip (first: Ctrl-C ends in one line from here on)
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +34,7 @@ from compression.runtime import (
     device_named,
     fingerprint,
     log,
+    own_share,
     pick_device,
     pick_dtype,
     processes,
@@ -107,17 +110,24 @@ def main(config: OwnTextConfig) -> None:
 
 
 def write_documents(config: OwnTextConfig, base: Path, saved: SavedParts) -> list[str]:
-    """As many documents as have the tokens that are asked for, batch by batch."""
+    """As many documents as have the tokens that are asked for, batch by batch; of several processes each draws one of
+    as many batches."""
     model, tokenizer = load_language_model(base, pick_device(config.device_map), pick_dtype(config.dtype, "Weights"))
     check_positions(model, "length", config.length + 1)
     first = first_token(tokenizer, base)
+    batches = range(-(-config.tokens // (config.length * config.batch_size)))
+    drawn: dict[int, list[str]] = {}
+
+    def draw(batch: int) -> dict[str, Any]:
+        if batch not in drawn:
+            mine = own_share(batches[batch : batch + processes().num_processes])
+            texts = [(each, tokenizer.batch_decode(draw_batch(model, first, config, each))) for each in mine]
+            drawn.update(gather_object(texts))
+        return {"documents": drawn.pop(batch)}
+
     documents: list[str] = []
-    for batch in progress(range(-(-config.tokens // (config.length * config.batch_size))), "batches of documents"):
-
-        def draw(batch: int = batch) -> dict[str, Any]:
-            return {"documents": tokenizer.batch_decode(draw_batch(model, first, config, batch))}
-
-        documents += saved.json(f"batch_{batch}", draw)["documents"]
+    for batch in progress(batches, "batches of documents"):
+        documents += saved.json(f"batch_{batch}", partial(draw, batch))["documents"]
     # No text file has a zero byte in it.
     return [text.replace("\0", "") for text in documents[: -(-config.tokens // config.length)]]
 
