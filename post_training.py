@@ -93,7 +93,7 @@ class PostTrainingConfig(Config):
     # + hidden_weight * |student's state - teacher's|^2 / |teacher's|^2, means over the tokens.
     kd_weight: Annotated[float, Between(0, 1)] = 0.0
     """Share of the loss that is KL to the teacher's predictions; the rest is cross-entropy."""
-    kd_temperature: Annotated[float, Between(0.1, 100)] = 2.0
+    kd_temperature: Annotated[float, Between(0.1, 100)] = 1.0
     """Softening of both models' logits there."""
     hidden_weight: Annotated[float, AtLeast(0)] = 0.0
     """Weight of the states behind each layer, compared with those behind the same layer of the teacher."""

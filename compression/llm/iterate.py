@@ -36,7 +36,7 @@ def recovery_between(config: RunConfig, tokens: int, learning_rate: float, kd_we
     recovery = recovery_after(config)
     recovery.check_tokens("recover_tokens", tokens)
     changes = dict(finetune_method="full", dtype="auto", tokens=tokens, learning_rate=learning_rate, shard=False)
-    return recovery.updated(**changes, kd_weight=kd_weight, kd_temperature=1.0).in_one_epoch()
+    return recovery.updated(**changes, kd_weight=kd_weight).in_one_epoch()
 
 
 class TrainingBetween:

@@ -175,7 +175,7 @@ def recovery_after(config: RunConfig) -> Recovery:
         load_in_4bit=False,
         dtype=run.dtype if finetuning.finetune_method == "lora" else "auto",
         kd_weight=0.0,
-        kd_temperature=2.0,
+        kd_temperature=1.0,
         hidden_weight=0.0,
         teacher=None,
         teacher_offload="none",
