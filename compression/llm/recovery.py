@@ -163,7 +163,7 @@ def recover(
         saved = SavedParts(parts, recovery.training.resume)
         seen = {entry["name"] for entry in data_of({"data": data})} | texts_behind(read_stage(pruned) or {})
         # Before the student, so that the dense model is not there beside it.
-        reference = find_reference(recovery, pruned, seen, data_dir, parts) if recovery.compares else None
+        reference = find_reference(recovery, pruned, dense, seen, data_dir, parts) if recovery.compares else None
         seed_everything(recovery.training.seed)
         model = load_student(recovery, pruned, pick_device())
         bare = sizes(model)
@@ -300,12 +300,13 @@ def find_dense(recovery: Recovery, pruned: Path, flag: str) -> Path:
 
 
 def find_reference(
-    recovery: Recovery, pruned: Path, seen: Collection[str], data_dir: str | None, scratch: Path
+    recovery: Recovery, pruned: Path, dense: Path | None, seen: Collection[str], data_dir: str | None, scratch: Path
 ) -> Reference | None:
     """What the trained model's predictions are compared with, on text that it has not seen; None where the dense model
     or such a text is not there, which is logged.
 
     Args:
+        dense: the dense model's checkpoint, where something else needed it; None: it is looked for.
         seen: what the texts of calibration and training are called.
         scratch: for what an offloaded dense model does not keep in memory.
 
@@ -313,7 +314,7 @@ def find_reference(
         UserError: one of them is not there, and was named.
     """
     try:
-        dense = find_dense(recovery, pruned, f"--agreement_text {recovery.agreement.agreement_text}")
+        dense = dense or find_dense(recovery, pruned, f"--agreement_text {recovery.agreement.agreement_text}")
     except UserError as problem:
         if recovery.agreement.agreement_text != "auto" or recovery.teacher is not None:
             raise
