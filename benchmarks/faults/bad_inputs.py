@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from faults.process import Case, World, difference, everything, refusal_problems
-from faults.world import command
+from faults.world import STAGES, command
 
 TIME_LIMIT = 20.0
 HUGE, LONG = str(2**70), "n" * 300
@@ -180,22 +180,7 @@ def ranges() -> Iterable[Row]:
 
 
 def choices() -> Iterable[Row]:
-    for stage in (
-        "1",
-        "2",
-        "8",
-        "9",
-        "10",
-        "7",
-        "plot",
-        "prune",
-        "gqa",
-        "lora",
-        "merge",
-        "evaluate",
-        "write",
-        "download",
-    ):
+    for stage in (stage for stage in STAGES if stage != "full"):  # which is "lora" with other flags
         yield Row(stage, ("--nope 1",))
     for stage, *flags in (
         ("8", "--preset nope"),

@@ -25,7 +25,7 @@ from compression.distillation import relative_errors
 from compression.files import read_object
 from compression.inputs import require_language_model
 from compression.integrity import digest_of
-from compression.lineage import data_of, texts_behind
+from compression.lineage import texts_behind
 from compression.llm.agreement import Reference, last_states, unseen_text
 from compression.llm.evaluate import evaluation_windows, measure, sizes
 from compression.llm.head import TRAINED_ROWS, Within, before_predicted, in_blocks
@@ -161,11 +161,12 @@ def recover(
     work_dir, parts = (output.with_name(f".{output.name}_{key}{end}") for end in (STATES_END, f".parts{STATES_END}"))
     with owned(output, work_dir, parts):
         saved = SavedParts(parts, recovery.training.resume)
-        seen = {entry["name"] for entry in data_of({"data": data})} | texts_behind(read_stage(pruned) or {})
+        seen = texts_behind({"data": data, "inputs": inputs})
         # Before the student, so that the dense model is not there beside it.
         reference = find_reference(recovery, pruned, dense, seen, data_dir, parts) if recovery.compares else None
         seed_everything(recovery.training.seed)
-        model = load_student(recovery, pruned, pick_device())
+        device = pick_device()
+        model = skeleton if recovery.spread else load_student(recovery, pruned, device)
         bare = sizes(model)
         shares = pruned_shares(model, pruned, dense, RANK_FLAG) if dense and recovery.lora_rank_by_share else None
         student = Student(recovery, model, pruned, shares)
@@ -221,12 +222,9 @@ def named_projections(names: str, folder: Path) -> str:
 
 
 def load_student(recovery: Recovery, folder: Path, device: torch.device) -> PreTrainedModel:
-    """The model to train; where it will be spread over processes, without its weights."""
-    dtype = training_dtype(recovery)
-    if recovery.spread:
-        model, _ = load_unfilled(folder, dtype)
-    else:
-        model, _ = load_language_model(folder, device, dtype, nf4_base() if recovery.load_in_4bit else None)
+    """The model to train, with its weights."""
+    quantization = nf4_base() if recovery.load_in_4bit else None
+    model, _ = load_language_model(folder, device, training_dtype(recovery), quantization)
     return model
 
 
@@ -234,7 +232,7 @@ class Student:
     """The model that is trained: with adapters or without, in this process or spread over several.
 
     Args:
-        model: with its weights, or where it is spread without them, see `load_student`; gets its adapters in place.
+        model: with its weights, see `load_student`, or where it is spread without them; gets its adapters in place.
         folder: where its weights are.
         shares: of each layer, how much of it was pruned, by which its rank is chosen; None: all have the same rank.
 
